@@ -1,0 +1,209 @@
+"""From a command line to a ``RunConfig``, and from a ``RunConfig`` to YAML and back.
+
+Precedence, weakest first: dataclass defaults, the preset family's base, the preset's variant, the
+``--config`` file, the command line. The environment is never read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from megatron_lpa.config.help import help_text
+from megatron_lpa.config.presets import preset_trees
+from megatron_lpa.config.run import RunConfig
+from megatron_lpa.config.schema import CONFIG_KEYS, CONFIG_SECTIONS, nearest
+from megatron_lpa.config.yaml_io import format_yaml, read_yaml, write_text_atomically
+from megatron_lpa.errors import UserError
+
+LENGTH_KEYS = ("train.steps", "train.tokens", "train.epochs")
+"""One choice in three spellings: a stronger source's length replaces a weaker source's."""
+
+_OPTIONS = ("preset", "config", "print-config", "help")
+_LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
+
+
+@dataclass
+class _CommandLine:
+    preset: str | None = None
+    config: str | None = None
+    overrides: dict[str, str] = field(default_factory=dict)
+    print_config: bool = False
+    help: bool = False
+
+
+def load_config(argv: Sequence[str]) -> RunConfig:
+    """Resolve ``--preset``, ``--config`` and dotted overrides into one typed configuration.
+
+    ``--help`` prints every key and exits with 0; ``--print-config`` prints the resolved YAML and
+    exits with 0. ``--local_rank``, which launchers append, is ignored. Keys are checked one by one
+    here; ``validate_config`` checks them against each other.
+
+    Raises:
+        UserError: an unknown option, key or preset (with the nearest known names), a value of the
+            wrong type (with what was expected), or an unreadable file.
+    """
+    command = _parse_command_line(argv)
+    if command.help:
+        print(help_text())
+        sys.exit(0)
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if command.preset is not None:
+        layers += [(source, _flatten(tree, source)) for source, tree in preset_trees(command.preset)]
+    if command.config is not None:
+        layers.append((command.config, _flatten(read_yaml(Path(command.config)), command.config)))
+    layers.append(("command line", dict(command.overrides)))
+
+    config = _build(_merge(layers))
+    if config.logging.name is None:
+        name = "run" if command.preset is None else command.preset.replace("/", "-")
+        config = dataclasses.replace(config, logging=dataclasses.replace(config.logging, name=name))
+    if command.print_config:
+        print(format_yaml(dataclasses.asdict(config)), end="")
+        sys.exit(0)
+    return config
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write ``config`` as YAML that ``load_config(["--config", path])`` reads back to an equal object.
+
+    The file appears whole or not at all.
+    """
+    write_text_atomically(Path(path), format_yaml(dataclasses.asdict(config)))
+
+
+def _parse_command_line(argv: Sequence[str]) -> _CommandLine:
+    command = _CommandLine()
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") and word != "-h":
+            raise UserError(f"unexpected argument {word!r}; write options as --key value (see --help)")
+        option, equals, value = word.partition("=")
+        if option in ("-h", "--help", "--print-config"):
+            if equals:
+                raise UserError(f"{option} takes no value")
+            command.help |= option != "--print-config"
+            command.print_config |= option == "--print-config"
+            continue
+        if option not in ("--preset", "--config", *_LAUNCHER_OPTIONS):
+            _check_key(option[2:], prefix="--")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise UserError(f"{option} needs a value: {option} <value>")
+            value = words.pop(0)
+        if option == "--preset":
+            command.preset = value
+        elif option == "--config":
+            command.config = value
+        elif option not in _LAUNCHER_OPTIONS:
+            command.overrides[option[2:]] = value
+    return command
+
+
+def _check_key(key: str, prefix: str = "", source: str = "") -> None:
+    """Raise unless ``key`` is a leaf; ``prefix`` and ``source`` only word the message."""
+    if key in CONFIG_KEYS:
+        return
+    where = f" in {source}" if source else ""
+    what = "option" if prefix else "key"
+    if key in CONFIG_SECTIONS:
+        inside = [prefix + k for k in CONFIG_KEYS if k.startswith(f"{key}.")]
+        shown = ", ".join(inside[:4]) + (", ..." if len(inside) > 4 else "")
+        raise UserError(f"{prefix}{key}{where} is a section, not a value; set one of its keys: {shown}")
+    known = [*CONFIG_KEYS, *(_OPTIONS if prefix else ())]
+    names = [prefix + name for name in nearest(key, known)]
+    advice = f"did you mean {', '.join(names)}?" if names else "--help lists every key"
+    raise UserError(f"unknown {what} {prefix}{key}{where}; {advice}")
+
+
+def _flatten(tree: Mapping[Any, Any], source: str, prefix: str = "") -> dict[str, Any]:
+    """``{"model": {"hidden_size": 8}}`` to ``{"model.hidden_size": 8}``; raises for unknown keys."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in CONFIG_SECTIONS and isinstance(value, dict):
+            flat |= _flatten(value, source, f"{key}.")
+        elif key in CONFIG_SECTIONS and value is None:  # a section whose every line is commented out
+            continue
+        else:
+            _check_key(key, source=source)
+            flat[key] = value
+    return flat
+
+
+def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, tuple[Any, str]]:
+    """Later layers win; every value keeps the name of its source for error messages."""
+    merged: dict[str, tuple[Any, str]] = {}
+    for source, values in layers:
+        if any(values.get(key) not in (None, "null") for key in LENGTH_KEYS):
+            for key in LENGTH_KEYS:
+                merged.pop(key, None)
+        merged |= {key: (value, source) for key, value in values.items()}
+    return merged
+
+
+def _integral(value: Any) -> Any:
+    """``51e9``, read as text or as a float, to an integer; anything else unchanged."""
+    if isinstance(value, (str, float)):
+        try:
+            number = Decimal(str(value))
+        except InvalidOperation:
+            return value
+        if number.is_finite() and number == number.to_integral_value():
+            return int(number)
+    return value
+
+
+def _build(merged: Mapping[str, tuple[Any, str]]) -> RunConfig:
+    """Type-check and construct; jsonargparse does the typing, the messages are ours."""
+    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_class_arguments(RunConfig, as_group=True)
+    values = {
+        key: _integral(value) if CONFIG_KEYS[key].base_type is int else value
+        for key, (value, _) in merged.items()
+    }
+    for key, value in values.items():
+        if value is None and not CONFIG_KEYS[key].optional:  # jsonargparse lets None pass for any type
+            raise _wrong_type(key, *merged[key])
+    try:
+        typed = parser.parse_object(_nest(values), env=False)
+    except (ArgumentError, TypeError, ValueError):
+        # Only now, to find the culprit without depending on how the library words its message.
+        for key, value in values.items():
+            try:
+                parser.parse_object(_nest({key: value}), env=False)
+            except (ArgumentError, TypeError, ValueError) as error:
+                raise _wrong_type(key, *merged[key]) from error
+        raise
+    for key in values:
+        if isinstance(typed[key], float) and not math.isfinite(typed[key]):
+            raise _wrong_type(key, *merged[key])
+    return RunConfig(**vars(parser.instantiate(typed)))
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+    return tree
+
+
+def _wrong_type(key: str, value: Any, source: str) -> UserError:
+    quote = (
+        "; put it in quotes" if CONFIG_KEYS[key].base_type is str and isinstance(value, (int, float)) else ""
+    )
+    shown = "null" if value is None else repr(value)
+    return UserError(f"{key} is {shown} ({source}) but must be {CONFIG_KEYS[key].expected}{quote}")

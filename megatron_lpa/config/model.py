@@ -1,0 +1,133 @@
+"""What the decoder is: widths, depth, and how every linear is factored.
+
+Legend used in shapes throughout the package:
+``B`` sequences in a micro-batch, ``S`` tokens in a sequence, ``D`` hidden size, ``F`` FFN width,
+``H`` query heads, ``K`` key/value heads, ``E`` head dimension, ``R`` rank of a low-dimensional
+module, ``V`` (padded) vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+INPUT_PROJECTIONS = ("q", "k", "v", "up", "gate")
+"""Projections that read the residual stream: their outputs are split under tensor parallelism."""
+
+OUTPUT_PROJECTIONS = ("o", "down")
+"""Projections that write the residual stream: their inputs are split under tensor parallelism."""
+
+
+@dataclass(frozen=True)
+class ProjectionConfig:
+    """How one linear is built.
+
+    Args:
+        kind: ``dense`` is one matrix ``W: (d_out, d_in)``; ``lowdim`` is the paper's pair
+            ``W_A: (r, d_in)``, ``W_B: (d_out, r)`` with no nonlinearity between (paper, Section 3.1).
+        rank: ``r`` of a low-dimensional module; must be left empty for ``dense``.
+    """
+
+    kind: Literal["dense", "lowdim"] = "dense"
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class ProjectionsConfig:
+    """One spec per linear of a decoder layer. ``gate`` exists only with ``activation: swiglu``."""
+
+    q: ProjectionConfig = field(default_factory=ProjectionConfig)
+    k: ProjectionConfig = field(default_factory=ProjectionConfig)
+    v: ProjectionConfig = field(default_factory=ProjectionConfig)
+    o: ProjectionConfig = field(default_factory=ProjectionConfig)
+    up: ProjectionConfig = field(default_factory=ProjectionConfig)
+    gate: ProjectionConfig = field(default_factory=ProjectionConfig)
+    down: ProjectionConfig = field(default_factory=ProjectionConfig)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The decoder. Defaults are the paper's Setting 1 (small) Transformer.
+
+    Args:
+        vocab_size: number of token ids the tokenizer can produce.
+        pad_vocab_to_multiple_of: rows of the embedding and of the head are padded up to this multiple
+            (useful when TP does not divide ``vocab_size``); padded ids can never be predicted.
+        sequence_length: tokens the model sees at once; also the number of learned positions.
+        hidden_size: width D of the residual stream.
+        num_layers: decoder layers.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads K (grouped-query attention); empty means ``num_heads``.
+        head_dim: width E of one head; empty means ``hidden_size // num_heads``.
+            ``num_heads * head_dim`` may differ from ``hidden_size`` (Table 8, "Attn Dim").
+        ffn_hidden_size: width F of the FFN.
+        activation: ``relu`` and ``gelu`` use two FFN matrices, ``swiglu`` three (gate, up, down).
+        norm: normalisation of each sublayer.
+        norm_eps: epsilon inside the norm.
+        norm_position: ``pre``: ``x + dropout(sublayer(norm(x)))``;
+            ``post_sublayer``: ``x + dropout(norm(sublayer(x)))`` (the paper's Setting 1).
+        final_norm: one more norm before the language-model head.
+        position_embedding: ``learned`` absolute positions, ``rope`` (half rotation) or ``none``.
+        rope_base: base of the rotary frequencies.
+        linear_bias: biases in attention and FFN. Dense layers get one; of a low-dimensional module
+            only ``W_A`` has one in q, k, v, up, gate and only ``W_B`` has one in o, down.
+        lm_head_bias: bias of the language-model head (one value per padded id).
+        dropout: probability applied to each sublayer's contribution to the residual stream.
+        tie_embeddings: the head reuses the token embedding's matrix.
+        init: ``pytorch`` draws what ``nn.Linear`` and ``nn.Embedding`` draw by default (the paper's
+            public code); ``normal`` draws N(0, ``init_std``), output projections scaled by
+            ``1/sqrt(2 num_layers)``, and balances a pair so that ``W_B W_A`` has that deviation.
+        init_std: standard deviation of ``init: normal``.
+        projections: one spec per linear.
+    """
+
+    vocab_size: int = 32000
+    pad_vocab_to_multiple_of: int = 1
+    sequence_length: int = 512
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 8
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    ffn_hidden_size: int = 3072
+    activation: Literal["relu", "gelu", "swiglu"] = "relu"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    norm_position: Literal["pre", "post_sublayer"] = "post_sublayer"
+    final_norm: bool = False
+    position_embedding: Literal["learned", "rope", "none"] = "learned"
+    rope_base: float = 10000.0
+    linear_bias: bool = True
+    lm_head_bias: bool = True
+    dropout: float = 0.1
+    tie_embeddings: bool = False
+    init: Literal["pytorch", "normal"] = "pytorch"
+    init_std: float = 0.02
+    projections: ProjectionsConfig = field(default_factory=ProjectionsConfig)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads K, with the default resolved."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width E of one head, with the default resolved."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows V of the embedding and of the head."""
+        multiple = self.pad_vocab_to_multiple_of
+        return -(-self.vocab_size // multiple) * multiple
+
+    def projection_widths(self) -> dict[str, tuple[int, int]]:
+        """``(d_in, d_out)`` of every linear that this model has, by projection name."""
+        d, f = self.hidden_size, self.ffn_hidden_size
+        q_width, kv_width = self.num_heads * self.head_width, self.kv_heads * self.head_width
+        widths = {"q": (d, q_width), "k": (d, kv_width), "v": (d, kv_width), "o": (q_width, d)}
+        if self.activation == "swiglu":
+            widths["gate"] = (d, f)
+        widths["up"] = (d, f)
+        widths["down"] = (f, d)
+        return widths

@@ -1,0 +1,156 @@
+"""How a model is trained: one frozen dataclass per concern, and ``RunConfig`` that holds them all.
+
+Nothing here is global: a ``RunConfig`` is passed explicitly to whoever needs it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_lpa.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is spread over processes.
+
+    Args:
+        tensor_parallel_size: processes that share one copy of the model. The data-parallel size is
+            the world size divided by it.
+        lowdim_layout: how low-dimensional modules are split under tensor parallelism; results are
+            equal. ``rank`` splits W_A and W_B along r; ``latent`` exchanges the r-dimensional
+            latents instead of activations (docs/architecture.md has the bytes of both).
+    """
+
+    tensor_parallel_size: int = 1
+    lowdim_layout: Literal["rank", "latent"] = "latent"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from. Prefixes name ``<prefix>.bin`` and ``<prefix>.idx``.
+
+    Args:
+        prefix: one dataset, cut by ``split`` into train, valid and test by whole documents.
+        split: shares of documents for train, valid and test, as ``"969,30,1"``.
+        train_prefix: a dataset for training only; excludes ``prefix``.
+        valid_prefix: a dataset for validation only; optional with ``train_prefix``.
+        test_prefix: a dataset for the final test; optional with ``train_prefix``.
+        tokenizer: folder, ``tokenizer.json``, SentencePiece ``.model`` or hub name; recorded with the
+            run so that text can be generated and perplexity per word computed.
+    """
+
+    prefix: str | None = None
+    split: str = "969,30,1"
+    train_prefix: str | None = None
+    valid_prefix: str | None = None
+    test_prefix: str | None = None
+    tokenizer: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and the learning-rate schedule.
+
+    Args:
+        lr: peak learning rate.
+        min_lr_ratio: the schedule ends at ``lr * min_lr_ratio``.
+        schedule: ``cosine``, ``linear``, ``constant``, or ``wsd`` (warm-up, stable, linear decay).
+        warmup_steps: optimizer steps of linear warm-up from 0.
+        decay_steps: step at which the schedule reaches its end; empty means the last step.
+        wsd_decay_fraction: share of the run that ``wsd`` spends decaying.
+        beta1: AdamW's first-moment decay.
+        beta2: AdamW's second-moment decay.
+        eps: AdamW's epsilon.
+        weight_decay: decoupled weight decay of matrices; biases and norms never decay.
+        grad_clip: largest global gradient norm; 0 turns clipping off.
+    """
+
+    lr: float = 8e-4
+    min_lr_ratio: float = 0.0
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int = 1000
+    decay_steps: int | None = None
+    wsd_decay_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-5
+    weight_decay: float = 0.0
+    grad_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length, batch, precision and cadence of a run. Exactly one of steps, tokens, epochs is set.
+
+    Args:
+        steps: optimizer steps.
+        tokens: training tokens; rounded up to whole steps.
+        epochs: passes over the training split; rounded up to whole steps.
+        global_batch_size: sequences per optimizer step over all processes.
+        micro_batch_size: sequences per process and forward pass; gradient accumulation follows.
+        precision: ``fp32``, or ``bf16`` with fp32 master weights.
+        activation_checkpointing: ``full`` recomputes every layer in the backward pass.
+        deepspeed_config: a name in ``ds_configs/`` (``zero3``) or the path of such a JSON file.
+        seed: seeds initial weights, data order and dropout.
+        eval_interval: optimizer steps between validations; 0 turns them off.
+        eval_batches: global batches per validation; 0 reads the whole split.
+        checkpoint_interval: optimizer steps between checkpoints; 0 saves only at the end.
+        keep_checkpoints: newest checkpoints kept; 0 keeps all.
+        resume: ``auto`` continues from the newest complete checkpoint of the run folder, ``never``
+            refuses a run folder that holds one, ``must`` refuses a run folder without one.
+    """
+
+    steps: int | None = None
+    tokens: int | None = None
+    epochs: float | None = None
+    global_batch_size: int = 160
+    micro_batch_size: int = 8
+    precision: Literal["fp32", "bf16"] = "bf16"
+    activation_checkpointing: Literal["none", "full"] = "none"
+    deepspeed_config: str = "zero3"
+    seed: int = 27
+    eval_interval: int = 200
+    eval_batches: int = 50
+    checkpoint_interval: int = 1000
+    keep_checkpoints: int = 3
+    resume: Literal["auto", "never", "must"] = "auto"
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run writes. ``metrics.jsonl`` in the run folder is the record; the rest are views.
+
+    Args:
+        run_dir: folder that holds run folders.
+        name: name of the run folder; empty means the preset's name with ``/`` as ``-``.
+        interval: optimizer steps between log lines.
+        progress_bar: ``auto`` shows one only on a terminal.
+        tensorboard: write TensorBoard event files to ``<run folder>/tensorboard``.
+        wandb: ``off``, ``offline`` or ``online``.
+        wandb_project: W&B project.
+        peak_tflops: dense peak of one device for MFU; empty means the known value of the GPU, and
+            no MFU on a CPU or an unknown GPU.
+    """
+
+    run_dir: str = "runs"
+    name: str | None = None
+    interval: int = 10
+    progress_bar: Literal["auto", "on", "off"] = "auto"
+    tensorboard: bool = True
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "megatron_lpa"
+    peak_tflops: float | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

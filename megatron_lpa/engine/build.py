@@ -1,0 +1,208 @@
+"""A decoder inside DeepSpeed: construction, the optimizer step, evaluation."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_lpa.config import OptimConfig, RunConfig
+from megatron_lpa.engine.ds_config import build_ds_config
+from megatron_lpa.engine.launch import device_of_rank  # imported first: sets the accelerator
+from megatron_lpa.engine.mpu import ModelParallelUnit
+from megatron_lpa.model.init import initialize
+from megatron_lpa.model.transformer import Decoder
+from megatron_lpa.parallel.collectives import all_gather_no_grad
+from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.parallel.rng import seed_dropout
+from megatron_lpa.parallel.sharding import spec_of
+
+import deepspeed  # isort: skip
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step computed.
+
+    Args:
+        loss: mean loss of this rank's micro-batches, 0-d fp32, on the device.
+        grad_norm: global gradient norm before clipping.
+    """
+
+    loss: torch.Tensor
+    grad_norm: float | torch.Tensor
+
+
+def _recompute(layer: nn.Module, x: torch.Tensor, *args: Any) -> torch.Tensor:
+    return checkpoint(layer, x, *args, use_reentrant=False, preserve_rng_state=True)
+
+
+class Engine:
+    """A decoder, its optimizer and its parallel state.
+
+    Args:
+        config: a validated run.
+        groups: process groups of an initialised world.
+    """
+
+    def __init__(self, config: RunConfig, groups: ParallelGroups) -> None:
+        self.config = config
+        self.groups = groups
+        self.device = device_of_rank()
+        self.ds_config = build_ds_config(config, groups.dp_size)
+        self.zero_stage: int = self.ds_config["zero_optimization"]["stage"]
+        self.module = self._build_module()
+        optimizer = self._build_optimizer(config.optim)
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints memory statistics whatever its log level
+            self.ds, self.optimizer, _, _ = deepspeed.initialize(
+                model=self.module,
+                optimizer=optimizer,
+                config=self.ds_config,
+                mpu=ModelParallelUnit(groups),
+                dist_init_required=False,
+            )
+
+    def _build_module(self) -> Decoder:
+        config, groups = self.config, self.groups
+        recompute = _recompute if config.train.activation_checkpointing == "full" else None
+        partitioned = self.zero_stage == 3
+        # Both groups matter: with mpu alone, zero.Init would partition over the whole world and
+        # overwrite the shards of the other tensor-parallel ranks with those of rank 0. The precision
+        # must come from the config: where fp16 is unsupported (CPUs), zero.Init turns dtype=float32
+        # into bfloat16.
+        construction = (
+            deepspeed.zero.Init(
+                data_parallel_group=groups.dp_group,
+                mpu=ModelParallelUnit(groups),
+                config_dict_or_path=self.ds_config,
+            )
+            if partitioned
+            else self.device
+        )
+        with construction:
+            module = Decoder(config.model, groups, config.parallel.lowdim_layout, recompute)
+        if partitioned:
+            initialize(module, config.model, groups, config.train.seed, _gathered_for_writing)
+        else:
+            initialize(module, config.model, groups, config.train.seed)
+        return module
+
+    def _build_optimizer(self, optim: OptimConfig) -> torch.optim.Optimizer:
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        for parameter in self.module.parameters():
+            (decayed if spec_of(parameter).decays else plain).append(parameter)
+        param_groups: list[dict[str, Any]] = [
+            {"params": decayed, "weight_decay": optim.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        arguments: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+        offloaded = "offload_optimizer" in self.ds_config["zero_optimization"]
+        on_gpu = self.device.type == "cuda"
+        if offloaded and on_gpu:
+            return deepspeed.ops.adam.DeepSpeedCPUAdam(param_groups, adamw_mode=True, **arguments)
+        return torch.optim.AdamW(param_groups, fused=True, **arguments)
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches per optimizer step on each rank."""
+        return int(self.ds.gradient_accumulation_steps())
+
+    def train_step(
+        self, micro_batches: Sequence[torch.Tensor], first_samples: Sequence[int], lr: float
+    ) -> StepResult:
+        """Forward and backward over all micro-batches, then one optimizer step.
+
+        Args:
+            micro_batches: ``micro_steps`` tensors (B, S + 1) int64 on the CPU or the device.
+            first_samples: global index of each micro-batch's first sample; seeds dropout.
+            lr: learning rate of this step.
+        """
+        assert len(micro_batches) == self.micro_steps, (len(micro_batches), self.micro_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.ds.train()
+        losses = []
+        grad_norm: float | torch.Tensor | None = None
+        for index, (batch, first_sample) in enumerate(zip(micro_batches, first_samples, strict=True)):
+            if self.config.model.dropout > 0:
+                seed_dropout(self.config.train.seed, first_sample)
+            ids = batch.to(self.device, non_blocking=True)
+            loss = self.ds(ids[:, :-1], ids[:, 1:]).mean()
+            self.ds.backward(loss)
+            losses.append(loss.detach())
+            if index == self.micro_steps - 1 and self._plain_optimizer:
+                grad_norm = self._gradient_norm()
+            self.ds.step()
+        if grad_norm is None:
+            grad_norm = self.ds.get_global_grad_norm()
+        assert grad_norm is not None
+        return StepResult(torch.stack(losses).mean(), grad_norm)
+
+    def losses(self, batch: torch.Tensor) -> torch.Tensor:
+        """Per-token losses (B, S) of ids (B, S + 1), without gradients or dropout."""
+        self.ds.eval()
+        with torch.no_grad():
+            ids = batch.to(self.device)
+            return self.ds(ids[:, :-1], ids[:, 1:])
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits (B, S, V) of ids (B, S), gathered over the vocabulary, without gradients."""
+        self.ds.eval()
+        with torch.no_grad():
+            return all_gather_no_grad(self.ds(ids.to(self.device)), self.groups)
+
+    def mean_over_replicas(self, value: torch.Tensor) -> torch.Tensor:
+        """Average of a tensor over data-parallel ranks."""
+        if self.groups.dp_size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total, group=self.groups.dp_group)
+        return total / self.groups.dp_size
+
+    def sum_over_replicas(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over data-parallel ranks."""
+        if self.groups.dp_size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total, group=self.groups.dp_group)
+        return total
+
+    @property
+    def _plain_optimizer(self) -> bool:
+        """DeepSpeed wraps the optimizer, and reports a norm, in every case but fp32 at stage 0."""
+        return self.zero_stage == 0 and self.config.train.precision == "fp32"
+
+    def _gradient_norm(self) -> float:
+        """Global norm of whole gradients: every shard once, replicated parameters once."""
+        sharded = replicated = 0.0
+        for parameter in self.module.parameters():
+            assert parameter.grad is not None
+            square = float(parameter.grad.float().norm()) ** 2
+            if self.groups.tp_size > 1 and spec_of(parameter).tp_dim is not None:
+                sharded += square
+            else:
+                replicated += square
+        total = torch.tensor(sharded, dtype=torch.float64, device=self.device)
+        if self.groups.tp_size > 1:
+            dist.all_reduce(total, group=self.groups.tp_group)
+        return math.sqrt(float(total) + replicated)
+
+
+def _gathered_for_writing(parameter: nn.Parameter) -> Any:
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+
+def gathered_for_reading(engine: Engine, parameter: nn.Parameter) -> Any:
+    """Context in which ``parameter`` holds this rank's whole tensor-parallel shard."""
+    if engine.zero_stage != 3:
+        return nullcontext()
+    return deepspeed.zero.GatheredParameters([parameter])

@@ -1,0 +1,122 @@
+"""From a ``RunConfig`` and a file of ZeRO knobs to DeepSpeed's configuration.
+
+The JSON files hold what belongs to the machine (ZeRO stage, bucket sizes, offload). Everything that
+decides the result of a run (batch, precision, clipping, optimizer) comes from the ``RunConfig``; a file
+that sets one of those is refused rather than silently overridden.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_lpa.config import RunConfig
+from megatron_lpa.errors import UserError
+
+SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
+
+DECIDED_BY_RUN = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optim.grad_clip",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision",
+    "optimizer": "the optim section",
+    "scheduler": "optim.schedule",
+    "activation_checkpointing": "train.activation_checkpointing",
+    "tensorboard": "logging.tensorboard",
+    "wandb": "logging.wandb",
+    "tensor_parallel": "parallel.tensor_parallel_size",
+}
+"""DeepSpeed's keys that a file must leave alone, and the run's key that decides instead."""
+
+ALLOWED = ("zero_optimization", "aio", "comms_logger", "wall_clock_breakdown", "memory_breakdown")
+
+
+def find_ds_config(name: str) -> Path:
+    """The file that ``train.deepspeed_config`` names: a path, or a name in ``ds_configs/``.
+
+    Raises:
+        UserError: no such file.
+    """
+    candidates = [Path(name), Path("ds_configs") / f"{name}.json", SHIPPED / f"{name}.json"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
+    near = difflib.get_close_matches(name, shipped, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(
+        f"train.deepspeed_config={name!r}: no such file and no such name in ds_configs/; {hint}"
+        f"names: {', '.join(shipped)}"
+    )
+
+
+def read_zero_knobs(name: str, precision: str) -> dict[str, Any]:
+    """The contents of a file of ZeRO knobs, checked against the run's precision.
+
+    Raises:
+        UserError: missing or malformed file, a key that the run's config decides, or a stage that
+            cannot train in this precision.
+    """
+    path = find_ds_config(name)
+    try:
+        knobs = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file: {error}") from error
+    if not isinstance(knobs, dict):
+        raise UserError(f"{path}: expected a JSON object with the key 'zero_optimization'")
+    for key in knobs:
+        if key in DECIDED_BY_RUN:
+            raise UserError(
+                f"{path}: {key!r} contradicts the run's config; remove it and set {DECIDED_BY_RUN[key]}"
+            )
+        if key not in ALLOWED:
+            raise UserError(f"{path}: unknown key {key!r}; known: {', '.join(ALLOWED)}")
+    zero = knobs.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
+        raise UserError(f"{path}: 'zero_optimization.stage' must be 0, 1, 2 or 3")
+    if zero["stage"] == 0 and precision == "bf16":
+        raise UserError(
+            f"{path}: train.precision=bf16 needs ZeRO stage 1 or above: DeepSpeed's stage 0 accumulates gradients "
+            "in bf16 and leaves tensor-parallel shards out of the gradient norm; set "
+            "train.deepspeed_config=zero1 (the same memory on one process) or train.precision=fp32"
+        )
+    return knobs
+
+
+def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run.
+
+    Args:
+        config: the run.
+        dp_size: data-parallel size.
+
+    Raises:
+        UserError: as ``read_zero_knobs``.
+    """
+    ds_config = read_zero_knobs(config.train.deepspeed_config, config.train.precision)
+    zero = ds_config["zero_optimization"]
+    train = config.train
+    ds_config |= {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dp_size),
+        "train_batch_size": train.global_batch_size,
+        "gradient_clipping": config.optim.grad_clip,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "steps_per_print": 10**9,
+        # Client optimizers are ours to choose; DeepSpeed's own CPU Adam is used where it can be built.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if train.precision == "bf16":
+        ds_config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if zero["stage"] == 3:
+        # One file per rank in our own format is written by the checkpoint code.
+        zero["stage3_gather_16bit_weights_on_model_save"] = False
+    return ds_config

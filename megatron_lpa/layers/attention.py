@@ -1,0 +1,58 @@
+"""Causal self-attention with grouped queries; heads are split over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megatron_lpa.config import ModelConfig
+from megatron_lpa.layers.linear import InputProjections, OutputProjection
+from megatron_lpa.parallel.groups import ParallelGroups
+
+
+def rope_tables(
+    length: int, head_dim: int, base: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of the rotary embedding (RoFormer, eq. 34; half rotation), fp32.
+
+    Returns:
+        Two tensors (length, head_dim), positions 0 to length - 1.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    angles = torch.outer(torch.arange(length, dtype=torch.float64, device=device), base**-exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate (B, heads, S, E) by position: the first half of E is paired with the second."""
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return x * cos.to(x.dtype) + rotated * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections q, k, v, scaled dot-product attention, projection o.
+
+    Args:
+        model: the decoder's config.
+        groups: process groups; H and K are divisible by ``tp_size``.
+        layout: tensor-parallel layout of low-dimensional modules.
+    """
+
+    def __init__(self, model: ModelConfig, groups: ParallelGroups, layout: str) -> None:
+        super().__init__()
+        self.head_dim = model.head_width
+        self.grouped = model.kv_heads != model.num_heads
+        self.qkv = InputProjections(("q", "k", "v"), model, groups, layout)
+        self.o = OutputProjection("o", model, groups, layout)
+
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """(B, S, D) -> (B, S, D); ``rope`` holds the tables of ``rope_tables``, or None."""
+        # (B, S, heads/T * E) -> (B, heads/T, S, E)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv(x))
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        return self.o(mixed.transpose(1, 2).flatten(-2))

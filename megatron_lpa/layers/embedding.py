@@ -1,0 +1,79 @@
+"""Token and position embeddings, and the language-model head: everything split over the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megatron_lpa.config import ModelConfig
+from megatron_lpa.parallel.collectives import copy_to_tp, reduce_from_tp
+from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.parallel.sharding import ParameterSpec, new_parameter
+
+
+class TokenEmbedding(nn.Module):
+    """Rows of a (V, D) matrix split over ranks; each rank looks up its own ids, then all are summed."""
+
+    def __init__(self, model: ModelConfig, groups: ParallelGroups) -> None:
+        super().__init__()
+        self.groups = groups
+        self.rows = model.padded_vocab_size // groups.tp_size
+        spec = ParameterSpec(
+            (model.padded_vocab_size, model.hidden_size),
+            "embedding",
+            model.hidden_size,
+            tp_dim=0,
+            real_rows=model.vocab_size,
+        )
+        self.weight = new_parameter(spec, groups.tp_size)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Ids (B, S) int64 -> (B, S, D)"""
+        if self.groups.tp_size == 1:
+            return functional.embedding(tokens, self.weight)
+        local = tokens - self.groups.tp_rank * self.rows
+        elsewhere = (local < 0) | (local >= self.rows)
+        found = functional.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return reduce_from_tp(found.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.groups)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned absolute positions, replicated over ranks."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        shape = (model.sequence_length, model.hidden_size)
+        self.weight = new_parameter(ParameterSpec(shape, "embedding", model.hidden_size), 1)
+
+    def forward(self, length: int) -> torch.Tensor:
+        """-> (length, D), positions 0 to length - 1"""
+        return self.weight[:length]
+
+
+class LanguageModelHead(nn.Module):
+    """Column-parallel projection to the vocabulary; logits stay split over ranks.
+
+    Args:
+        model: the decoder's config.
+        groups: process groups.
+        tied: the token embedding whose matrix is reused; None for a matrix of its own.
+    """
+
+    def __init__(self, model: ModelConfig, groups: ParallelGroups, tied: TokenEmbedding | None) -> None:
+        super().__init__()
+        self.groups = groups
+        rows, width = model.padded_vocab_size, model.hidden_size
+        if tied is None:
+            spec = ParameterSpec((rows, width), "head", width, tp_dim=0, real_rows=model.vocab_size)
+            self.weight = new_parameter(spec, groups.tp_size)
+        else:
+            self.weight = tied.weight
+        self.bias: nn.Parameter | None = None
+        if model.lm_head_bias:
+            bias_spec = ParameterSpec((rows,), "bias", width, tp_dim=0, real_rows=model.vocab_size)
+            self.bias = new_parameter(bias_spec, groups.tp_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, S, D) -> logits (B, S, V/T) of this rank's ids"""
+        return functional.linear(copy_to_tp(x, self.groups), self.weight, self.bias)

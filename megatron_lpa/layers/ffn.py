@@ -1,0 +1,30 @@
+"""Feed-forward sublayer; its columns are split over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megatron_lpa.config import ModelConfig
+from megatron_lpa.layers.linear import InputProjections, OutputProjection
+from megatron_lpa.parallel.groups import ParallelGroups
+
+
+class FeedForward(nn.Module):
+    """``down(act(up(x)))``, or ``down(silu(gate(x)) * up(x))`` for SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, model: ModelConfig, groups: ParallelGroups, layout: str) -> None:
+        super().__init__()
+        self.activation = model.activation
+        names = ("gate", "up") if model.activation == "swiglu" else ("up",)
+        self.inputs = InputProjections(names, model, groups, layout)
+        self.down = OutputProjection("down", model, groups, layout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, S, D) -> (B, S, D)"""
+        if self.activation == "swiglu":
+            gate, up = self.inputs(x)
+            return self.down(functional.silu(gate) * up)
+        (up,) = self.inputs(x)
+        return self.down(functional.relu(up) if self.activation == "relu" else functional.gelu(up))

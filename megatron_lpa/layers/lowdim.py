@@ -1,0 +1,121 @@
+"""Low-dimensional modules ``z = W_B (W_A x)`` (paper, Section 3.1) in two tensor-parallel layouts.
+
+Layout ``rank`` splits both matrices along r: column-parallel W_A, row-parallel W_B. Layout ``latent``
+exchanges the r-dimensional latents instead of activations. Results are equal; what is moved is not.
+Elements per token, forward, times (T-1)/T, with an all-reduce counted as 2n:
+
+| | input side (q, k, v, up, gate) | output side (o, down) |
+|---|---|---|
+| ``rank`` | reduce-scatter of the output: d_out | reduce-scatter of the latent, all-reduce of the output: r + 2 d_out |
+| ``latent`` | all-gather of the latent: r | all-reduce of the latent: 2r |
+
+On the output side the input is already split over ranks (by heads, or FFN columns), so W_A is split
+along d_in in both layouts: gathering the input to split W_A along r would move d_in instead of r.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from megatron_lpa.layers.structure import Collective, Parameters
+from megatron_lpa.ops.lowdim import lowdim_linear
+from megatron_lpa.parallel.collectives import reduce_from_tp, reduce_scatter_shards
+from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.parallel.sharding import ParameterSpec
+
+
+@dataclass(frozen=True)
+class LowDimInput:
+    """Input side in either layout. With ``bias`` only W_A has one, as in the paper's public code.
+
+    Args:
+        d_in: input width.
+        d_out: output width, split over ranks.
+        r: rank of the module, split over ranks.
+        bias: whether W_A has a bias.
+        tp_size: tensor-parallel size.
+        layout: ``rank`` splits W_B along r, ``latent`` along d_out.
+    """
+
+    d_in: int
+    d_out: int
+    r: int
+    bias: bool
+    tp_size: int
+    layout: str
+
+    @property
+    def collective(self) -> Collective:
+        """``rank`` sums outputs, ``latent`` collects latents."""
+        return "reduce_scatter" if self.layout == "rank" else "gather"
+
+    def specs(self) -> dict[str, ParameterSpec]:
+        """``w_a`` (r, d_in), ``w_b`` (d_out, r), ``bias_a`` (r,)."""
+        b_dim = 1 if self.layout == "rank" else 0
+        specs = {
+            "w_a": ParameterSpec((self.r, self.d_in), "input", self.d_in, tp_dim=0, rank=self.r),
+            "w_b": ParameterSpec((self.d_out, self.r), "input", self.r, tp_dim=b_dim, rank=self.r),
+        }
+        if self.bias:
+            specs["bias_a"] = ParameterSpec((self.r,), "bias", self.d_in, tp_dim=0, rank=self.r)
+        return specs
+
+    def before(self, x: torch.Tensor, p: Parameters) -> torch.Tensor:
+        """(..., d_in) -> (..., T, d_out/T) partial sums, or the latents (..., r/T)."""
+        if self.layout == "rank":
+            partial = lowdim_linear(x, p["w_a"], p["w_b"], p.get("bias_a"))
+            return partial.unflatten(-1, (self.tp_size, -1))
+        return functional.linear(x, p["w_a"], p.get("bias_a"))
+
+    def after(self, y: torch.Tensor, p: Parameters) -> torch.Tensor:
+        """The sums are the output; latents (..., T, r/T) go through W_B to (..., d_out/T)."""
+        if self.layout == "rank":
+            return y
+        return functional.linear(y.flatten(-2), p["w_b"])
+
+
+@dataclass(frozen=True)
+class LowDimOutput:
+    """Output side in either layout. With ``bias`` only W_B has one, as in the paper's public code.
+
+    Args:
+        d_in: input width, split over ranks.
+        d_out: output width, replicated.
+        r: rank of the module.
+        bias: whether W_B has a bias.
+        tp_size: tensor-parallel size.
+        layout: ``rank`` splits W_B along r; ``latent`` keeps W_B whole on every rank, which costs its
+            memory and product T times and saves the all-reduce of the output.
+    """
+
+    d_in: int
+    d_out: int
+    r: int
+    bias: bool
+    tp_size: int
+    layout: str
+
+    def specs(self) -> dict[str, ParameterSpec]:
+        """``w_a`` (r, d_in), ``w_b`` (d_out, r), ``bias_b`` (d_out,)."""
+        b_dim = 1 if self.layout == "rank" else None
+        specs = {
+            "w_a": ParameterSpec((self.r, self.d_in), "output", self.d_in, tp_dim=1, rank=self.r),
+            "w_b": ParameterSpec((self.d_out, self.r), "output", self.r, tp_dim=b_dim, rank=self.r),
+        }
+        if self.bias:
+            specs["bias_b"] = ParameterSpec((self.d_out,), "bias", self.r, rank=self.r)
+        return specs
+
+    def apply(self, x: torch.Tensor, p: Parameters, groups: ParallelGroups) -> torch.Tensor:
+        """(..., d_in/T) -> (..., d_out)"""
+        if self.tp_size == 1:
+            return lowdim_linear(x, p["w_a"], p["w_b"], None, p.get("bias_b"))
+        latent = functional.linear(x, p["w_a"])
+        if self.layout == "latent":
+            return functional.linear(reduce_from_tp(latent, groups), p["w_b"], p.get("bias_b"))
+        latent = reduce_scatter_shards(latent.unflatten(-1, (self.tp_size, -1)), groups)
+        y = reduce_from_tp(functional.linear(latent, p["w_b"]), groups)
+        return y if "bias_b" not in p else y + p["bias_b"]

@@ -1,0 +1,116 @@
+"""The decoder: one class covers every model of the paper by config. No collectives in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from megatron_lpa.config import ModelConfig
+from megatron_lpa.layers.attention import Attention, rope_tables
+from megatron_lpa.layers.embedding import LanguageModelHead, PositionEmbedding, TokenEmbedding
+from megatron_lpa.layers.ffn import FeedForward
+from megatron_lpa.layers.loss import vocab_parallel_cross_entropy
+from megatron_lpa.layers.norm import build_norm
+from megatron_lpa.parallel.groups import ParallelGroups
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+Recompute = Callable[..., torch.Tensor]
+"""Calls ``layer(x, rope)`` now and again in the backward pass, keeping only ``x``."""
+
+
+class DecoderLayer(nn.Module):
+    """Attention and FFN, each added to the residual stream.
+
+    ``pre``: ``x + dropout(sublayer(norm(x)))``. ``post_sublayer``: ``x + dropout(norm(sublayer(x)))``.
+    """
+
+    def __init__(self, model: ModelConfig, groups: ParallelGroups, layout: str) -> None:
+        super().__init__()
+        self.norm_first = model.norm_position == "pre"
+        self.dropout = model.dropout
+        self.attention_norm = build_norm(model)
+        self.attention = Attention(model, groups, layout)
+        self.ffn_norm = build_norm(model)
+        self.ffn = FeedForward(model, groups, layout)
+
+    def forward(self, x: torch.Tensor, rope: Rope | None) -> torch.Tensor:
+        """(B, S, D) -> (B, S, D)"""
+        if self.norm_first:
+            x = x + self._drop(self.attention(self.attention_norm(x), rope))
+            return x + self._drop(self.ffn(self.ffn_norm(x)))
+        x = x + self._drop(self.attention_norm(self.attention(x, rope)))
+        return x + self._drop(self.ffn_norm(self.ffn(x)))
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.dropout(x, self.dropout, self.training)
+
+
+class Decoder(nn.Module):
+    """A causal language model.
+
+    Args:
+        model: what to build.
+        groups: process groups; ``ParallelGroups.single()`` for one process.
+        layout: tensor-parallel layout of low-dimensional modules.
+        recompute: activation checkpointing of each layer; None keeps all activations.
+
+    Parameters are uninitialised until ``megatron_lpa.model.init.initialize`` has run.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        groups: ParallelGroups,
+        layout: str = "latent",
+        recompute: Recompute | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = model
+        self.groups = groups
+        self.recompute = recompute
+        self.token_embedding = TokenEmbedding(model, groups)
+        learned = model.position_embedding == "learned"
+        self.position_embedding = PositionEmbedding(model) if learned else None
+        self.layers = nn.ModuleList(DecoderLayer(model, groups, layout) for _ in range(model.num_layers))
+        self.final_norm = build_norm(model) if model.final_norm else None
+        self.head = LanguageModelHead(model, groups, self.token_embedding if model.tie_embeddings else None)
+        self._rope: Rope | None = None
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Per-token loss, or logits.
+
+        Args:
+            tokens: (B, S) int64, S at most ``sequence_length`` with learned positions.
+            labels: (B, S) int64, the next token of each position; None for logits.
+
+        Returns:
+            With labels, losses (B, S) in fp32; without, this rank's logits (B, S, V/T).
+        """
+        x = self.token_embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(tokens.shape[1])
+        rope = self._rope_tables(tokens) if self.config.position_embedding == "rope" else None
+        for layer in self.layers:
+            recompute = self.recompute is not None and self.training
+            x = self.recompute(layer, x, rope) if recompute and self.recompute else layer(x, rope)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        logits = self.head(x)
+        if labels is None:
+            return logits
+        return vocab_parallel_cross_entropy(logits, labels, self.groups, self.config.vocab_size)
+
+    def _rope_tables(self, tokens: torch.Tensor) -> Rope:
+        length = max(tokens.shape[1], self.config.sequence_length)
+        if self._rope is None or self._rope[0].shape[0] < length or self._rope[0].device != tokens.device:
+            self._rope = rope_tables(length, self.config.head_width, self.config.rope_base, tokens.device)
+        cos, sin = self._rope
+        return cos[: tokens.shape[1]], sin[: tokens.shape[1]]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        self._rope = None  # the tables follow the device of the tokens
+        return super()._apply(fn, recurse)

@@ -1,0 +1,35 @@
+"""Small decisions that all ranks must take alike, over gloo on the CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_lpa.parallel.groups import ParallelGroups
+
+
+def largest_of_all(value: int, groups: ParallelGroups) -> int:
+    """The largest of all ranks' values."""
+    if groups.control_group is None or groups.world_size == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=groups.control_group)
+    return int(tensor)
+
+
+def gather_messages(message: str | None, groups: ParallelGroups) -> str:
+    """Every rank's message with its rank in front, joined; empty when no rank has one.
+
+    Equal messages of several ranks are given once.
+    """
+    if groups.control_group is None or groups.world_size == 1:
+        return message or ""
+    messages: list[str | None] = [None] * groups.world_size
+    dist.all_gather_object(messages, message, group=groups.control_group)
+    ranks_of: dict[str, list[int]] = {}
+    for rank, text in enumerate(messages):
+        if text:
+            ranks_of.setdefault(text, []).append(rank)
+    if len(ranks_of) == 1 and len(next(iter(ranks_of.values()))) == groups.world_size:
+        return next(iter(ranks_of))
+    return "; ".join(f"rank {','.join(map(str, ranks))}: {text}" for text, ranks in ranks_of.items())

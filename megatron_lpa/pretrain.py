@@ -1,0 +1,43 @@
+"""The entry point: ``deepspeed --module megatron_lpa.pretrain --preset tiny/lpa --data.prefix ...``.
+
+Also ``python -m megatron_lpa.pretrain`` for one process, and ``torchrun -m`` for several.
+
+Exit codes: 0 complete, 1 bad input, 128 + n stopped by signal n after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TypeVar
+
+from megatron_lpa.config import load_config, validate_config
+from megatron_lpa.errors import UserError
+from megatron_lpa.train.signals import StopRequest
+
+Result = TypeVar("Result")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says; the process's exit code."""
+    stop = StopRequest().install()
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load_config(sys.argv[1:] if argv is None else argv)
+        for warning in validate_config(config, int(os.environ.get("WORLD_SIZE", "1"))):
+            if is_main:
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
+        # Seconds of imports, only once the config is known to be good.
+        from megatron_lpa.train.session import run_training
+
+        signum = run_training(config, stop)
+    except UserError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 128 + signum if signum else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

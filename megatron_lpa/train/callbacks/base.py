@@ -1,0 +1,51 @@
+"""What a callback may hook into. All ranks run the same callbacks in the same order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_lpa.engine.build import StepResult
+from megatron_lpa.train.state import Record, Run
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One finished optimizer step.
+
+    Args:
+        result: loss and gradient norm.
+        lr: learning rate used.
+        step_s: wall time of the step, data included, in seconds.
+        data_wait_s: part of it spent reading data.
+    """
+
+    result: StepResult
+    lr: float
+    step_s: float
+    data_wait_s: float
+
+
+class Callback:
+    """Does nothing; override what is needed. Collectives are allowed in every hook."""
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step, after a checkpoint was loaded."""
+
+    def after_step(self, run: Run, report: StepReport) -> None:
+        """After each optimizer step; ``run.progress`` already counts it."""
+
+    def on_finish(self, run: Run, signum: int) -> None:
+        """After the last step, or, with ``signum`` above 0, after a signal."""
+
+
+class Sink:
+    """Somewhere records go, on rank 0."""
+
+    def open(self, run: Run) -> None:
+        """Before the first record."""
+
+    def write(self, record: Record) -> None:
+        """One record of ``metrics.jsonl``."""
+
+    def close(self) -> None:
+        """After the last record."""

@@ -1,0 +1,91 @@
+"""From steps to records: averages over an interval, throughput, MFU; and where records go."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from megatron_lpa.errors import UserError
+from megatron_lpa.model.accounting import flops_per_token_training
+from megatron_lpa.train.callbacks.base import Callback, Sink, StepReport
+from megatron_lpa.train.hardware import peak_flops_per_second, peak_memory_bytes
+from megatron_lpa.train.state import Record, Run
+
+
+class Metrics(Callback):
+    """Makes one record per logging interval and hands every record to all sinks on rank 0.
+
+    Losses stay on the device until the interval ends, so that the steps between never wait for it.
+    """
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self.sinks = sinks
+        self._losses: list[torch.Tensor] = []
+        self._step_s = self._data_wait_s = 0.0
+
+    def on_start(self, run: Run) -> None:
+        """Open all sinks."""
+        if run.is_main:
+            for sink in self.sinks:
+                sink.open(run)
+
+    def after_step(self, run: Run, report: StepReport) -> None:
+        """Collect, and emit at the end of an interval.
+
+        Raises:
+            UserError: on all ranks, when the interval's mean loss is not finite.
+        """
+        self._losses.append(report.result.loss)
+        self._step_s += report.step_s
+        self._data_wait_s += report.data_wait_s
+        if run.progress.step % run.config.logging.interval and run.progress.step != run.steps:
+            return
+        steps = len(self._losses)
+        loss = float(run.engine.mean_over_replicas(torch.stack(self._losses).mean()))
+        tokens = steps * run.config.train.global_batch_size * run.config.model.sequence_length
+        rate = tokens / self._step_s
+        flops = rate * flops_per_token_training(run.config.model) / run.engine.groups.world_size
+        peak = peak_flops_per_second(run.config.logging.peak_tflops)
+        self.emit(
+            run,
+            {
+                "kind": "train",
+                "step": run.progress.step,
+                "tokens": run.progress.consumed_tokens,
+                "samples": run.progress.consumed_samples,
+                "loss": loss,
+                "lr": report.lr,
+                "grad_norm": float(report.result.grad_norm),
+                "tokens_per_second": rate,
+                "step_ms": 1000 * self._step_s / steps,
+                "data_wait_ms": 1000 * self._data_wait_s / steps,
+                "model_flops_per_second_per_device": flops,
+                "mfu": None if peak is None else flops / peak,
+                "memory_peak_bytes": peak_memory_bytes(),
+                "skipped_steps": int(run.engine.ds.skipped_steps),
+            },
+        )
+        self._losses.clear()
+        self._step_s = self._data_wait_s = 0.0
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {run.progress.step}: training has diverged; lower optim.lr, raise "
+                "optim.warmup_steps, or continue from an earlier checkpoint"
+            )
+
+    def emit(self, run: Run, record: Record) -> None:
+        """Hand a record to all sinks; called on every rank, acts on rank 0."""
+        if not run.is_main:
+            return
+        record = {**record, "time": time.time()}
+        for sink in self.sinks:
+            sink.write(record)
+
+    def on_finish(self, run: Run, signum: int) -> None:
+        """Close all sinks."""
+        if run.is_main:
+            for sink in self.sinks:
+                sink.close()

@@ -1,0 +1,184 @@
+"""Sinks of records: the metrics file, the console, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from megatron_lpa.errors import UserError
+from megatron_lpa.train.callbacks.base import Sink
+from megatron_lpa.train.state import Record, Run
+
+METRICS = "metrics.jsonl"
+
+
+def drop_records_after(path: Path, step: int) -> None:
+    """Remove records of steps that a resumed run is going to repeat, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record.get("step", 0) <= step:
+            kept.append(line + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    os.replace(partial, path)
+
+
+class MetricsFile(Sink):
+    """``metrics.jsonl`` in the run folder: the record of a run, one JSON object per line."""
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+
+    def open(self, run: Run) -> None:
+        """Continue the file from the step the run resumes at."""
+        path = run.folder / METRICS
+        drop_records_after(path, run.progress.step)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
+
+    def write(self, record: Record) -> None:
+        """Append one line."""
+        assert self._file is not None
+        self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+class Console(Sink):
+    """Readable lines on stdout, and a progress bar on a terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._steps = 0
+
+    def open(self, run: Run) -> None:
+        """Start the progress bar where one is wanted."""
+        self._steps = run.steps
+        wanted = run.config.logging.progress_bar
+        if wanted == "on" or (wanted == "auto" and sys.stderr.isatty()):
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=run.steps, initial=run.progress.step, unit="step", dynamic_ncols=True)
+
+    def write(self, record: Record) -> None:
+        """One line per record."""
+        self._say(describe(record, self._steps))
+        if self._bar is not None and record["kind"] == "train":
+            self._bar.update(record["step"] - self._bar.n)
+            self._bar.set_postfix(loss=f"{record['loss']:.3f}")
+
+    def close(self) -> None:
+        """Finish the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+def describe(record: Record, steps: int) -> str:
+    """A record as one readable line."""
+    step = f"step {record['step']:>{len(str(steps))}}/{steps}"
+    if record["kind"] == "train":
+        mfu = "" if record["mfu"] is None else f" | mfu {100 * record['mfu']:.1f} %"
+        return (
+            f"{step} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | grad norm {record['grad_norm']:.3f}"
+            f" | {record['tokens_per_second']:,.0f} tokens/s | {record['step_ms']:.0f} ms/step{mfu}"
+        )
+    if record["kind"] in ("valid", "test"):
+        return (
+            f"{step} | {record['kind']} loss {record['loss']:.4f} | perplexity {record['perplexity']:.2f}"
+            f" | {record['tokens_evaluated']:,} tokens"
+        )
+    return f"{step} | {record['message']}"
+
+
+class TensorBoard(Sink):
+    """Event files in ``<run folder>/tensorboard``."""
+
+    def __init__(self) -> None:
+        self._writer: Any = None
+
+    def open(self, run: Run) -> None:
+        """Open the writer; earlier events after the resumed step are hidden."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.progress.step + 1)
+
+    def write(self, record: Record) -> None:
+        """Every number under ``<kind>/<name>``."""
+        for name, value in numbers(record).items():
+            self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WandB(Sink):
+    """Weights & Biases, online or offline; the run's id is kept in the run folder for resuming."""
+
+    def __init__(self, mode: Literal["offline", "online"]) -> None:
+        self._mode = mode
+        self._run: Any = None
+
+    def open(self, run: Run) -> None:
+        """Start or continue the W&B run.
+
+        Raises:
+            UserError: the package is not installed.
+        """
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "logging.wandb needs the package wandb: pip install 'megatron_lpa[wandb]', or set logging.wandb=off"
+            ) from None
+        id_file = run.folder / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(os.urandom(4).hex())
+        self._run = wandb.init(
+            project=run.config.logging.wandb_project,
+            name=run.folder.name,
+            id=id_file.read_text().strip(),
+            resume="allow",
+            mode=self._mode,
+            dir=str(run.folder),
+            config=dataclasses.asdict(run.config),
+        )
+
+    def write(self, record: Record) -> None:
+        """Every number under ``<kind>/<name>``."""
+        values = {f"{record['kind']}/{name}": value for name, value in numbers(record).items()}
+        if values:
+            self._run.log(values, step=record["step"])
+
+    def close(self) -> None:
+        """Finish the W&B run."""
+        if self._run is not None:
+            self._run.finish()
+
+
+def numbers(record: Record) -> dict[str, float]:
+    """The numeric fields of a record, without its position."""
+    return {
+        name: value
+        for name, value in record.items()
+        if isinstance(value, (int, float)) and name not in ("step", "time")
+    }

@@ -1,0 +1,47 @@
+"""Loss of the model in training on a whole split, over all processes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megatron_lpa.data.batches import load_batch
+from megatron_lpa.data.gpt_dataset import GPTDataset
+from megatron_lpa.data.sampler import evaluation_indices
+from megatron_lpa.engine.build import Engine
+
+
+@dataclass(frozen=True)
+class SplitLoss:
+    """Loss of a split.
+
+    Args:
+        loss: mean cross-entropy per token, in nats.
+        tokens: tokens predicted.
+    """
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``, per token."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def evaluate_split(engine: Engine, dataset: GPTDataset, max_samples: int | None = None) -> SplitLoss:
+    """Evaluate samples in the order of the text, each exactly once; every rank calls it."""
+    config, groups = engine.config, engine.groups
+    samples = dataset.num_samples if max_samples is None else min(max_samples, dataset.num_samples)
+    total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for indices, weights in evaluation_indices(
+        samples, config.train.micro_batch_size, groups.dp_rank, groups.dp_size
+    ):
+        batch = load_batch(dataset, indices, config.model.vocab_size)
+        losses = engine.losses(torch.from_numpy(batch)).double()
+        weight = torch.from_numpy(weights).to(engine.device, torch.float64).unsqueeze(-1)
+        total += torch.stack(((losses * weight).sum(), weight.sum() * losses.shape[-1]))
+    loss_sum, tokens = (float(value) for value in engine.sum_over_replicas(total))
+    return SplitLoss(loss_sum / tokens, round(tokens))

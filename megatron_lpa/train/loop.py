@@ -1,0 +1,86 @@
+"""The training loop. Everything that is not the step itself is a callback."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_lpa.data.batches import load_batch
+from megatron_lpa.data.sampler import micro_batch_indices
+from megatron_lpa.engine.checkpoint import Progress
+from megatron_lpa.errors import UserError
+from megatron_lpa.parallel.agreement import gather_messages, largest_of_all
+from megatron_lpa.train.callbacks.base import Callback, StepReport
+from megatron_lpa.train.schedule import learning_rate
+from megatron_lpa.train.signals import StopRequest
+from megatron_lpa.train.state import Run
+
+GO_ON, STOP, FAIL = 0, 1000, 2000  # STOP carries the signal's number, FAIL outranks it
+
+
+def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> int:
+    """Train until the last step or a signal. Every rank calls it.
+
+    Callbacks run in order, and in reverse order at the end, so that the first one sees everything.
+
+    Returns:
+        0 when the run is complete, the signal's number when it was asked to stop.
+
+    Raises:
+        UserError: on all ranks, when any rank cannot read its data.
+    """
+    for callback in callbacks:
+        callback.on_start(run)
+    signum = 0
+    while run.progress.step < run.steps:
+        started = time.perf_counter()
+        batches, first_samples, problem = _read_batches(run)
+        read = time.perf_counter()
+        # One small all-reduce on the CPU: all ranks stop, or fail, at the same step.
+        decision = FAIL if problem else STOP + stop.signum if stop.signum else GO_ON
+        decision = largest_of_all(decision, run.engine.groups)
+        if decision >= FAIL:
+            raise UserError(gather_messages(problem, run.engine.groups))
+        if decision >= STOP:
+            signum = decision - STOP
+            break
+        lr = learning_rate(run.progress.step, run.steps, run.config.optim)
+        result = run.engine.train_step(batches, first_samples, lr)
+        run.progress = _advanced(run)
+        report = StepReport(result, lr, time.perf_counter() - started, read - started)
+        for callback in callbacks:
+            callback.after_step(run, report)
+    for callback in reversed(callbacks):
+        callback.on_finish(run, signum)
+    return signum
+
+
+def _read_batches(run: Run) -> tuple[list[torch.Tensor], list[int], str | None]:
+    """This rank's micro-batches of the next step, or what is wrong with them."""
+    train, groups = run.config.train, run.engine.groups
+    positions = micro_batch_indices(
+        run.progress.consumed_samples,
+        train.global_batch_size,
+        train.micro_batch_size,
+        groups.dp_rank,
+        groups.dp_size,
+    )
+    dataset = run.splits.train
+    try:
+        indices = dataset.shuffled(np.concatenate(positions))
+        ids = torch.from_numpy(load_batch(dataset, indices, run.config.model.vocab_size))
+    except (UserError, OSError) as error:
+        return [], [], str(error)
+    return list(ids.split(train.micro_batch_size)), [int(chunk[0]) for chunk in positions], None
+
+
+def _advanced(run: Run) -> Progress:
+    samples = run.config.train.global_batch_size
+    return Progress(
+        step=run.progress.step + 1,
+        consumed_samples=run.progress.consumed_samples + samples,
+        consumed_tokens=run.progress.consumed_tokens + samples * run.config.model.sequence_length,
+    )

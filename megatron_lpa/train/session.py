@@ -1,0 +1,129 @@
+"""One run from a config to its end: processes, data, model, resume, loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_lpa.config import RunConfig, save_config
+from megatron_lpa.data.gpt_dataset import Splits, open_splits
+from megatron_lpa.engine.build import Engine
+from megatron_lpa.engine.checkpoint import complete_checkpoints, load_checkpoint
+from megatron_lpa.engine.ds_config import read_zero_knobs
+from megatron_lpa.engine.launch import start_distributed, stop_distributed
+from megatron_lpa.errors import UserError
+from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
+from megatron_lpa.parallel.agreement import gather_messages
+from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.train.callbacks.base import Callback, Sink
+from megatron_lpa.train.callbacks.checkpoints import Checkpoints
+from megatron_lpa.train.callbacks.evaluation import Evaluation
+from megatron_lpa.train.callbacks.metrics import Metrics
+from megatron_lpa.train.callbacks.sinks import Console, MetricsFile, TensorBoard, WandB
+from megatron_lpa.train.loop import train
+from megatron_lpa.train.schedule import total_steps
+from megatron_lpa.train.signals import StopRequest
+from megatron_lpa.train.state import Run
+
+Result = TypeVar("Result")
+
+
+def run_training(config: RunConfig, stop: StopRequest) -> int:
+    """Train as ``config`` says in all processes of this launch.
+
+    Returns:
+        0 when complete, the signal's number when stopped by one.
+
+    Raises:
+        UserError: on every rank, with one message.
+    """
+    read_zero_knobs(config.train.deepspeed_config, config.train.precision)
+    groups = start_distributed(config.parallel.tensor_parallel_size)
+    try:
+        run = _prepare(config, groups)
+        return train(run, _callbacks(run), stop)
+    finally:
+        stop_distributed()
+
+
+def together(work: Callable[[], Result], groups: ParallelGroups) -> Result:
+    """Do the same work on every rank; if it fails on any, fail on all with all messages."""
+    result, problem = None, None
+    try:
+        result = work()
+    except (UserError, OSError) as error:
+        problem = str(error)
+    problems = gather_messages(problem, groups)
+    if problems:
+        raise UserError(problems)
+    assert result is not None
+    return result
+
+
+def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
+    assert config.logging.name is not None
+    folder = Path(config.logging.run_dir) / config.logging.name
+    splits: Splits = together(
+        lambda: open_splits(config.data, config.model.sequence_length, config.train.seed), groups
+    )
+    steps = total_steps(config.train, config.model, splits.train.num_samples)
+    checkpoint = together(lambda: [_choose_checkpoint(config, folder)], groups)[0]
+    # Every rank continues from what rank 0 found, however fresh its own view of the folder is.
+    chosen = [checkpoint]
+    dist.broadcast_object_list(chosen, src=0, group=groups.control_group)
+    run = Run(config, folder, Engine(config, groups), splits, steps)
+    if chosen[0] is not None:
+        run.progress = load_checkpoint(run.engine, chosen[0])
+        run.saved_step = run.progress.step
+    together(lambda: _write_folder(run), groups)
+    if run.is_main:
+        _introduce(run, chosen[0])
+    return run
+
+
+def _choose_checkpoint(config: RunConfig, folder: Path) -> Path | None:
+    complete = complete_checkpoints(folder / "checkpoints")
+    if config.train.resume == "never" and complete:
+        raise UserError(
+            f"{folder} already holds {complete[-1].name}, and train.resume=never; choose another logging.name, "
+            "delete the folder, or set train.resume=auto to continue"
+        )
+    if config.train.resume == "must" and not complete:
+        raise UserError(f"{folder}/checkpoints holds no complete checkpoint, and train.resume=must")
+    return complete[-1] if complete else None
+
+
+def _write_folder(run: Run) -> Path:
+    if run.is_main:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        save_config(run.config, run.folder / "config.yaml")
+    return run.folder
+
+
+def _introduce(run: Run, checkpoint: Path | None) -> None:
+    config, groups = run.config, run.engine.groups
+    count = count_parameters(config.model)
+    print(
+        f"{run.folder}: {count.total / 1e6:,.1f} M parameters, "
+        f"{flops_per_token_training(config.model) / 1e6:,.0f} MFLOP per token; {groups.world_size} processes = "
+        f"tensor parallel {groups.tp_size} x data parallel {groups.dp_size}, ZeRO-{run.engine.zero_stage}, "
+        f"{config.train.precision}; {run.steps:,} steps of {config.train.global_batch_size} x "
+        f"{config.model.sequence_length} tokens",
+        flush=True,
+    )
+    if checkpoint is not None:
+        print(f"resuming from {checkpoint} at step {run.progress.step:,}", flush=True)
+
+
+def _callbacks(run: Run) -> list[Callback]:
+    logging = run.config.logging
+    sinks: list[Sink] = [MetricsFile(), Console()]
+    if logging.tensorboard:
+        sinks.append(TensorBoard())
+    if logging.wandb != "off":
+        sinks.append(WandB(logging.wandb))
+    metrics = Metrics(sinks)
+    return [metrics, Evaluation(metrics), Checkpoints(metrics)]

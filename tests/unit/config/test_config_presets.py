@@ -1,0 +1,118 @@
+"""Every preset runs, and has the parameter count that the paper prints (paper.md names the tables)."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_lpa.config import load_config, preset_names, validate_config
+from megatron_lpa.model.accounting import count_parameters
+
+COUNTS_MILLIONS = {
+    "s1_small/transformer": 135,
+    "s1_small/same_param": 128,
+    "s1_small/lpa": 125,
+    "s1_small/low_ffn": 125,
+    "s1_small/low_all": 126,
+    "s1_small/attn_dim": 135,
+    "s1_small/ffn_dim": 135,
+    "s1_small/layer_num": 138,
+    "s1_medium/transformer": 369,
+    "s1_medium/same_param": 319,
+    "s1_medium/lpa": 319,
+    "s1_medium/lpa_r128": 293,
+    "s1_medium/lpa_r64": 281,
+    "s1_medium/lpa_r32": 274,
+    "s1_medium/lpa_kv": 344,
+    "s1_medium/lpa_qkv": 331,
+    "s1_medium/low_ffn": 325,
+    "s1_medium/low_all": 318,
+    "s1_medium/attn_dim": 369,
+    "s1_medium/ffn_dim": 369,
+    "s1_medium/layer_num": 371,
+    "s2_small/transformer": 134,
+    "s2_small/same_param": 116,
+    "s2_small/lpa": 115,
+    "s2_small/low_ffn": 116,
+    "s2_small/low_all": 117,
+    "s2_medium/transformer": 368,
+    "s2_medium/same_param": 318,
+    "s2_medium/lpa": 318,
+    "s2_medium/lpa_kv": 343,
+    "s2_medium/lpa_qkv": 330,
+    "s2_medium/low_ffn": 318,
+    "s2_medium/low_all": 314,
+}
+COUNTS_BILLIONS = {"3b/transformer": 3.23, "3b/same_param": 2.49, "3b/lpa": 2.43}
+
+
+def parameters(name: str, *overrides: str) -> int:
+    return count_parameters(load_config(["--preset", name, *overrides]).model).total
+
+
+@pytest.mark.parametrize(("name", "millions"), COUNTS_MILLIONS.items())
+def test_count_is_the_papers_in_millions(name: str, millions: int) -> None:
+    assert round(parameters(name) / 1e6) == millions
+
+
+@pytest.mark.parametrize(("name", "billions"), COUNTS_BILLIONS.items())
+def test_count_is_the_papers_in_billions(name: str, billions: float) -> None:
+    assert round(parameters(name) / 1e9, 2) == billions
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("3b/transformer", 3246), ("3b/same_param", 2504), ("3b/lpa", 2440)]
+)
+def test_the_printed_ffn_width_of_the_3b_models_is_an_override(name: str, millions: int) -> None:
+    assert round(parameters(name, "--model.ffn_hidden_size=14436") / 1e6) == millions
+
+
+def test_every_preset_of_the_paper_is_counted() -> None:
+    counted = {*COUNTS_MILLIONS, *COUNTS_BILLIONS}
+    assert counted == {name for name in preset_names() if not name.startswith("tiny/")}
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_validates_where_it_is_meant_to_run(name: str) -> None:
+    config = load_config(["--preset", name, "--data.prefix", "corpus"])
+    for world_size in (1, 2) if name.startswith("tiny/") else (1, 8):
+        assert validate_config(config, world_size) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens_per_step"),
+    [
+        ("s1_small", 81_920),
+        ("s1_medium", 98_304),
+        ("s2_small", 81_920),
+        ("s2_medium", 61_440),
+        ("3b", 262_144),
+    ],
+)
+def test_recipes_are_the_papers(family: str, tokens_per_step: int) -> None:
+    """Tables 9 and 10: 82K, 98K, 82K, 61K and 262K tokens per batch."""
+    config = load_config(["--preset", f"{family}/transformer"])
+    assert config.train.global_batch_size * config.model.sequence_length == tokens_per_step
+    assert (config.optim.beta1, config.optim.beta2, config.optim.eps) == (0.9, 0.95, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "transformer", "lpa"),
+    [
+        ("s1_small", 8e-4, 8e-4),
+        ("s1_medium", 8e-4, 8e-4),
+        ("s2_small", 1e-3, 1e-3),
+        ("s2_medium", 1e-3, 8e-4),
+        ("3b", 3e-4, 6e-4),
+    ],
+)
+def test_learning_rates_are_the_papers(family: str, transformer: float, lpa: float) -> None:
+    assert load_config(["--preset", f"{family}/transformer"]).optim.lr == transformer
+    assert load_config(["--preset", f"{family}/same_param"]).optim.lr == transformer
+    assert load_config(["--preset", f"{family}/lpa"]).optim.lr == lpa
+
+
+def test_tiny_variants_are_comparable_and_small() -> None:
+    lpa = parameters("tiny/lpa")
+    for variant in ("same_param", "low_ffn", "low_all"):
+        assert parameters(f"tiny/{variant}") == pytest.approx(lpa, rel=0.01)
+    assert lpa < parameters("tiny/transformer") < 3_000_000
