@@ -15,6 +15,11 @@ from megatron_lpa.errors import UserError
 _SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer")
 
 
+def usable_cores() -> int:
+    """Cores this process may use: under a job scheduler often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     text = parser.add_argument_group("input")
@@ -45,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     output.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=usable_cores(),
         help="tokenizing processes (default: all cores); the output does not depend on it",
     )
     output.add_argument(

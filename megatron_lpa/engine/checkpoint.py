@@ -17,10 +17,8 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +28,11 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 import megatron_lpa
 from megatron_lpa.engine.build import Engine
+from megatron_lpa.engine.manifest import FORMAT, MANIFEST, Progress, complete_checkpoints, read_manifest
 from megatron_lpa.engine.weights import write_weights
 from megatron_lpa.errors import UserError
-from megatron_lpa.parallel.agreement import gather_messages
+from megatron_lpa.parallel.agreement import gather_messages, together
 from megatron_lpa.parallel.groups import ParallelGroups
-
-MANIFEST = "manifest.json"
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come; with the config it determines everything that follows.
-
-    Args:
-        step: optimizer steps done.
-        consumed_samples: sequences read for training.
-        consumed_tokens: tokens predicted in training.
-    """
-
-    step: int = 0
-    consumed_samples: int = 0
-    consumed_tokens: int = 0
 
 
 class _GuardedWriter(TorchCheckpointEngine):
@@ -129,19 +110,20 @@ def save_checkpoint(engine: Engine, folder: Path, progress: Progress, keep: int)
         UserError: on every rank when any rank could not write; nothing half-written stays.
     """
     final = folder / f"step_{progress.step:08d}"
-    if (final / MANIFEST).exists():
-        return final
     partial = folder / f".{final.name}.partial"
     groups = engine.groups
-    if groups.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)  # a folder without a manifest
-    _barrier(groups)
+
+    def make_folders() -> list[Path]:
+        if groups.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / "state").mkdir(parents=True)
+        return []
 
     def write_state() -> list[Path]:
-        (partial / "state").mkdir(parents=True, exist_ok=True)
         writer = _GuardedWriter()
         previous, engine.ds.checkpoint_engine = engine.ds.checkpoint_engine, writer
+        # DeepSpeed would copy scripts beside its files; a disk that fills up there would stop rank 0 alone.
+        engine.ds._copy_recovery_script = lambda save_path: None
         try:
             engine.ds.save_checkpoint(str(partial), tag="state", save_latest=False)
         finally:
@@ -151,6 +133,7 @@ def save_checkpoint(engine: Engine, folder: Path, progress: Progress, keep: int)
         return [Path(path) for path in writer.written]
 
     try:
+        _guarded(make_folders, groups)
         files = _guarded(write_state, groups)
         files += _guarded(lambda: write_weights(engine, partial / "weights"), groups)
         described: list[Any] = [None] * groups.world_size
@@ -172,6 +155,7 @@ def save_checkpoint(engine: Engine, folder: Path, progress: Progress, keep: int)
         def publish() -> list[Path]:
             if groups.rank == 0:
                 _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+                shutil.rmtree(final, ignore_errors=True)  # this step's checkpoint from before a resume
                 os.replace(partial, final)
                 _fsync_folder(folder)
             return []
@@ -188,48 +172,13 @@ def save_checkpoint(engine: Engine, folder: Path, progress: Progress, keep: int)
     return final
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Folders of complete checkpoints, oldest first."""
-    found = [
-        p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and (p / MANIFEST).exists()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint.
-
-    Raises:
-        UserError: missing or unreadable manifest, or a file that is missing or of another size.
-    """
-    path = checkpoint / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-        files = manifest["files"]
-        progress = Progress(**manifest["progress"])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {checkpoint} is not a complete checkpoint") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a checkpoint manifest: {error!r}; delete {checkpoint}") from error
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}")
-    for name, described in files.items():
-        file = checkpoint / name
-        if not file.is_file() or file.stat().st_size != described["bytes"]:
-            raise UserError(
-                f"{file}: missing or not {described['bytes']} bytes long as {MANIFEST} says; delete "
-                f"{checkpoint} to continue from an earlier checkpoint"
-            )
-    return {**manifest, "progress": progress}
-
-
 def load_checkpoint(engine: Engine, checkpoint: Path) -> Progress:
     """Continue from a checkpoint of the same model and layout; every rank calls it.
 
     Raises:
         UserError: damaged files, another model or another layout; the message lists what differs.
     """
-    manifest = read_manifest(checkpoint)
+    manifest = together(lambda: _verified_manifest(checkpoint, engine.groups), engine.groups)
     for section, own in (("model", dataclasses.asdict(engine.config.model)), ("layout", _layout(engine))):
         saved = manifest[section]
         differing = _differences(saved, own, section)
@@ -245,6 +194,18 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> Progress:
     return manifest["progress"]
 
 
+def _verified_manifest(checkpoint: Path, groups: ParallelGroups) -> dict[str, Any]:
+    """The manifest, with this rank's share of all files compared with their hashes."""
+    manifest = read_manifest(checkpoint)
+    for name in sorted(manifest["files"])[groups.rank :: groups.world_size]:
+        if _sha256(checkpoint / name) != manifest["files"][name]["sha256"]:
+            raise UserError(
+                f"{checkpoint / name}: the contents differ from what {MANIFEST} says: the file is damaged; delete "
+                f"{checkpoint} to continue from an earlier checkpoint"
+            )
+    return manifest
+
+
 def _differences(saved: Any, own: Any, name: str) -> list[str]:
     if isinstance(saved, dict) and isinstance(own, dict):
         return [
@@ -253,11 +214,6 @@ def _differences(saved: Any, own: Any, name: str) -> list[str]:
             for line in _differences(saved.get(key), own.get(key), f"{name}.{key}")
         ]
     return [] if saved == own else [f"{name} was {saved}, is {own}"]
-
-
-def _barrier(groups: ParallelGroups) -> None:
-    if groups.control_group is not None:
-        dist.barrier(group=groups.control_group)
 
 
 def _fsync_folder(folder: Path) -> None:

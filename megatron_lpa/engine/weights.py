@@ -1,4 +1,4 @@
-"""Unsharded weights as safetensors, written from any layout and read into one process."""
+"""Unsharded weights as safetensors, written from any layout; ``weights_reader`` reads them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from megatron_lpa.config import ModelConfig
 from megatron_lpa.engine.build import Engine, gathered_for_reading
-from megatron_lpa.errors import UserError
+from megatron_lpa.engine.weights_reader import INDEX, SINGLE, load_decoder
 from megatron_lpa.model.init import named_parameters_once
-from megatron_lpa.model.transformer import Decoder
-from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import merge, spec_of
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
+
+__all__ = ["INDEX", "SHARD_BYTES", "SINGLE", "load_decoder", "unsharded", "write_weights"]
 
 
 def write_weights(engine: Engine, folder: Path, shard_bytes: int = SHARD_BYTES) -> list[Path]:
@@ -99,43 +96,3 @@ def unsharded(engine: Engine, parameter: torch.nn.Parameter) -> torch.Tensor | N
     parts = [torch.empty_like(own) for _ in range(groups.tp_size)]
     dist.all_gather(parts, own, group=groups.tp_group)
     return merge(parts, spec).cpu().contiguous() if groups.rank == 0 else None
-
-
-def load_decoder(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
-    """A decoder in this process with the weights of a checkpoint's ``weights`` folder, in eval mode.
-
-    Raises:
-        UserError: missing or damaged files, or weights of another model.
-    """
-    decoder = Decoder(model, ParallelGroups.single()).to(dtype).eval()
-    expected = dict(named_parameters_once(decoder))
-    single = folder / SINGLE
-    try:
-        if single.is_file():
-            names = [SINGLE]
-        else:
-            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        seen: set[str] = set()
-        for file_name in names:
-            with safe_open(folder / file_name, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    seen.add(name)
-                    value = file.get_tensor(name)
-                    if name not in expected or expected[name].shape != value.shape:
-                        raise UserError(
-                            f"{folder / file_name}: {name} of shape {tuple(value.shape)} does not fit the model"
-                        )
-                    with torch.no_grad():
-                        expected[name].copy_(value)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: no weights here ({error}); expected {SINGLE} or {INDEX}") from error
-    except (SafetensorError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{folder}: damaged weights: {error}") from error
-    missing = sorted(expected.keys() - seen)
-    if missing:
-        raise UserError(
-            f"{folder}: weights of {missing[0]} and {len(missing) - 1} more parameters are missing"
-        )
-    return decoder

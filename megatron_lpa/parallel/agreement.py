@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import torch
 import torch.distributed as dist
 
+from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.groups import ParallelGroups
+
+Result = TypeVar("Result")
 
 
 def largest_of_all(value: int, groups: ParallelGroups) -> int:
@@ -33,3 +39,21 @@ def gather_messages(message: str | None, groups: ParallelGroups) -> str:
     if len(ranks_of) == 1 and len(next(iter(ranks_of.values()))) == groups.world_size:
         return next(iter(ranks_of))
     return "; ".join(f"rank {','.join(map(str, ranks))}: {text}" for text, ranks in ranks_of.items())
+
+
+def together(work: Callable[[], Result], groups: ParallelGroups) -> Result:
+    """Do the same work on every rank; if it fails on any, fail on all with all messages.
+
+    Raises:
+        UserError: on every rank, when ``work`` raised ``UserError`` or ``OSError`` on any.
+    """
+    result: Result | None = None
+    problem = None
+    try:
+        result = work()
+    except (UserError, OSError) as error:
+        problem = str(error)
+    problems = gather_messages(problem, groups)
+    if problems:
+        raise UserError(problems)
+    return cast(Result, result)

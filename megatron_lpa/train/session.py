@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -16,7 +14,7 @@ from megatron_lpa.engine.ds_config import read_zero_knobs
 from megatron_lpa.engine.launch import start_distributed, stop_distributed
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
-from megatron_lpa.parallel.agreement import gather_messages
+from megatron_lpa.parallel.agreement import together
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.callbacks.base import Callback, Sink
 from megatron_lpa.train.callbacks.checkpoints import Checkpoints
@@ -27,8 +25,6 @@ from megatron_lpa.train.loop import train
 from megatron_lpa.train.schedule import total_steps
 from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.state import Run
-
-Result = TypeVar("Result")
 
 
 def run_training(config: RunConfig, stop: StopRequest) -> int:
@@ -47,20 +43,6 @@ def run_training(config: RunConfig, stop: StopRequest) -> int:
         return train(run, _callbacks(run), stop)
     finally:
         stop_distributed()
-
-
-def together(work: Callable[[], Result], groups: ParallelGroups) -> Result:
-    """Do the same work on every rank; if it fails on any, fail on all with all messages."""
-    result, problem = None, None
-    try:
-        result = work()
-    except (UserError, OSError) as error:
-        problem = str(error)
-    problems = gather_messages(problem, groups)
-    if problems:
-        raise UserError(problems)
-    assert result is not None
-    return result
 
 
 def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
@@ -114,6 +96,8 @@ def _introduce(run: Run, checkpoint: Path | None) -> None:
         f"{config.model.sequence_length} tokens",
         flush=True,
     )
+    for note in run.splits.notes:
+        print(f"note: {note}", flush=True)
     if checkpoint is not None:
         print(f"resuming from {checkpoint} at step {run.progress.step:,}", flush=True)
 

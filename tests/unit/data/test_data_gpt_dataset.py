@@ -86,7 +86,7 @@ def test_splits_are_megatrons(split: str) -> None:
 
 
 def test_splits_share_no_document_and_lose_none() -> None:
-    for num_documents in range(0, 300):
+    for num_documents in range(300):
         train, valid, test = split_documents(num_documents, "969,30,1")
         assert [*range(*train), *range(*valid), *range(*test)] == list(range(num_documents))
 

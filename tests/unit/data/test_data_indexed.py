@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from megatron_lpa.data.files import PartialFile
 from megatron_lpa.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
 from megatron_lpa.errors import UserError
 
@@ -203,6 +204,24 @@ def test_files_appear_only_at_the_end(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"d\.idx: no such file"):
             IndexedDataset(tmp_path / "d")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "d.idx"]
+
+
+def test_replacing_a_dataset_never_pairs_the_old_index_with_new_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "d", [[1, 2], [3]])
+    publish = PartialFile.publish
+
+    def die_before_the_index(file: PartialFile) -> None:
+        if file.path.suffix == ".idx":
+            raise KeyboardInterrupt
+        publish(file)
+
+    monkeypatch.setattr(PartialFile, "publish", die_before_the_index)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "d", [[4], [5, 6]])  # as many tokens, so the size of the .bin tells nothing
+    with pytest.raises(UserError, match=r"d\.idx: no such file"):
+        IndexedDataset(tmp_path / "d")
 
 
 def test_two_writers_of_one_dataset_exclude_each_other(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import zstandard
 from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +53,7 @@ def test_documents_are_the_texts_in_order_with_counts(corpus: Path, bpe_folder: 
     prefix = f"{tmp_path}/out_text_document"
     texts = [text for line in corpus.read_text().splitlines() if (text := json.loads(line)["text"])]
     reference = PreTrainedTokenizerFast.from_pretrained(bpe_folder)
-    expected = [ids + [0] for ids in reference(texts, add_special_tokens=False)["input_ids"]]
+    expected = [[*ids, 0] for ids in reference(texts, add_special_tokens=False)["input_ids"]]
     dataset = IndexedDataset(prefix)
     assert [dataset.document(i).tolist() for i in range(dataset.num_documents)] == expected
     manifest = json.loads(Path(f"{prefix}.json").read_text())
@@ -100,8 +102,6 @@ def test_megatron_options_two_keys_and_another_folder(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         f"my_{key}_document.{ending}" for key in ("body", "title") for ending in ("bin", "idx", "json")
     ]
-    import sentencepiece
-
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
     titles = IndexedDataset(tmp_path / "out/my_title_document")
     bodies = IndexedDataset(tmp_path / "out/my_body_document")
@@ -149,8 +149,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def wait_for(condition: object, what: str, seconds: float = 30) -> None:
-    assert callable(condition)
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what

@@ -33,12 +33,13 @@ def test_by_hand() -> None:
 
 def test_a_run_resumed_on_other_processes_reads_what_the_first_would_have() -> None:
     def read(steps: list[tuple[int, int]]) -> list[int]:
-        consumed, seen = 0, []
+        consumed = 0
+        seen: list[int] = []
         for dp_size, micro_batch_size in steps:
             ranks = [micro_batch_indices(consumed, 8, micro_batch_size, r, dp_size) for r in range(dp_size)]
-            seen.append(sorted(np.concatenate([np.concatenate(rank) for rank in ranks]).tolist()))
+            seen += sorted(np.concatenate([np.concatenate(rank) for rank in ranks]).tolist())
             consumed += 8
-        return sum(seen, [])
+        return seen
 
     assert read([(2, 2)] * 4) == read([(2, 2), (1, 8), (4, 1), (8, 1)])
 

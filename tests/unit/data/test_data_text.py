@@ -139,7 +139,7 @@ def test_one_json_document_instead_of_lines_says_how_to_convert(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", ["c.jsonl.gz", "e.jsonl.zst", "f.jsonl.zst", "g.jsonl.zst"])
 def test_a_compressed_file_cut_short_is_never_taken_for_a_whole_one(tmp_path: Path, name: str) -> None:
-    data = FORMATS[name](lines(["text %d" % i for i in range(500)]))
+    data = FORMATS[name](lines([f"text {i}" for i in range(500)]))
     path = tmp_path / name
     for length in {len(data) - 1, len(data) - 5, len(data) // 2, 20}:
         path.write_bytes(data[:length])

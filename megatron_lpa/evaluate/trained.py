@@ -1,0 +1,146 @@
+"""A finished or running training run, opened for use in one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_lpa.config import RunConfig, load_config
+from megatron_lpa.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_lpa.engine.manifest import MANIFEST, complete_checkpoints, read_manifest
+from megatron_lpa.engine.weights_reader import load_decoder
+from megatron_lpa.errors import UserError
+from megatron_lpa.model.transformer import Decoder
+
+CONFIG = "config.yaml"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A trained model with what is needed to use it.
+
+    Args:
+        config: the run's resolved configuration.
+        decoder: in eval mode, in the run's precision, on the GPU if there is one.
+        tokenizer: None when the run recorded none and none was given.
+        step: optimizer steps that made these weights.
+        folder: the run folder.
+        manifest: what the checkpoint says about itself.
+    """
+
+    config: RunConfig
+    decoder: Decoder
+    tokenizer: Tokenizer | None
+    step: int
+    folder: Path
+    manifest: dict[str, Any]
+
+
+def load_run(run: str | Path, step: int | None = None, tokenizer: str | None = None) -> TrainedRun:
+    """Open a run without a process group and without DeepSpeed.
+
+    Args:
+        run: a run folder, or one of its checkpoint folders.
+        step: which checkpoint of a run folder; None takes the newest complete one.
+        tokenizer: use this one, not the run's; see ``load_tokenizer``.
+
+    Raises:
+        UserError: no such folder or step, no complete checkpoint, damaged files, or a tokenizer that is
+            gone or has more ids than the model.
+    """
+    folder, checkpoint = find_checkpoint(Path(run), step)
+    config = read_config(folder)
+    manifest = read_manifest(checkpoint, under="weights/")
+    # The tokenizer first: a wrong path should not cost the time of loading a large model.
+    loaded = _tokenizer_of(config, folder, tokenizer)
+    decoder = load_decoder(checkpoint / "weights", config.model, _DTYPES[config.train.precision])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return TrainedRun(config, decoder.to(device), loaded, manifest["progress"].step, folder, manifest)
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> tuple[Path, Path]:
+    """``(run folder, checkpoint folder)`` of a path that names either.
+
+    Raises:
+        UserError: as :func:`load_run`.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a run folder such as runs/tiny-lpa")
+    if (path / MANIFEST).is_file():
+        if step is not None:
+            raise UserError(f"{path} is one checkpoint already; leave --step out, or give the run folder")
+        return path.resolve().parents[1], path
+    complete = complete_checkpoints(path / "checkpoints")
+    if not complete:
+        raise UserError(
+            f"{path}/checkpoints holds no complete checkpoint (a step_NNNNNNNN folder with {MANIFEST}); "
+            "train until one is written, or give another folder"
+        )
+    if step is None:
+        return path, complete[-1]
+    steps = {int(found.name.removeprefix("step_")): found for found in complete}
+    if step not in steps:
+        raise UserError(
+            f"{path} holds no complete checkpoint of step {step}; it has {', '.join(map(str, steps))}"
+        )
+    return path, steps[step]
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration that a run folder records."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {folder} is not a run folder, or was copied without it")
+    return load_config(["--config", str(path)])
+
+
+def required_tokenizer(run: TrainedRun) -> Tokenizer:
+    """The run's tokenizer.
+
+    Raises:
+        UserError: it has none.
+    """
+    if run.tokenizer is None:
+        raise UserError(
+            f"{run.folder / CONFIG}: data.tokenizer is empty, so text cannot be read or written; give --tokenizer"
+        )
+    return run.tokenizer
+
+
+def _tokenizer_of(config: RunConfig, folder: Path, override: str | None) -> Tokenizer | None:
+    recorded = config.data.tokenizer
+    if override is None and recorded is None:
+        return None
+    if override is not None:
+        tokenizer = load_tokenizer(override)
+    else:
+        assert recorded is not None
+        try:
+            tokenizer = load_tokenizer(_found_again(recorded, config, folder))
+        except UserError as error:
+            raise UserError(
+                f"{folder / CONFIG}: data.tokenizer cannot be used: {error}; give --tokenizer"
+            ) from error
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but the model of {folder} knows "
+            f"{config.model.vocab_size}; give the one it was trained with: --tokenizer"
+        )
+    return tokenizer
+
+
+def _found_again(recorded: str, config: RunConfig, folder: Path) -> str:
+    """A relative path is relative to where training was started, which the run folder's place tells."""
+    if Path(recorded).exists() or config.logging.name is None:
+        return recorded
+    run = Path(config.logging.run_dir) / config.logging.name
+    here = folder.resolve()
+    if here.parts[-len(run.parts) :] == run.parts:
+        there = Path(*here.parts[: -len(run.parts)]) / recorded
+        if there.exists():
+            return str(there)
+    return recorded

@@ -1,0 +1,49 @@
+"""Work over processes: results in order, bounded memory, errors that arrive."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_lpa.data.ordered_pool import ordered_map
+from megatron_lpa.errors import UserError
+
+_offset = 0
+
+
+def set_offset(offset: int) -> None:
+    global _offset
+    _offset = offset
+
+
+def slow_for_even(number: int) -> int:
+    if number == 25:
+        raise UserError("number 25")
+    time.sleep(0.02 if number % 2 == 0 else 0)
+    return number + _offset
+
+
+def test_results_come_in_order_and_items_are_drawn_only_when_needed() -> None:
+    drawn = 0
+
+    def items() -> Iterator[int]:
+        nonlocal drawn
+        for number in range(20):
+            drawn += 1
+            yield number
+
+    taken = 0
+    for result in ordered_map(slow_for_even, items(), 2, set_offset, (100,)):
+        assert result == 100 + taken
+        taken += 1
+        assert drawn - taken <= 2 * 2 + 2
+    assert taken == 20
+
+
+def test_an_error_arrives_after_the_results_before_it() -> None:
+    results = ordered_map(slow_for_even, range(20, 40), 2, set_offset, (0,))
+    assert [next(results) for _ in range(5)] == [20, 21, 22, 23, 24]
+    with pytest.raises(UserError, match=r"^number 25$"):
+        next(results)

@@ -1,0 +1,124 @@
+#!/usr/bin/env python
+"""Loss, perplexity per token and per word, and bits per byte of a trained run on any text.
+
+    python tools/evaluate.py --run runs/tiny-lpa --data data/test_text_document
+    python tools/evaluate.py --run runs/tiny-lpa --step 300 --text article.txt --stride 64
+
+By default the windows are those of the training loop, so that the loss of a test set is the one in the
+run's metrics.jsonl. With --stride the window slides, every token has context, and the loss is lower.
+End-of-document tokens are predicted like any other; they count as no word and no byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from megatron_lpa.data.indexed import IndexedDataset
+from megatron_lpa.errors import UserError
+from megatron_lpa.evaluate.perplexity import TextLoss, ids_of_texts, measure
+from megatron_lpa.evaluate.trained import load_run, required_tokenizer
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--run", required=True, metavar="FOLDER", help="run folder or checkpoint folder")
+    parser.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
+    parser.add_argument("--tokenizer", metavar="PATH", help="default: the one the run records")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", metavar="PREFIX", help="tokenized dataset, without .bin or .idx")
+    source.add_argument(
+        "--text", nargs="+", metavar="PATH", help=".jsonl (plain, .gz, .zst) or .txt files, folders, globs"
+    )
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="of --text's JSON lines")
+    parser.add_argument("--stride", type=positive, metavar="N", help="slide the window N tokens at a time")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="windows at once")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="predict the first N tokens only")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_args(argv)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
+    """What is printed, by name.
+
+    Raises:
+        UserError: a run, dataset or text that cannot be used.
+    """
+    run = load_run(arguments.run, arguments.step, arguments.tokenizer)
+    if arguments.data is not None:
+        dataset = IndexedDataset(arguments.data)
+        ids = dataset.tokens(0, dataset.num_tokens)
+    else:
+        ids = ids_of_texts(arguments.text, required_tokenizer(run), arguments.json_key)
+    result = measure(
+        run.decoder,
+        ids,
+        run.tokenizer,
+        stride=arguments.stride,
+        batch_size=arguments.batch_size,
+        max_tokens=arguments.max_tokens,
+        progress=True,
+    )
+    return {"run": str(run.folder), "step": run.step, "stride": arguments.stride, **numbers_of(result)}
+
+
+def numbers_of(result: TextLoss) -> dict[str, object]:
+    """The measurements; None where the text is not known."""
+    return {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "word_perplexity": result.word_perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "nll_nats": result.nll_nats,
+        "tokens": result.tokens,
+        "words": result.words,
+        "text_bytes": result.text_bytes,
+    }
+
+
+def describe(numbers: dict[str, object]) -> str:
+    """The same for people."""
+    protocol = (
+        "the training loop's windows" if numbers["stride"] is None else f"sliding, stride {numbers['stride']}"
+    )
+    lines = [
+        f"{numbers['run']}, step {numbers['step']:,}: {numbers['tokens']:,} tokens, {protocol}",
+        f"loss                {numbers['loss']:.4f} nats per token",
+        f"perplexity          {numbers['perplexity']:.2f} per token",
+    ]
+    words, text_bytes = numbers["words"], numbers["text_bytes"]
+    if text_bytes is None:
+        lines.append("per word and byte   not measured: the run records no tokenizer; give --tokenizer")
+    if words:
+        lines.append(f"perplexity          {numbers['word_perplexity']:.2f} per word ({words:,} words)")
+    if text_bytes:
+        lines.append(f"bits per byte       {numbers['bits_per_byte']:.4f} ({text_bytes:,} bytes of UTF-8)")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure and print; 0, or 1 with a message for what the user can mend."""
+    arguments = parse_arguments(argv)
+    try:
+        numbers = evaluate(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(numbers, indent=2) if arguments.json else describe(numbers))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,70 @@
+#!/usr/bin/env python
+"""Plots the losses of runs by tokens and by training time, as a PNG.
+
+    python tools/plot_curves.py --run runs/tiny-transformer --run runs/tiny-lpa --output loss.png
+    python tools/plot_curves.py --run runs/a --run runs/b --labels "rank 32" "rank 64" --smooth 5 --x time
+
+Lines are training losses, markers validation losses. Time is that of the training steps alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_lpa.errors import UserError
+from megatron_lpa.evaluate.curves import figure_of, read_curve, save_png
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--run", action="append", required=True, metavar="FOLDER", help="run folder; repeat for more curves"
+    )
+    parser.add_argument("--labels", nargs="+", metavar="TEXT", help="one per run (default: folder names)")
+    parser.add_argument("--output", required=True, metavar="FILE.png")
+    parser.add_argument("--x", choices=["tokens", "time", "both"], default="both", help="default: both")
+    parser.add_argument(
+        "--smooth", type=int, default=1, metavar="N", help="mean of N neighbouring records (default: 1)"
+    )
+    parser.add_argument("--title", help="default: what is plotted")
+    return parser.parse_args(argv)
+
+
+def plot(arguments: argparse.Namespace) -> Path:
+    """Draw and write; the path of the picture.
+
+    Raises:
+        UserError: bad records, options that do not fit, or a path that cannot be written.
+    """
+    folders = [Path(name) for name in arguments.run]
+    labels = arguments.labels or [folder.resolve().name for folder in folders]
+    if len(labels) != len(folders):
+        raise UserError(f"--labels has {len(labels)} names for {len(folders)} runs; give one per --run")
+    if arguments.smooth < 1:
+        raise UserError(f"--smooth is {arguments.smooth}; give 1 or more")
+    output = Path(arguments.output)
+    if output.suffix != ".png":
+        raise UserError(f"--output {output}: only PNG is written; give a name that ends in .png")
+    curves = [read_curve(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    save_png(figure_of(curves, arguments.x, arguments.smooth, arguments.title), output)
+    return output
+
+
+def main(argv: Sequence[str]) -> int:
+    """Plot; 0, or 1 with a message for what the user can mend."""
+    arguments = parse_arguments(argv)
+    try:
+        print(plot(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
