@@ -83,9 +83,15 @@ def start_distributed(tensor_parallel_size: int) -> ParallelGroups:
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_world_size(world_size)))
     with redirect_stdout(io.StringIO()):  # the name of an extension it builds
-        deepspeed.init_distributed(
-            dist_backend=backend, auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False
-        )
+        try:
+            deepspeed.init_distributed(
+                dist_backend=backend, auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False
+            )
+        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+            raise UserError(
+                f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}; "
+                "if another run uses this port, give the launcher another --master_port"
+            ) from error
     return ParallelGroups.create(tensor_parallel_size, TIMEOUT)
 
 

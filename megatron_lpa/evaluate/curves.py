@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,13 +83,13 @@ def figure_of(curves: Sequence[Curve], axis: Axis = "both", smooth: int = 1, tit
 
     Each panel begins above the steep first descent, whose scale would flatten everything after it.
     """
-    os.environ.setdefault("MPLBACKEND", "Agg")  # a login node has no display
+    # Figure without pyplot draws with Agg: no display is needed, and no state is left behind.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     kinds = ("tokens", "time") if axis == "both" else (axis,)
     figure = Figure(figsize=(5.0 * len(kinds) + 0.4, 4.0), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False, gridspec_kw={"wspace": 0.06})[0]
     token_scale, token_unit = _token_unit(max(float(curve.tokens[-1]) for curve in curves))
     time_scale, time_unit = _time_unit(max(float(curve.seconds[-1]) for curve in curves))
     for panel, kind in zip(panels, kinds, strict=True):

@@ -40,7 +40,8 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> int:
         batches, first_samples, problem = _read_batches(run)
         read = time.perf_counter()
         # One small all-reduce on the CPU: all ranks stop, or fail, at the same step.
-        decision = FAIL if problem else STOP + stop.signum if stop.signum else GO_ON
+        wish = stop.signum()
+        decision = FAIL if problem else STOP + wish if wish else GO_ON
         decision = largest_of_all(decision, run.engine.groups)
         if decision >= FAIL:
             raise UserError(gather_messages(problem, run.engine.groups))

@@ -1,20 +1,26 @@
-"""Signals become a wish to stop, which the loop reads at the end of each step."""
+"""Reasons to stop early, which the loop reads at the end of each step."""
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
+
+import psutil
 
 
 class StopRequest:
     """Remembers the first SIGINT or SIGTERM; later ones change nothing.
 
-    ``signum`` is 0 until one arrives. The exit code of a run stopped by a signal is ``128 + signum``, as
-    shells have it.
+    The exit code of a run stopped by a signal is ``128 + signum``, as shells have it.
+
+    The ``deepspeed`` command does not pass SIGTERM on: it dies, and its processes would train on without
+    it. So a launcher that is gone counts as SIGTERM too.
     """
 
     def __init__(self) -> None:
-        self.signum = 0
+        self._signum = 0
+        self._launchers = _launchers_above()
 
     def install(self) -> StopRequest:
         """Take over both signals of this process."""
@@ -22,6 +28,37 @@ class StopRequest:
             signal.signal(signum, self._remember)
         return self
 
+    def signum(self) -> int:
+        """The signal to stop for; 0 to go on."""
+        if not self._signum and self._launchers != _parents(len(self._launchers)):
+            self._signum = signal.SIGTERM
+        return self._signum
+
     def _remember(self, signum: int, frame: FrameType | None) -> None:
-        if not self.signum:
-            self.signum = signum
+        if not self._signum:
+            self._signum = signum
+
+
+def _parents(count: int) -> list[int]:
+    """Process ids of the parent, its parent, and so on; fewer where one is gone."""
+    found: list[int] = []
+    pid = os.getpid()
+    try:
+        for _ in range(count):
+            pid = psutil.Process(pid).ppid()
+            found.append(pid)
+    except psutil.Error:
+        pass
+    return found
+
+
+def _launchers_above() -> list[int]:
+    """The per-node launcher and the ``deepspeed`` command above it, or nothing without them."""
+    pids = _parents(2)
+    try:
+        commands = [" ".join(psutil.Process(pid).cmdline()) for pid in pids]
+    except psutil.Error:
+        return []
+    if len(pids) == 2 and "deepspeed.launcher.launch" in commands[0] and "deepspeed" in commands[1]:
+        return pids
+    return []

@@ -1,0 +1,110 @@
+"""Starting the real entry point as a user would, in several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.world import free_port
+
+TIMEOUT_S = 180
+SMALL = [
+    "--preset",
+    "tiny/lpa",
+    "--model.vocab_size",
+    "97",
+    "--model.hidden_size",
+    "32",
+    "--model.num_layers",
+    "2",
+    "--model.ffn_hidden_size",
+    "48",
+    "--model.sequence_length",
+    "16",
+    "--model.projections.q.rank",
+    "8",
+    "--model.projections.k.rank",
+    "8",
+    "--model.projections.v.rank",
+    "8",
+    "--model.projections.o.rank",
+    "8",
+    "--train.global_batch_size",
+    "8",
+    "--train.micro_batch_size",
+    "2",
+    "--optim.warmup_steps",
+    "2",
+    "--logging.interval",
+    "1",
+    "--train.eval_interval",
+    "4",
+    "--train.eval_batches",
+    "2",
+    "--train.checkpoint_interval",
+    "0",
+    "--train.steps",
+    "8",
+    "--logging.tensorboard",
+    "false",
+]
+
+
+@dataclass
+class Finished:
+    """What each process of a launch left."""
+
+    codes: list[int]
+    stdout: list[str]
+    stderr: list[str]
+
+    @property
+    def errors(self) -> list[str]:
+        """Lines that tell the user of an error, of all ranks."""
+        return [line for text in self.stderr for line in text.splitlines() if line.startswith("error:")]
+
+
+class Launch:
+    """Processes of ``python -m megatron_lpa.pretrain`` with a launcher's environment."""
+
+    def __init__(self, arguments: list[str], processes: int, cwd: Path) -> None:
+        port = free_port()
+        self.processes = []
+        for rank in range(processes):
+            environment = os.environ | {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+            }  # fmt: skip
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "megatron_lpa.pretrain", *arguments],
+                    cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                )
+            )  # fmt: skip
+
+    def wait(self) -> Finished:
+        """Wait for all; a process that does not end in time is killed and fails the test."""
+        finished = Finished([], [], [])
+        try:
+            for process in self.processes:
+                out, err = process.communicate(timeout=TIMEOUT_S)
+                finished.codes.append(process.returncode)
+                finished.stdout.append(out)
+                finished.stderr.append(err)
+        finally:
+            for process in self.processes:
+                process.kill()
+        return finished
+
+
+def launch(arguments: list[str], processes: int, cwd: Path) -> Finished:
+    return Launch(arguments, processes, cwd).wait()
+
+
+def records(run_folder: Path, kind: str) -> list[dict]:
+    lines = (run_folder / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]

@@ -1,0 +1,80 @@
+"""Bad input ends with one clear message on rank 0 and exit code 1 on all ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import SMALL, launch
+
+from megatron_lpa.data.indexed import IndexedDatasetWriter
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+
+    def write(name: str, documents: int, length: int, largest: int) -> None:
+        with IndexedDatasetWriter(folder / name, np.uint16) as writer:
+            for number in range(documents):
+                ids = np.arange(number, number + length) % largest
+                writer.add_document(np.append(ids, largest - 1).astype(np.uint16))
+
+    write("good", 50, 40, 97)
+    write("foreign", 50, 40, 200)
+    write("short", 1, 10, 97)
+    for broken in ("truncated_bin", "truncated_idx", "wrong_magic", "no_bin"):
+        write(broken, 50, 40, 97)
+    for name, suffix in (("truncated_bin", ".bin"), ("truncated_idx", ".idx")):
+        path = folder / (name + suffix)
+        path.write_bytes(path.read_bytes()[:-6])
+    path = folder / "wrong_magic.idx"
+    path.write_bytes(b"NOTMINE\0\0" + path.read_bytes()[9:])
+    (folder / "no_bin.bin").unlink()
+    return folder
+
+
+DATA = ["--data.prefix", "good", "--data.split", "100,0,0", "--train.eval_interval", "0"]
+CASES = {
+    "missing dataset": (DATA[2:], ["--data.prefix", "nowhere"], ["nowhere.idx", "preprocess_data.py"]),
+    "missing bin": (DATA[2:], ["--data.prefix", "no_bin"], ["no_bin.bin"]),
+    "truncated bin": (DATA[2:], ["--data.prefix", "truncated_bin"], ["truncated_bin.bin"]),
+    "truncated idx": (DATA[2:], ["--data.prefix", "truncated_idx"], ["truncated_idx.idx"]),
+    "wrong magic": (DATA[2:], ["--data.prefix", "wrong_magic"], ["wrong_magic.idx"]),
+    "id beyond the vocabulary": (DATA[2:], ["--data.prefix", "foreign"], ["foreign", "96", "vocab_size"]),
+    "shorter than one sequence": (DATA[2:], ["--data.prefix", "short"], ["short", "11", "17"]),
+    "heads and TP": (DATA, ["--parallel.tensor_parallel_size", "2", "--model.num_heads", "1", "--model.head_dim", "32"],
+                     ["model.num_heads", "tensor_parallel_size"]),
+    "rank and TP": (DATA, ["--parallel.tensor_parallel_size", "2", "--model.projections.v.rank", "7"],
+                    ["model.projections.v.rank", "tensor_parallel_size"]),
+    "vocabulary and TP": (DATA, ["--parallel.tensor_parallel_size", "2"], ["vocab", "pad_vocab_to_multiple_of"]),
+    "world and TP": (DATA, ["--parallel.tensor_parallel_size", "4", "--model.pad_vocab_to_multiple_of", "4"],
+                     ["world size", "tensor_parallel_size"]),
+    "unknown preset": (DATA, ["--preset", "tiny/lap"], ["tiny/lap", "tiny/lpa"]),
+    "unknown key": (DATA, ["--model.hiden_size", "64"], ["--model.hiden_size", "--model.hidden_size"]),
+    "wrong type": (DATA, ["--train.seed", "many"], ["train.seed", "many"]),
+    "batch and world": (DATA, ["--train.global_batch_size", "10"], ["train.global_batch_size", "10"]),
+    "ZeRO file": (DATA, ["--train.deepspeed_config", "zero4"], ["zero4", "zero3"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gives_one_message_and_exit_code_1_everywhere(folder, case):
+    base, more, expected = CASES[case]
+    name = case.replace(" ", "-")
+    finished = launch([*SMALL, *base, *more, "--logging.name", name], 2, folder)
+    assert finished.codes == [1, 1], finished.stderr
+    assert len(finished.errors) == 1, finished.errors
+    for part in expected:
+        assert part in finished.errors[0]
+    assert finished.stderr[0].count("error:") == 1 and "Traceback" not in "".join(finished.stderr)
+    assert not (folder / "runs" / name / "checkpoints" / "step_00000000").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder):
+    few = ["--train.steps", "1", "--logging.name", "mine"]
+    assert launch([*SMALL, *DATA, *few], 1, folder).codes == [0]
+    finished = launch([*SMALL, *DATA, *few, "--model.num_layers", "3"], 1, folder)
+    assert finished.codes == [1]
+    assert "model.num_layers was 2, is 3" in finished.errors[0]

@@ -1,0 +1,103 @@
+"""What a plot shows, read back from the figure."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_lpa.errors import UserError
+from megatron_lpa.evaluate.curves import figure_of, read_curve, smoothed
+from megatron_lpa.evaluate.metrics_file import read_metrics
+
+TOOL = Path(__file__).parents[3] / "tools" / "plot_curves.py"
+
+
+def write_metrics(folder: Path, records: Sequence[dict[str, Any]], end: str = "") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "metrics.jsonl").write_text(text + end)
+    return folder
+
+
+def train(step: int, loss: float, step_ms: float = 100.0) -> dict[str, Any]:
+    return {"kind": "train", "step": step, "tokens": 1000 * step, "loss": loss, "step_ms": step_ms}
+
+
+def valid(step: int, loss: float) -> dict[str, Any]:
+    return {"kind": "valid", "step": step, "tokens": 1000 * step, "loss": loss}
+
+
+def test_time_is_that_of_the_steps_alone(tmp_path: Path) -> None:
+    records = [
+        {**train(10, 5.0, 200), "time": 1000.0},
+        valid(10, 5.1),
+        {"kind": "event", "step": 10, "message": "checkpoint"},
+        {**train(20, 4.0, 100), "time": 90000.0},  # resumed a day later
+        valid(20, 4.2),
+        train(25, 3.5, 400),
+    ]
+    curve = read_curve(write_metrics(tmp_path / "a", records), "a")
+    np.testing.assert_allclose(curve.seconds, [2.0, 3.0, 5.0])
+    np.testing.assert_allclose(curve.valid_seconds, [2.0, 3.0])
+    np.testing.assert_allclose(curve.tokens, [10000, 20000, 25000])
+    np.testing.assert_allclose(curve.valid_loss, [5.1, 4.2])
+
+
+def test_smoothing_is_a_centred_mean() -> None:
+    values = np.array([1.0, 5.0, 3.0, 4.0])
+    np.testing.assert_allclose(smoothed(values, 3), [3.0, 3.0, 4.0, 3.5])
+    np.testing.assert_allclose(smoothed(values, 1), values)
+
+
+def test_panels_lines_and_legend(tmp_path: Path) -> None:
+    curves = [
+        read_curve(write_metrics(tmp_path / name, [train(10, 5.0), train(20, 4.0), valid(20, 4.5)]), name)
+        for name in ("first", "second")
+    ]
+    by_tokens, by_time = figure_of(curves).axes
+    assert by_tokens.get_xlabel() == "Tokens trained on (thousands)"
+    assert by_time.get_xlabel() == "Training time (seconds)"
+    assert by_tokens.get_ylabel() == "Loss (nats per token)"
+    assert [text.get_text() for text in by_time.get_legend().get_texts()] == ["first", "second", "validation"]
+    lines = {line.get_label(): line for line in by_tokens.lines}
+    np.testing.assert_allclose(lines["second"].get_xydata(), [[10, 5], [20, 4]])
+    assert lines["first"].get_color() != lines["second"].get_color()
+    assert len(figure_of(curves, "time").axes) == 1
+
+
+def test_the_tool_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(TOOL))["main"]
+    run = str(write_metrics(tmp_path / "a", [train(10, 5.0), train(20, 4.0)]))
+    output = tmp_path / "new" / "x.png"
+    assert main(["--run", run, "--run", run, "--labels", "a", "b", "--output", str(output)]) == 0
+    assert output.read_bytes().startswith(b"\x89PNG\r\n")
+    assert main(["--run", run, "--labels", "a", "b", "--output", str(output)]) == 1
+    assert "2 names for 1 runs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"kind": "train", "step"', r"metrics\.jsonl:2: not valid JSON"),
+        ("[1]", r"metrics\.jsonl:2: its kind is None"),
+        ('{"kind": "train", "step": 20}', r"metrics\.jsonl:2: the tokens of this train record is None"),
+        ('{"kind": "valid", "step": 2, "tokens": 9, "loss": "x"}', r"metrics\.jsonl:2: the loss .* 'x'"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    folder = write_metrics(tmp_path, [train(10, 5.0)], line + "\n" + json.dumps(train(30, 4.0)) + "\n")
+    with pytest.raises(UserError, match=message):
+        read_metrics(folder)
+
+
+def test_a_line_still_being_written_is_left_out(tmp_path: Path) -> None:
+    folder = write_metrics(tmp_path, [train(10, 5.0)], '{"kind": "train", "st')
+    assert [record["step"] for record in read_metrics(folder)] == [10]
+    with pytest.raises(UserError, match=r"none/metrics\.jsonl: cannot be read"):
+        read_metrics(tmp_path / "none")

@@ -1,0 +1,127 @@
+"""Generated text: greedy against a plain loop, sampling against known distributions."""
+
+from __future__ import annotations
+
+import runpy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_lpa.config import ModelConfig
+from megatron_lpa.data.tokenizer import Tokenizer
+from megatron_lpa.errors import UserError
+from megatron_lpa.evaluate.generation import Sampling, generate_ids, generate_text
+from megatron_lpa.model.transformer import Decoder
+
+SaveRun = Callable[..., Path]
+TOOL = Path(__file__).parents[3] / "tools" / "generate.py"
+VOCAB, S = 300, 16
+PROMPT = [5, 80, 33]
+
+
+class FixedDecoder(nn.Module):
+    """Gives the next token the same probabilities whatever came before."""
+
+    def __init__(self, probabilities: list[float]) -> None:
+        super().__init__()
+        self.config = ModelConfig(vocab_size=len(probabilities))
+        self.logits = nn.Parameter(torch.tensor(probabilities).log())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(*tokens.shape, -1)
+
+
+def frequencies(probabilities: list[float], sampling: Sampling, draws: int = 2000) -> list[float]:
+    decoder = cast(Decoder, FixedDecoder(probabilities))
+    samples = generate_ids(decoder, [0], replace(sampling, max_new_tokens=1), num_samples=draws)
+    counts = Counter(sample[0] for sample in samples)
+    return [counts[token] / draws for token in range(len(probabilities))]
+
+
+def test_greedy_is_the_most_likely_token_of_a_sliding_window(decoder: Decoder) -> None:
+    text = list(PROMPT)
+    with torch.no_grad():
+        for _ in range(2 * S):
+            text.append(int(decoder(torch.tensor([text[-S:]]))[0, -1, :VOCAB].argmax()))
+    sampling = Sampling(max_new_tokens=2 * S, temperature=0)
+    assert generate_ids(decoder, PROMPT, sampling, num_samples=2) == [text[3:]] * 2
+    for narrow in (Sampling(2 * S, top_k=1), Sampling(2 * S, top_p=1e-6), Sampling(2 * S, temperature=1e-9)):
+        assert generate_ids(decoder, PROMPT, narrow) == [text[3:]]
+
+
+def test_a_seed_gives_the_same_text_alone_or_among_others(decoder: Decoder) -> None:
+    several = generate_ids(decoder, PROMPT, Sampling(24, seed=11), num_samples=3)
+    assert several == generate_ids(decoder, PROMPT, Sampling(24, seed=11), num_samples=3)
+    assert [several[2]] == generate_ids(decoder, PROMPT, Sampling(24, seed=13))
+    assert len({tuple(sample) for sample in several}) == 3
+
+
+def test_padded_ids_never_appear(decoder: Decoder) -> None:
+    with torch.no_grad():
+        assert int(decoder(torch.tensor([PROMPT]))[0, -1].argmax()) >= VOCAB, "the head has to prefer one"
+    for temperature in (0.0, 1.0, 20.0):
+        samples = generate_ids(decoder, PROMPT, Sampling(20, temperature=temperature), num_samples=8)
+        assert max(max(sample) for sample in samples) < VOCAB
+
+
+def test_sampling_follows_the_probabilities() -> None:
+    probabilities = [0.5, 0.3, 0.15, 0.05]
+    assert frequencies(probabilities, Sampling()) == pytest.approx(probabilities, abs=0.04)
+    cold = [p**2 / sum(q**2 for q in probabilities) for p in probabilities]
+    assert frequencies(probabilities, Sampling(temperature=0.5)) == pytest.approx(cold, abs=0.04)
+
+
+def test_top_k_and_top_p_cut_the_tail() -> None:
+    probabilities = [0.15, 0.5, 0.05, 0.3]
+    assert frequencies(probabilities, Sampling(top_k=2)) == pytest.approx([0, 0.625, 0, 0.375], abs=0.04)
+    # 0.5 + 0.3 reaches 0.7; 0.5 alone does not.
+    assert frequencies(probabilities, Sampling(top_p=0.7)) == pytest.approx([0, 0.625, 0, 0.375], abs=0.04)
+    assert frequencies(probabilities, Sampling(top_p=0.5)) == [0, 1, 0, 0]
+
+
+def test_a_sample_ends_at_the_end_of_document() -> None:
+    decoder = cast(Decoder, FixedDecoder([0.4, 0.6]))
+    sampling = Sampling(max_new_tokens=40, seed=2)
+    whole = generate_ids(decoder, [1], sampling, num_samples=6)
+    cut = generate_ids(decoder, [1], sampling, num_samples=6, eod_id=0)
+    assert cut == [sample[: sample.index(0)] for sample in whole]
+
+
+def test_an_empty_prompt_starts_a_document(decoder: Decoder, tokenizer: Tokenizer) -> None:
+    sampling = Sampling(max_new_tokens=9, temperature=0)
+    assert tokenizer.eod_id is not None
+    expected = generate_ids(decoder, [tokenizer.eod_id], sampling, eod_id=tokenizer.eod_id)[0]
+    assert generate_text(decoder, tokenizer, "", sampling) == [tokenizer.decode(expected)]
+    assert generate_text(decoder, tokenizer, "A name", Sampling(0)) == ["A name"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--top-k", "0"), ("--top-p", "0"), ("--temperature", "-1"), ("--num-samples", "0")]
+)
+def test_impossible_options_are_errors(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main = runpy.run_path(str(TOOL))["main"]
+    assert main(["--run", "unread", option, value]) == 1
+    assert f"error: {option} is {float(value) if option in ('--top-p', '--temperature') else value};" in (
+        capsys.readouterr().err
+    )
+
+
+def test_the_tool_continues_all_prompts(
+    tmp_path: Path, save_run: SaveRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(TOOL))["main"]
+    run = save_run(tmp_path / "runs" / "a")
+    (tmp_path / "prompt.txt").write_text("A function call\n")
+    argv = ["--run", str(run), "--prompt", "The name", "--prompt-file", str(tmp_path / "prompt.txt")]
+    assert main([*argv, "--max-new-tokens", "3", "--num-samples", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\nThe name") == 2
+    assert out.count("\nA function call") == 2
+    with pytest.raises(UserError):
+        Sampling(max_new_tokens=-1)

@@ -1,0 +1,77 @@
+"""Opening run folders and checkpoint folders."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_lpa.errors import UserError
+from megatron_lpa.evaluate.trained import load_run, required_tokenizer
+from megatron_lpa.model.transformer import Decoder
+
+SaveRun = Callable[..., Path]
+
+
+def test_a_run_is_opened_at_its_newest_complete_checkpoint(
+    tmp_path: Path, save_run: SaveRun, decoder: Decoder
+) -> None:
+    folder = save_run(tmp_path / "runs" / "a", (10, 20))
+    (folder / "checkpoints" / "step_00000030").mkdir()  # no manifest: not complete
+    run = load_run(folder)
+    assert (run.step, run.folder, run.manifest["layout"]["data_parallel_size"]) == (20, folder, 3)
+    assert not run.decoder.training
+    ids = torch.arange(12).unsqueeze(0)
+    torch.testing.assert_close(run.decoder.cpu()(ids), decoder(ids))
+
+
+def test_a_step_or_a_checkpoint_folder_can_be_chosen(tmp_path: Path, save_run: SaveRun) -> None:
+    folder = save_run(tmp_path / "runs" / "a", (10, 20))
+    checkpoint = folder / "checkpoints" / "step_00000010"
+    by_step, by_folder = load_run(folder, step=10), load_run(checkpoint)
+    assert by_step.step == by_folder.step == 10
+    assert by_folder.folder == folder
+    name, value = next(by_step.decoder.named_parameters())
+    torch.testing.assert_close(value, dict(load_run(folder).decoder.named_parameters())[name] - 10)
+
+
+def test_the_tokenizer_is_found_from_anywhere(
+    tmp_path: Path, save_run: SaveRun, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "tok").symlink_to(tokenizer_folder)
+    folder = save_run(tmp_path / "project" / "runs" / "a", tokenizer="tok")  # relative, as in training
+    monkeypatch.chdir(tmp_path)
+    assert required_tokenizer(load_run(folder)).vocab_size == 300
+    monkeypatch.chdir(folder)
+    assert required_tokenizer(load_run(".")).vocab_size == 300
+
+
+def test_what_is_wrong_is_said(tmp_path: Path, save_run: SaveRun) -> None:
+    folder = save_run(tmp_path / "runs" / "a", (10, 20))
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
+        load_run(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no complete checkpoint of step 7; it has 10, 20"):
+        load_run(folder, step=7)
+    with pytest.raises(UserError, match=r"empty/checkpoints holds no complete checkpoint"):
+        (tmp_path / "empty").mkdir()
+        load_run(tmp_path / "empty")
+    gone = save_run(tmp_path / "runs" / "b", tokenizer="gone/tokenizer.json")
+    with pytest.raises(UserError, match=r"config\.yaml: data\.tokenizer .*gone/tokenizer\.json.*--tokenizer"):
+        load_run(gone)
+    none = save_run(tmp_path / "runs" / "c", tokenizer=None)
+    with pytest.raises(UserError, match=r"data\.tokenizer is empty.*--tokenizer"):
+        required_tokenizer(load_run(none))
+    weights = folder / "checkpoints" / "step_00000020" / "weights" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"model\.safetensors: missing or not \d+ bytes long"):
+        load_run(folder)
+
+
+def test_opening_a_run_needs_no_deepspeed() -> None:
+    code = "import sys, megatron_lpa.evaluate.trained; assert 'deepspeed' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,45 @@
+"""Cross-entropy against torch's, and the treatment of padded ids."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from megatron_lpa.layers.loss import mask_padded_ids, vocab_parallel_cross_entropy
+from megatron_lpa.parallel.groups import ParallelGroups
+
+SINGLE = ParallelGroups.single()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_loss_and_gradient_equal_torch(dtype, scale):
+    logits = (torch.randn(2, 5, 11) * scale).to(dtype).requires_grad_()
+    labels = torch.randint(11, (2, 5))
+    loss = vocab_parallel_cross_entropy(logits, labels, SINGLE, 11)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = logits.detach().double().requires_grad_()
+    expected = functional.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none").view(2, 5)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn(2, 5)
+    loss.backward(upstream.to(loss.dtype))
+    expected.backward(upstream.double())
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    assert logits.grad.dtype == dtype
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_padded_ids_take_no_part():
+    logits = torch.randn(1, 3, 10)
+    logits[..., 7:] = 1e6
+    labels = torch.tensor([[0, 6, 3]])
+    expected = functional.cross_entropy(logits[..., :7].flatten(0, 1), labels.flatten(), reduction="none")
+    torch.testing.assert_close(vocab_parallel_cross_entropy(logits, labels, SINGLE, 7)[0], expected)
+
+
+def test_masking_a_shard_counts_from_its_first_id():
+    shard = torch.zeros(1, 4)
+    assert mask_padded_ids(shard, vocab_size=10, first_id=4).isinf().sum() == 0
+    assert mask_padded_ids(shard, vocab_size=10, first_id=8).isinf().tolist() == [[False, False, True, True]]
+    assert mask_padded_ids(shard, vocab_size=10, first_id=12).isinf().all()
