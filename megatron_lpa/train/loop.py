@@ -36,27 +36,37 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> int:
         callback.on_start(run)
     signum = 0
     while run.progress.step < run.steps:
-        started = time.perf_counter()
-        batches, first_samples, problem = _read_batches(run)
-        read = time.perf_counter()
-        # One small all-reduce on the CPU: all ranks stop, or fail, at the same step.
-        wish = stop.signum()
-        decision = FAIL if problem else STOP + wish if wish else GO_ON
-        decision = largest_of_all(decision, run.engine.groups)
-        if decision >= FAIL:
-            raise UserError(gather_messages(problem, run.engine.groups))
-        if decision >= STOP:
-            signum = decision - STOP
+        report = train_one_step(run, stop)
+        if isinstance(report, int):
+            signum = report
             break
-        lr = learning_rate(run.progress.step, run.steps, run.config.optim)
-        result = run.engine.train_step(batches, first_samples, lr)
-        run.progress = _advanced(run)
-        report = StepReport(result, lr, time.perf_counter() - started, read - started)
         for callback in callbacks:
             callback.after_step(run, report)
     for callback in reversed(callbacks):
         callback.on_finish(run, signum)
     return signum
+
+
+def train_one_step(run: Run, stop: StopRequest) -> StepReport | int:
+    """Read, agree to go on, and do one optimizer step.
+
+    Returns:
+        What happened; or the signal's number, before anything was done, when any rank was asked to stop.
+    """
+    started = time.perf_counter()
+    batches, first_samples, problem = _read_batches(run)
+    data_wait_s = time.perf_counter() - started
+    # One small all-reduce on the CPU: all ranks stop, or fail, at the same step.
+    wish = stop.signum()
+    decision = largest_of_all(FAIL if problem else STOP + wish if wish else GO_ON, run.engine.groups)
+    if decision >= FAIL:
+        raise UserError(gather_messages(problem, run.engine.groups))
+    if decision >= STOP:
+        return decision - STOP
+    lr = learning_rate(run.progress.step, run.steps, run.config.optim)
+    result = run.engine.train_step(batches, first_samples, lr)
+    run.progress = _advanced(run)
+    return StepReport(result, lr, time.perf_counter() - started, data_wait_s)
 
 
 def _read_batches(run: Run) -> tuple[list[torch.Tensor], list[int], str | None]:

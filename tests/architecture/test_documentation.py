@@ -187,3 +187,14 @@ def test_the_worked_structure_equals_the_whole_matrix(end: str, tmp_path: Path) 
     else:
         z = structure.apply(x, p, ParallelGroups.single())
     torch.testing.assert_close(z, x @ whole.T + p["bias"])
+
+
+def test_every_dependency_is_explained_and_pinned() -> None:
+    project = (ROOT / "pyproject.toml").read_text().partition("[project]")[2].partition("[tool.")[0]
+    names = {n.lower() for n in re.findall(r'"([A-Za-z][\w-]*)(?:[=<>]=?[^"]*)?",?', project)}
+    names -= {"megatron_lpa", "readme", "license", "apache-2"}
+    assert {"torch", "deepspeed", "pytest", "types-pyyaml"} <= names
+    explained = (ROOT / "docs" / "dependencies.md").read_text().lower()
+    pinned = (ROOT / "constraints.txt").read_text().lower()
+    assert [n for n in names if not re.search(rf"\b{re.escape(n)}\b", explained)] == []
+    assert [n for n in names if not re.search(rf"^{re.escape(n)}==", pinned, re.MULTILINE)] == []

@@ -12,46 +12,7 @@ from pathlib import Path
 from support.world import free_port
 
 TIMEOUT_S = 180
-SMALL = [
-    "--preset",
-    "tiny/lpa",
-    "--model.vocab_size",
-    "97",
-    "--model.hidden_size",
-    "32",
-    "--model.num_layers",
-    "2",
-    "--model.ffn_hidden_size",
-    "48",
-    "--model.sequence_length",
-    "16",
-    "--model.projections.q.rank",
-    "8",
-    "--model.projections.k.rank",
-    "8",
-    "--model.projections.v.rank",
-    "8",
-    "--model.projections.o.rank",
-    "8",
-    "--train.global_batch_size",
-    "8",
-    "--train.micro_batch_size",
-    "2",
-    "--optim.warmup_steps",
-    "2",
-    "--logging.interval",
-    "1",
-    "--train.eval_interval",
-    "4",
-    "--train.eval_batches",
-    "2",
-    "--train.checkpoint_interval",
-    "0",
-    "--train.steps",
-    "8",
-    "--logging.tensorboard",
-    "false",
-]
+SMALL = ["--config", str(Path(__file__).parent / "small.yaml")]
 
 
 @dataclass
