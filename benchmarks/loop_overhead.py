@@ -1,6 +1,6 @@
 """Our training step at ZeRO stage 3 in one process against a bare PyTorch loop of the same model.
 
-    python benchmarks/loop_overhead.py [--preset tiny/lpa] [--steps 30] [--output benchmarks/results/x.json]
+    python benchmarks/loop_overhead.py [--preset tiny/lpa] [--steps 30] [--output FILE.json] [overrides]
 
 Both run in this process, in turns of a few steps, on the same batches and threads, so that a noisy machine
 disturbs both alike; medians over steps. The bare loop is model, loss, backward, clip, ``AdamW.step``: no
@@ -74,7 +74,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     prefix = random_dataset(folder, 500, 400_000)
     config = load_config(
         ["--preset", arguments.preset, "--data.prefix", str(prefix), "--data.split", "1,0,0",
-         "--train.precision", "fp32", "--train.deepspeed_config", arguments.deepspeed_config]
+         "--train.precision", "fp32", "--train.deepspeed_config", arguments.deepspeed_config, *arguments.overrides]
     )  # fmt: skip
     validate_config(config, 1)
     groups = start_distributed(1)
@@ -128,7 +128,8 @@ def main() -> None:
     parser.add_argument("--deepspeed-config", default="zero3")
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps measured of each")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    arguments = parser.parse_args()
+    arguments, overrides = parser.parse_known_args()
+    arguments.overrides = overrides
     with tempfile.TemporaryDirectory() as folder:
         result = measure(arguments, Path(folder))
     print(

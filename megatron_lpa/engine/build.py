@@ -19,7 +19,7 @@ from megatron_lpa.engine.ds_config import build_ds_config
 from megatron_lpa.engine.launch import device_of_rank  # imported first: sets the accelerator
 from megatron_lpa.engine.mpu import ModelParallelUnit
 from megatron_lpa.model.init import initialize
-from megatron_lpa.model.transformer import Decoder
+from megatron_lpa.model.transformer import Decoder, DecoderLayer
 from megatron_lpa.parallel.collectives import all_gather_no_grad
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.rng import seed_dropout
@@ -90,6 +90,8 @@ class Engine:
         with construction:
             module = Decoder(config.model, groups, config.parallel.lowdim_layout, recompute)
         if partitioned:
+            # A layer's parameters are gathered together: a tenth of the hooks, and one all-gather per layer.
+            deepspeed.utils.set_z3_leaf_modules(module, [DecoderLayer])
             initialize(module, config.model, groups, config.train.seed, _gathered_for_writing)
         else:
             initialize(module, config.model, groups, config.train.seed)

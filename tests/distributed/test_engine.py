@@ -60,7 +60,7 @@ def plain_pytorch(model: ModelConfig) -> tuple[list[float], list[float], dict[st
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(weights.values(), 0.5)))
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses, norms, {name: p.detach() for name, p in weights.items()}
 
 
