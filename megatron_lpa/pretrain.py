@@ -10,13 +10,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import NoReturn
 
 from megatron_lpa.config import load_config, validate_config
 from megatron_lpa.errors import UserError
 from megatron_lpa.train.signals import StopRequest
-
-Result = TypeVar("Result")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,5 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 128 + signum if signum else 0
 
 
+def leave(code: int) -> NoReturn:
+    """End this process now.
+
+    The interpreter's own clean-up destroys process groups in no particular order, and gloo's threads have
+    been seen to abort a process there that had finished its run. Nothing is left to clean up.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -117,6 +117,6 @@ def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
     if train.precision == "bf16":
         ds_config["data_types"] = {"grad_accum_dtype": "fp32"}
     if zero["stage"] == 3:
-        # One file per rank in our own format is written by the checkpoint code.
+        # Unsharded weights are written by our own checkpoint code, as safetensors.
         zero["stage3_gather_16bit_weights_on_model_save"] = False
     return ds_config

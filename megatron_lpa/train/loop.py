@@ -32,18 +32,22 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> int:
     Raises:
         UserError: on all ranks, when any rank cannot read its data.
     """
-    for callback in callbacks:
-        callback.on_start(run)
     signum = 0
-    while run.progress.step < run.steps:
-        report = train_one_step(run, stop)
-        if isinstance(report, int):
-            signum = report
-            break
+    try:
         for callback in callbacks:
-            callback.after_step(run, report)
-    for callback in reversed(callbacks):
-        callback.on_finish(run, signum)
+            callback.on_start(run)
+        while run.progress.step < run.steps:
+            report = train_one_step(run, stop)
+            if isinstance(report, int):
+                signum = report
+                break
+            for callback in callbacks:
+                callback.after_step(run, report)
+        for callback in reversed(callbacks):
+            callback.on_finish(run, signum)
+    finally:
+        for callback in callbacks:
+            callback.close(run)
     return signum
 
 

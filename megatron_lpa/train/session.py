@@ -14,7 +14,7 @@ from megatron_lpa.engine.ds_config import read_zero_knobs
 from megatron_lpa.engine.launch import start_distributed, stop_distributed
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
-from megatron_lpa.parallel.agreement import together
+from megatron_lpa.parallel.agreement import largest_of_all, together
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.callbacks.base import Callback, Sink
 from megatron_lpa.train.callbacks.checkpoints import Checkpoints
@@ -40,7 +40,9 @@ def run_training(config: RunConfig, stop: StopRequest) -> int:
     groups = start_distributed(config.parallel.tensor_parallel_size)
     try:
         run = _prepare(config, groups)
-        return train(run, _callbacks(run), stop)
+        signum = train(run, _callbacks(run), stop)
+        largest_of_all(0, groups)  # nobody leaves while another rank is still talking to it
+        return signum
     finally:
         stop_distributed()
 
@@ -90,7 +92,7 @@ def _introduce(run: Run, checkpoint: Path | None) -> None:
     count = count_parameters(config.model)
     print(
         f"{run.folder}: {count.total / 1e6:,.1f} M parameters, "
-        f"{flops_per_token_training(config.model) / 1e6:,.0f} MFLOP per token; {groups.world_size} processes = "
+        f"{flops_per_token_training(config.model) / 1e6:,.0f} MFLOP per token; {groups.world_size} process{'es' * (groups.world_size > 1)} = "
         f"tensor parallel {groups.tp_size} x data parallel {groups.dp_size}, ZeRO-{run.engine.zero_stage}, "
         f"{config.train.precision}; {run.steps:,} steps of {config.train.global_batch_size} x "
         f"{config.model.sequence_length} tokens",

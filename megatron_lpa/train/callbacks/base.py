@@ -26,7 +26,7 @@ class StepReport:
 
 
 class Callback:
-    """Does nothing; override what is needed. Collectives are allowed in every hook."""
+    """Does nothing; override what is needed. Collectives are allowed in every hook but ``close``."""
 
     def on_start(self, run: Run) -> None:
         """Before the first step, after a checkpoint was loaded."""
@@ -36,6 +36,9 @@ class Callback:
 
     def on_finish(self, run: Run, signum: int) -> None:
         """After the last step, or, with ``signum`` above 0, after a signal."""
+
+    def close(self, run: Run) -> None:
+        """Last of all, also after an error; no collectives here."""
 
 
 class Sink:

@@ -84,7 +84,7 @@ class Metrics(Callback):
         for sink in self.sinks:
             sink.write(record)
 
-    def on_finish(self, run: Run, signum: int) -> None:
+    def close(self, run: Run) -> None:
         """Close all sinks."""
         if run.is_main:
             for sink in self.sinks:
