@@ -30,7 +30,7 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> int:
         0 when the run is complete, the signal's number when it was asked to stop.
 
     Raises:
-        UserError: on all ranks, when any rank cannot read its data.
+        UserError: on all ranks, when any rank cannot read its data or write its records.
     """
     signum = 0
     try:
@@ -45,6 +45,9 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> int:
                 callback.after_step(run, report)
         for callback in reversed(callbacks):
             callback.on_finish(run, signum)
+        problems = gather_messages(run.problem, run.engine.groups)
+        if problems:
+            raise UserError(problems)
     finally:
         for callback in callbacks:
             callback.close(run)
@@ -58,7 +61,8 @@ def train_one_step(run: Run, stop: StopRequest) -> StepReport | int:
         What happened; or the signal's number, before anything was done, when any rank was asked to stop.
     """
     started = time.perf_counter()
-    batches, first_samples, problem = _read_batches(run)
+    batches, first_samples, unreadable = _read_batches(run)
+    problem = run.problem or unreadable
     data_wait_s = time.perf_counter() - started
     # One small all-reduce on the CPU: all ranks stop, or fail, at the same step.
     wish = stop.signum()

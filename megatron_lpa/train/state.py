@@ -27,6 +27,8 @@ class Run:
         steps: optimizer steps of the whole run.
         progress: how far it has come.
         saved_step: step of the newest checkpoint; -1 when there is none.
+        problem: what went wrong on this rank alone. A rank that raised by itself would leave the others
+            waiting in a collective; the loop makes all ranks raise at the next agreement.
     """
 
     config: RunConfig
@@ -36,6 +38,7 @@ class Run:
     steps: int
     progress: Progress = Progress()  # noqa: RUF009 - frozen
     saved_step: int = -1
+    problem: str | None = None
 
     @property
     def is_main(self) -> bool:

@@ -78,3 +78,14 @@ def test_a_checkpoint_of_another_model_is_refused(folder):
     finished = launch([*SMALL, *DATA, *few, "--model.num_layers", "3"], 1, folder)
     assert finished.codes == [1]
     assert "model.num_layers was 2, is 3" in finished.errors[0]
+
+
+def test_metrics_that_cannot_be_written_end_the_run_on_all_ranks(folder):
+    run = folder / "runs" / "full"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").symlink_to("/dev/full")  # every write fails as on a full disk
+    finished = launch([*SMALL, *DATA, "--train.steps", "500", "--logging.name", "full"], 2, folder)
+    assert finished.codes == [1, 1], finished.stderr
+    assert len(finished.errors) == 1
+    assert str(Path("runs") / "full") in finished.errors[0] and "cannot be written" in finished.errors[0]
+    assert "Traceback" not in "".join(finished.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import torch
 
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.accounting import flops_per_token_training
+from megatron_lpa.parallel.agreement import together
 from megatron_lpa.train.callbacks.base import Callback, Sink, StepReport
 from megatron_lpa.train.hardware import peak_flops_per_second, peak_memory_bytes
 from megatron_lpa.train.state import Record, Run
@@ -28,9 +30,13 @@ class Metrics(Callback):
 
     def on_start(self, run: Run) -> None:
         """Open all sinks."""
-        if run.is_main:
-            for sink in self.sinks:
+
+        def open_sinks() -> int:
+            for sink in self.sinks if run.is_main else ():
                 sink.open(run)
+            return len(self.sinks)
+
+        together(open_sinks, run.engine.groups)
 
     def after_step(self, run: Run, report: StepReport) -> None:
         """Collect, and emit at the end of an interval.
@@ -82,10 +88,14 @@ class Metrics(Callback):
             return
         record = {**record, "time": time.time()}
         for sink in self.sinks:
-            sink.write(record)
+            try:
+                sink.write(record)
+            except OSError as error:
+                run.problem = run.problem or f"{run.folder}: metrics cannot be written: {error}"
 
     def close(self, run: Run) -> None:
         """Close all sinks."""
         if run.is_main:
             for sink in self.sinks:
-                sink.close()
+                with contextlib.suppress(OSError):  # a full disk has been reported where it was written to
+                    sink.close()

@@ -18,7 +18,7 @@ METRICS = "metrics.jsonl"
 
 def drop_records_after(path: Path, step: int) -> None:
     """Remove records of steps that a resumed run is going to repeat, and a torn last line."""
-    if not path.exists():
+    if not path.is_file():
         return
     kept = []
     for line in path.read_text().splitlines():
