@@ -27,8 +27,16 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 import megatron_lpa
+from megatron_lpa.config.compare import differences
 from megatron_lpa.engine.build import Engine
-from megatron_lpa.engine.manifest import FORMAT, MANIFEST, Progress, complete_checkpoints, read_manifest
+from megatron_lpa.engine.manifest import (
+    FORMAT,
+    MANIFEST,
+    Progress,
+    SampleOrder,
+    complete_checkpoints,
+    read_manifest,
+)
 from megatron_lpa.engine.weights import write_weights
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import gather_messages, together
@@ -94,7 +102,7 @@ def _guarded(work: Callable[[], list[Path]], groups: ParallelGroups) -> list[tup
     return files
 
 
-def save_checkpoint(engine: Engine, folder: Path, progress: Progress, keep: int) -> Path:
+def save_checkpoint(engine: Engine, folder: Path, progress: Progress, keep: int, order: SampleOrder) -> Path:
     """Write a checkpoint of the current state; every rank calls it.
 
     Args:
@@ -102,6 +110,7 @@ def save_checkpoint(engine: Engine, folder: Path, progress: Progress, keep: int)
         folder: the run's ``checkpoints`` folder, on a file system all ranks share.
         progress: goes into the manifest.
         keep: newest checkpoints to keep; 0 keeps all.
+        order: what the order of samples depends on; a resumed run must have the same.
 
     Returns:
         The folder of the complete checkpoint.
@@ -144,6 +153,7 @@ def save_checkpoint(engine: Engine, folder: Path, progress: Progress, keep: int)
             "torch": torch.__version__,
             "progress": dataclasses.asdict(progress),
             "layout": _layout(engine),
+            "order": dataclasses.asdict(order),
             "model": dataclasses.asdict(engine.config.model),
             "files": {
                 str(path.relative_to(partial)): {"bytes": size, "sha256": digest}
@@ -172,19 +182,23 @@ def save_checkpoint(engine: Engine, folder: Path, progress: Progress, keep: int)
     return final
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path) -> Progress:
-    """Continue from a checkpoint of the same model and layout; every rank calls it.
+def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Progress:
+    """Continue from a checkpoint of the same model, layout and sample order; every rank calls it.
 
     Raises:
-        UserError: damaged files, another model or another layout; the message lists what differs.
+        UserError: damaged files, or another model, layout or order; the message lists what differs.
     """
     manifest = together(lambda: _verified_manifest(checkpoint, engine.groups), engine.groups)
-    for section, own in (("model", dataclasses.asdict(engine.config.model)), ("layout", _layout(engine))):
-        saved = manifest[section]
-        differing = _differences(saved, own, section)
+    sections = {
+        "model": dataclasses.asdict(engine.config.model),
+        "layout": _layout(engine),
+        "order": dataclasses.asdict(order),
+    }
+    for section, own in sections.items():
+        differing = differences(manifest[section], own, section)
         if differing:
             raise UserError(
-                f"{checkpoint} was written by another {section}: {'; '.join(differing)}. Continue with the "
+                f"{checkpoint} was written with another {section}: {'; '.join(differing)}. Continue with the "
                 "saved settings, or start a new run under another logging.name"
             )
     path, _ = engine.ds.load_checkpoint(
@@ -204,16 +218,6 @@ def _verified_manifest(checkpoint: Path, groups: ParallelGroups) -> dict[str, An
                 f"{checkpoint} to continue from an earlier checkpoint"
             )
     return manifest
-
-
-def _differences(saved: Any, own: Any, name: str) -> list[str]:
-    if isinstance(saved, dict) and isinstance(own, dict):
-        return [
-            line
-            for key in sorted(saved.keys() | own.keys())
-            for line in _differences(saved.get(key), own.get(key), f"{name}.{key}")
-        ]
-    return [] if saved == own else [f"{name} was {saved}, is {own}"]
 
 
 def _fsync_folder(folder: Path) -> None:

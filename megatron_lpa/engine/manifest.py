@@ -29,6 +29,19 @@ class Progress:
     consumed_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class SampleOrder:
+    """What the order of training samples depends on: with it, consumed samples say which come next.
+
+    Args:
+        seed: the run's seed.
+        samples_per_epoch: samples of the training split.
+    """
+
+    seed: int
+    samples_per_epoch: int
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Folders of complete checkpoints, oldest first."""
     found = [

@@ -10,7 +10,7 @@ import torch
 
 from megatron_lpa.data.batches import load_batch
 from megatron_lpa.data.sampler import micro_batch_indices
-from megatron_lpa.engine.checkpoint import Progress
+from megatron_lpa.engine.manifest import Progress
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all
 from megatron_lpa.train.callbacks.base import Callback, StepReport

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_lpa.config import RunConfig, save_config
+from megatron_lpa.config import RunConfig, load_config, save_config
+from megatron_lpa.config.compare import differences
 from megatron_lpa.data.gpt_dataset import Splits, open_splits
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.checkpoint import complete_checkpoints, load_checkpoint
@@ -60,11 +63,11 @@ def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
     dist.broadcast_object_list(chosen, src=0, group=groups.control_group)
     run = Run(config, folder, Engine(config, groups), splits, steps)
     if chosen[0] is not None:
-        run.progress = load_checkpoint(run.engine, chosen[0])
+        run.progress = load_checkpoint(run.engine, chosen[0], run.order)
         run.saved_step = run.progress.step
-    together(lambda: _write_folder(run), groups)
+    changed = together(lambda: _write_folder(run), groups)
     if run.is_main:
-        _introduce(run, chosen[0])
+        _introduce(run, chosen[0], changed)
     return run
 
 
@@ -80,14 +83,21 @@ def _choose_checkpoint(config: RunConfig, folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def _write_folder(run: Run) -> Path:
-    if run.is_main:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        save_config(run.config, run.folder / "config.yaml")
-    return run.folder
+def _write_folder(run: Run) -> list[str]:
+    """Make the run folder and write its config; what changed in it since an earlier start."""
+    if not run.is_main:
+        return []
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    path = run.folder / "config.yaml"
+    changed = []
+    if path.exists():
+        with contextlib.suppress(UserError):  # a config of another version is replaced like any other
+            changed = differences(asdict(load_config(["--config", str(path)])), asdict(run.config))
+    save_config(run.config, path)
+    return changed
 
 
-def _introduce(run: Run, checkpoint: Path | None) -> None:
+def _introduce(run: Run, checkpoint: Path | None, changed: list[str]) -> None:
     config, groups = run.config, run.engine.groups
     count = count_parameters(config.model)
     print(
@@ -102,6 +112,8 @@ def _introduce(run: Run, checkpoint: Path | None) -> None:
         print(f"note: {note}", flush=True)
     if checkpoint is not None:
         print(f"resuming from {checkpoint} at step {run.progress.step:,}", flush=True)
+        for line in changed:
+            print(f"note: since the last start, {line}", flush=True)
 
 
 def _callbacks(run: Run) -> list[Callback]:

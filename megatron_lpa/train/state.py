@@ -9,7 +9,7 @@ from typing import Any
 from megatron_lpa.config import RunConfig
 from megatron_lpa.data.gpt_dataset import Splits
 from megatron_lpa.engine.build import Engine
-from megatron_lpa.engine.checkpoint import Progress
+from megatron_lpa.engine.manifest import Progress, SampleOrder
 
 Record = dict[str, Any]
 """One line of ``metrics.jsonl``; ``kind`` is train, valid, test or event."""
@@ -44,6 +44,11 @@ class Run:
     def is_main(self) -> bool:
         """Whether this process writes logs."""
         return self.engine.groups.rank == 0
+
+    @property
+    def order(self) -> SampleOrder:
+        """What the order of training samples depends on."""
+        return SampleOrder(self.config.train.seed, self.splits.train.num_samples)
 
     @property
     def checkpoints(self) -> Path:

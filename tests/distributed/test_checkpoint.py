@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from support.models import MODELS
 
 from megatron_lpa.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_lpa.engine.manifest import MANIFEST, Progress, complete_checkpoints, read_manifest
+from megatron_lpa.engine.manifest import MANIFEST, Progress, SampleOrder, complete_checkpoints, read_manifest
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.groups import ParallelGroups
 
 BATCH = 8
+ORDER = SampleOrder(seed=27, samples_per_epoch=1000)
 
 
 def config(name: str, tp_size: int, zero: str, layout: str = "rank", precision: str = "fp32") -> RunConfig:
@@ -59,14 +60,14 @@ def undisturbed_and_resumed(run: RunConfig, folder: str) -> tuple:
     groups = ParallelGroups.create(run.parallel.tensor_parallel_size)
     engine = Engine(run, groups)
     losses = [step(engine, n) for n in range(3)]
-    path = save_checkpoint(engine, Path(folder), Progress(3, 3 * BATCH, 99), keep=0)
+    path = save_checkpoint(engine, Path(folder), Progress(3, 3 * BATCH, 99), keep=0, order=ORDER)
     losses += [step(engine, n) for n in range(3, 6)]
     weights = weights_of(engine)
     engine.ds.destroy()
 
     other = replace(run, train=replace(run.train, seed=run.train.seed + 1))  # other initial weights
     resumed = Engine(other, groups)
-    progress = load_checkpoint(resumed, path)
+    progress = load_checkpoint(resumed, path, ORDER)
     resumed_losses = [step(resumed, n) for n in range(3, 6)]
     resumed_weights = weights_of(resumed)
     resumed.ds.destroy()
@@ -107,7 +108,7 @@ def save_only(run: RunConfig, folder: str, steps: int, keep: int = 0, shard_byte
     engine = Engine(run, ParallelGroups.create(run.parallel.tensor_parallel_size))
     for number in range(steps):
         step(engine, number)
-        save_checkpoint(engine, Path(folder), Progress(number + 1), keep)
+        save_checkpoint(engine, Path(folder), Progress(number + 1), keep, ORDER)
     named = weights_of(engine)
     if shard_bytes is not None:
         weights.write_weights(engine, Path(folder) / "sharded", shard_bytes)
@@ -115,14 +116,14 @@ def save_only(run: RunConfig, folder: str, steps: int, keep: int = 0, shard_byte
     return named
 
 
-def load_into(run: RunConfig, checkpoint: str) -> str:
+def load_into(run: RunConfig, checkpoint: str, order: SampleOrder) -> str:
     """The message with which loading fails on this rank."""
     from megatron_lpa.engine.build import Engine
     from megatron_lpa.engine.checkpoint import load_checkpoint
 
     engine = Engine(run, ParallelGroups.create(run.parallel.tensor_parallel_size))
     try:
-        load_checkpoint(engine, Path(checkpoint))
+        load_checkpoint(engine, Path(checkpoint), order)
     except UserError as error:
         return str(error)
     finally:
@@ -174,7 +175,7 @@ def test_manifest_describes_every_file_and_nothing_else_is_there(saved):
         ),
         (
             lambda run: replace(run, parallel=ParallelConfig(1, "rank")),
-            "layout.data_parallel_size was 1, is 2; layout.tensor_parallel_size was 2, is 1",
+            "layout.tensor_parallel_size was 2, is 1; layout.data_parallel_size was 1, is 2",
         ),
         (
             lambda run: replace(run, train=replace(run.train, deepspeed_config="zero1")),
@@ -185,9 +186,23 @@ def test_manifest_describes_every_file_and_nothing_else_is_there(saved):
 def test_another_model_or_layout_is_refused_on_every_rank(world, saved, change, expected):
     folder, run, _ = saved
     (checkpoint,) = complete_checkpoints(folder)
-    for message in world(2).run(load_into, change(run), str(checkpoint)):
+    for message in world(2).run(load_into, change(run), str(checkpoint), ORDER):
         assert expected in message
         assert str(checkpoint) in message
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        (SampleOrder(28, 1000), "order.seed was 27, is 28"),
+        (SampleOrder(27, 999), "samples_per_epoch was 1000, is 999"),
+    ],
+)
+def test_another_order_of_samples_is_refused_on_every_rank(world, saved, order, expected):
+    folder, run, _ = saved
+    (checkpoint,) = complete_checkpoints(folder)
+    for message in world(2).run(load_into, run, str(checkpoint), order):
+        assert expected in message
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "manifest"])
@@ -207,7 +222,7 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank(world, saved, tmp_path, d
     else:
         victim = checkpoint / MANIFEST
         victim.write_text(json.dumps({"format": 1}))
-    for message in world(2).run(load_into, run, str(checkpoint)):
+    for message in world(2).run(load_into, run, str(checkpoint), ORDER):
         assert str(victim) in message
         assert "delete" in message
 
@@ -219,13 +234,13 @@ def save_without_space(run: RunConfig, folder: str, failing_rank: int, limit_byt
 
     groups = ParallelGroups.create(run.parallel.tensor_parallel_size)
     engine = Engine(run, groups)
-    save_checkpoint(engine, Path(folder), Progress(1), keep=1)
+    save_checkpoint(engine, Path(folder), Progress(1), keep=1, order=ORDER)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if groups.rank == failing_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
     try:
-        save_checkpoint(engine, Path(folder), Progress(2), keep=1)
+        save_checkpoint(engine, Path(folder), Progress(2), keep=1, order=ORDER)
     except UserError as error:
         return str(error)
     finally:

@@ -27,6 +27,7 @@ class Checkpoints(Callback):
     def _save(self, run: Run) -> None:
         if run.saved_step == run.progress.step:
             return
-        path = save_checkpoint(run.engine, run.checkpoints, run.progress, run.config.train.keep_checkpoints)
+        keep = run.config.train.keep_checkpoints
+        path = save_checkpoint(run.engine, run.checkpoints, run.progress, keep, run.order)
         run.saved_step = run.progress.step
         self.metrics.emit(run, {"kind": "event", "step": run.progress.step, "message": f"checkpoint {path}"})
