@@ -31,7 +31,6 @@ from megatron_lpa.model.init import initialize
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.loop import train_one_step
-from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.state import Run
 
 TURN_STEPS = 5
@@ -81,11 +80,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     engine = Engine(config, groups)
     splits = open_splits(config.data, config.model.sequence_length, config.train.seed)
     run = Run(config, folder, engine, splits, steps=10**6)
-    stop = StopRequest()
     bare = bare_loop(run)
 
     def ours() -> None:
-        train_one_step(run, stop)
+        train_one_step(run)
 
     for warm_up in (ours, bare):
         for _ in range(3):

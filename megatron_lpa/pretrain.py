@@ -2,37 +2,45 @@
 
 Also ``python -m megatron_lpa.pretrain`` for one process, and ``torchrun -m`` for several.
 
-Exit codes: 0 complete, 1 bad input, 128 + n stopped by signal n after a checkpoint.
+Exit codes: 0 complete, 1 an error, 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_lpa.config import load_config, validate_config
-from megatron_lpa.errors import UserError
-from megatron_lpa.train.signals import StopRequest
+from megatron_lpa.errors import RankError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; the process's exit code."""
-    stop = StopRequest().install()
-    is_main = os.environ.get("RANK", "0") == "0"
     try:
         config = load_config(sys.argv[1:] if argv is None else argv)
         for warning in validate_config(config, int(os.environ.get("WORLD_SIZE", "1"))):
-            if is_main:
+            if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
         # Seconds of imports, only once the config is known to be good.
         from megatron_lpa.train.session import run_training
 
-        signum = run_training(config, stop)
+        signum = run_training(config)
     except UserError as error:
-        if is_main:
+        # Once per machine: whatever all ranks know, or one machine alone lacks.
+        if isinstance(error, RankError) or "0" in (
+            os.environ.get("RANK", "0"),
+            os.environ.get("LOCAL_RANK", "0"),
+        ):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception:
+        traceback.print_exc()
         return 1
     return 128 + signum if signum else 0
 
@@ -41,7 +49,8 @@ def leave(code: int) -> NoReturn:
     """End this process now.
 
     The interpreter's own clean-up destroys process groups in no particular order, and gloo's threads have
-    been seen to abort a process there that had finished its run. Nothing is left to clean up.
+    been seen to abort a process there that had finished its run. After an error on this rank alone, leaving
+    the groups in order could wait for the others. Nothing is left to clean up.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -19,7 +19,7 @@ def world() -> Iterator[Callable[[int], World]]:
     worlds: dict[int, World] = {}
 
     def of_size(size: int) -> World:
-        if size not in worlds:
+        if size not in worlds or worlds[size].closed:
             worlds[size] = World(size)
         return worlds[size]
 

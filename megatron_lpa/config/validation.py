@@ -266,7 +266,7 @@ def _run_warnings(config: RunConfig, need_data: bool) -> list[str]:
     steps = train.steps
     if train.tokens is not None:
         steps = -(-train.tokens // (train.global_batch_size * config.model.sequence_length))
-    if steps is not None and optim.warmup_steps >= steps:
+    if steps is not None and optim.warmup_steps > steps:
         warnings.append(
             f"optim.warmup_steps is {optim.warmup_steps} but the run has {steps} steps: the learning rate "
             "never reaches optim.lr"

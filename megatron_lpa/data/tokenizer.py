@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -194,3 +195,19 @@ def _eos_in_config(config_file: Path) -> str | None:
     if isinstance(token, dict):  # older files spell tokens as objects
         token = token.get("content")
     return token if isinstance(token, str) else None
+
+
+def save_tokenizer(name_or_path: str, folder: Path) -> None:
+    """Keep a copy of a local tokenizer's files, which ``load_tokenizer`` reads back. Hub names have none."""
+    path = Path(name_or_path)
+    if not path.exists() or (folder.exists() and path.resolve() == folder.resolve()):
+        return
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    files = (
+        [path / name for name in names] if path.is_dir() else [path, path.with_name("tokenizer_config.json")]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        if file.is_file():
+            target = file.name if file.name in names else f"tokenizer{file.suffix}"
+            shutil.copyfile(file, folder / target)

@@ -18,9 +18,9 @@ from megatron_lpa.config import OptimConfig, RunConfig
 from megatron_lpa.engine.ds_config import build_ds_config
 from megatron_lpa.engine.launch import device_of_rank  # imported first: sets the accelerator
 from megatron_lpa.engine.mpu import ModelParallelUnit
+from megatron_lpa.errors import UserError
 from megatron_lpa.model.init import initialize
 from megatron_lpa.model.transformer import Decoder, DecoderLayer
-from megatron_lpa.parallel.collectives import all_gather_no_grad
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.rng import seed_dropout
 from megatron_lpa.parallel.sharding import spec_of
@@ -106,11 +106,18 @@ class Engine:
             {"params": decayed, "weight_decay": optim.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
+        self._weight_decays = [group["weight_decay"] for group in param_groups]
         arguments: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         offloaded = "offload_optimizer" in self.ds_config["zero_optimization"]
         on_gpu = self.device.type == "cuda"
         if offloaded and on_gpu:
-            return deepspeed.ops.adam.DeepSpeedCPUAdam(param_groups, adamw_mode=True, **arguments)
+            try:
+                return deepspeed.ops.adam.DeepSpeedCPUAdam(param_groups, adamw_mode=True, **arguments)
+            except Exception as error:  # it is compiled here, and compilers fail in many ways
+                raise UserError(
+                    f"{self.config.train.deepspeed_config}: DeepSpeed's CPU Adam cannot be built: {error}; install "
+                    "the CUDA toolkit that PyTorch was built for, or choose a configuration without offload"
+                ) from error
         return torch.optim.AdamW(param_groups, fused=True, **arguments)
 
     @property
@@ -137,7 +144,7 @@ class Engine:
         for index, (batch, first_sample) in enumerate(zip(micro_batches, first_samples, strict=True)):
             if self.config.model.dropout > 0:
                 seed_dropout(self.config.train.seed, first_sample)
-            ids = batch.to(self.device, non_blocking=True)
+            ids = batch.to(self.device)
             loss = self.ds(ids[:, :-1], ids[:, 1:]).mean()
             self.ds.backward(loss)
             losses.append(loss.detach())
@@ -156,19 +163,9 @@ class Engine:
             ids = batch.to(self.device)
             return self.ds(ids[:, :-1], ids[:, 1:])
 
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits (B, S, V) of ids (B, S), gathered over the vocabulary, without gradients."""
-        self.ds.eval()
-        with torch.no_grad():
-            return all_gather_no_grad(self.ds(ids.to(self.device)), self.groups)
-
     def mean_over_replicas(self, value: torch.Tensor) -> torch.Tensor:
         """Average of a tensor over data-parallel ranks."""
-        if self.groups.dp_size == 1:
-            return value
-        total = value.clone()
-        dist.all_reduce(total, group=self.groups.dp_group)
-        return total / self.groups.dp_size
+        return self.sum_over_replicas(value) / self.groups.dp_size
 
     def sum_over_replicas(self, value: torch.Tensor) -> torch.Tensor:
         """Sum of a tensor over data-parallel ranks."""
@@ -185,18 +182,24 @@ class Engine:
 
     def _gradient_norm(self) -> float:
         """Global norm of whole gradients: every shard once, replicated parameters once."""
-        sharded = replicated = 0.0
+        squares = {True: [], False: []}  # type: dict[bool, list[torch.Tensor]]
         for parameter in self.module.parameters():
             assert parameter.grad is not None
-            square = float(parameter.grad.float().norm()) ** 2
-            if self.groups.tp_size > 1 and spec_of(parameter).tp_dim is not None:
-                sharded += square
-            else:
-                replicated += square
-        total = torch.tensor(sharded, dtype=torch.float64, device=self.device)
+            split = self.groups.tp_size > 1 and spec_of(parameter).tp_dim is not None
+            squares[split].append(parameter.grad.float().norm().double() ** 2)
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = sum(squares[True], zero)
         if self.groups.tp_size > 1:
             dist.all_reduce(total, group=self.groups.tp_group)
-        return math.sqrt(float(total) + replicated)
+        return math.sqrt(float(total + sum(squares[False], zero)))
+
+    def apply_optimizer_settings(self) -> None:
+        """Set what the run's config says about AdamW and clipping, which loading a checkpoint overwrites."""
+        optim = self.config.optim
+        for group, weight_decay in zip(self.optimizer.param_groups, self._weight_decays, strict=True):
+            group.update(weight_decay=weight_decay, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+        if hasattr(self.optimizer, "clip_grad"):
+            self.optimizer.clip_grad = optim.grad_clip
 
 
 def _gathered_for_writing(parameter: nn.Parameter) -> Any:

@@ -14,11 +14,13 @@ a full disk leaves nothing that looks like a checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from megatron_lpa.engine.manifest import (
     SampleOrder,
     complete_checkpoints,
     read_manifest,
+    sha256,
+    verify_files,
 )
 from megatron_lpa.engine.weights import write_weights
 from megatron_lpa.errors import UserError
@@ -44,7 +48,7 @@ from megatron_lpa.parallel.groups import ParallelGroups
 
 
 class _GuardedWriter(TorchCheckpointEngine):
-    """Writes DeepSpeed's files durably and remembers a failure instead of raising it.
+    """Writes DeepSpeed's files and remembers a failure instead of raising it.
 
     DeepSpeed's save has barriers inside: a rank that raised between them would leave the others waiting.
     """
@@ -60,19 +64,9 @@ class _GuardedWriter(TorchCheckpointEngine):
         try:
             with open(path, "wb") as file:
                 torch.save(state_dict, file, _use_new_zipfile_serialization=False)
-                file.flush()
-                os.fsync(file.fileno())
             self.written.append(path)
         except (OSError, RuntimeError) as error:
             self.failure = f"{path}: {error}"
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _layout(engine: Engine) -> dict[str, Any]:
@@ -90,7 +84,9 @@ def _guarded(work: Callable[[], list[Path]], groups: ParallelGroups) -> list[tup
     files: list[tuple[Path, int, str]] = []
     failure = None
     try:
-        files = [(path, path.stat().st_size, _sha256(path)) for path in work()]
+        files = [(path, path.stat().st_size, sha256(path)) for path in work()]
+        for path in {file for file, _, _ in files} | {file.parent for file, _, _ in files}:
+            _fsync(path)
     except (OSError, RuntimeError) as error:
         failure = str(error)
     failures = gather_messages(failure, groups)
@@ -167,7 +163,7 @@ def save_checkpoint(engine: Engine, folder: Path, progress: Progress, keep: int,
                 _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
                 shutil.rmtree(final, ignore_errors=True)  # this step's checkpoint from before a resume
                 os.replace(partial, final)
-                _fsync_folder(folder)
+                _fsync(folder)
             return []
 
         _guarded(publish, groups)
@@ -177,9 +173,19 @@ def save_checkpoint(engine: Engine, folder: Path, progress: Progress, keep: int,
         raise
     if groups.rank == 0 and keep:
         for old in complete_checkpoints(folder)[:-keep]:
-            (old / MANIFEST).unlink()  # first, so that a kill in between leaves no torn checkpoint
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                (old / MANIFEST).unlink()  # first, so that a kill in between leaves no torn checkpoint
+                shutil.rmtree(old)
+            except OSError as error:
+                print(f"warning: an old checkpoint cannot be removed: {error}", file=sys.stderr, flush=True)
     return final
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what an interrupted save or removal left: partial folders and those without a manifest."""
+    for path in [*folder.glob(".step_*.partial"), *folder.glob("step_*")]:
+        if path.is_dir() and (path.name.startswith(".") or not (path / MANIFEST).exists()):
+            shutil.rmtree(path)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Progress:
@@ -201,27 +207,24 @@ def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Pro
                 f"{checkpoint} was written with another {section}: {'; '.join(differing)}. Continue with the "
                 "saved settings, or start a new run under another logging.name"
             )
-    path, _ = engine.ds.load_checkpoint(
-        str(checkpoint), tag="state", load_lr_scheduler_states=False, load_module_strict=True
-    )
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints the names of its attributes
+        path, _ = engine.ds.load_checkpoint(
+            str(checkpoint), tag="state", load_lr_scheduler_states=False, load_module_strict=True
+        )
     assert path is not None, checkpoint
+    engine.apply_optimizer_settings()
     return manifest["progress"]
 
 
 def _verified_manifest(checkpoint: Path, groups: ParallelGroups) -> dict[str, Any]:
     """The manifest, with this rank's share of all files compared with their hashes."""
     manifest = read_manifest(checkpoint)
-    for name in sorted(manifest["files"])[groups.rank :: groups.world_size]:
-        if _sha256(checkpoint / name) != manifest["files"][name]["sha256"]:
-            raise UserError(
-                f"{checkpoint / name}: the contents differ from what {MANIFEST} says: the file is damaged; delete "
-                f"{checkpoint} to continue from an earlier checkpoint"
-            )
+    verify_files(checkpoint, manifest, sorted(manifest["files"])[groups.rank :: groups.world_size])
     return manifest
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -110,7 +110,7 @@ def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.grad_clip,
         "bf16": {"enabled": train.precision == "bf16"},
         "steps_per_print": 10**9,
-        # Client optimizers are ours to choose; DeepSpeed's own CPU Adam is used where it can be built.
+        # The optimizer is ours to choose (engine/build.py): PyTorch's AdamW, also with offload on a CPU.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }

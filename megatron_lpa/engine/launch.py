@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import RankError, UserError
 from megatron_lpa.parallel.groups import ParallelGroups
 
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -74,7 +74,7 @@ def start_distributed(tensor_parallel_size: int) -> ParallelGroups:
     backend = "gloo"
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
+            raise RankError(
                 f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; "
                 "start at most one process per GPU"
             )
@@ -88,7 +88,7 @@ def start_distributed(tensor_parallel_size: int) -> ParallelGroups:
                 dist_backend=backend, auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False
             )
         except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
-            raise UserError(
+            raise RankError(
                 f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}; "
                 "if another run uses this port, give the launcher another --master_port"
             ) from error

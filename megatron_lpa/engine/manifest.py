@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,12 @@ class SampleOrder:
     Args:
         seed: the run's seed.
         samples_per_epoch: samples of the training split.
+        samples_per_step: the global batch size; steps, and so the length and the schedule, count in it.
     """
 
     seed: int
     samples_per_epoch: int
+    samples_per_step: int
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -81,3 +85,26 @@ def read_manifest(checkpoint: Path, under: str = "") -> dict[str, Any]:
                 f"{checkpoint} to continue from an earlier checkpoint"
             )
     return {**manifest, "progress": progress}
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's contents, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify_files(checkpoint: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
+    """Compare the contents of a checkpoint's files with their recorded hashes.
+
+    Raises:
+        UserError: a file's contents differ.
+    """
+    for name in names:
+        if sha256(checkpoint / name) != manifest["files"][name]["sha256"]:
+            raise UserError(
+                f"{checkpoint / name}: the contents differ from what {MANIFEST} says: the file is damaged; delete "
+                f"{checkpoint} to use an earlier checkpoint"
+            )

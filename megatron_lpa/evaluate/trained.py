@@ -10,7 +10,7 @@ import torch
 
 from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_lpa.engine.manifest import MANIFEST, complete_checkpoints, read_manifest
+from megatron_lpa.engine.manifest import MANIFEST, complete_checkpoints, read_manifest, verify_files
 from megatron_lpa.engine.weights_reader import load_decoder
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.transformer import Decoder
@@ -57,6 +57,7 @@ def load_run(run: str | Path, step: int | None = None, tokenizer: str | None = N
     manifest = read_manifest(checkpoint, under="weights/")
     # The tokenizer first: a wrong path should not cost the time of loading a large model.
     loaded = _tokenizer_of(config, folder, tokenizer)
+    verify_files(checkpoint, manifest, [name for name in manifest["files"] if name.startswith("weights/")])
     decoder = load_decoder(checkpoint / "weights", config.model, _DTYPES[config.train.precision])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return TrainedRun(config, decoder.to(device), loaded, manifest["progress"].step, folder, manifest)
@@ -134,7 +135,12 @@ def _tokenizer_of(config: RunConfig, folder: Path, override: str | None) -> Toke
 
 
 def _found_again(recorded: str, config: RunConfig, folder: Path) -> str:
-    """A relative path is relative to where training was started, which the run folder's place tells."""
+    """The copy that the run keeps; without it, the recorded name.
+
+    A relative path is relative to where training was started, which the run folder's place tells.
+    """
+    if (folder / "tokenizer").is_dir():
+        return str(folder / "tokenizer")
     if Path(recorded).exists() or config.logging.name is None:
         return recorded
     run = Path(config.logging.run_dir) / config.logging.name

@@ -113,7 +113,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Bytes per GPU of parameters, gradients, optimizer state and activations.
 
-    Parameters and gradients take 2 bytes in bf16, 4 in fp32; AdamW's state 12 with bf16 (fp32 master
+    Parameters take 2 bytes in bf16, 4 in fp32; gradients 4, as they accumulate in fp32; AdamW's state 12 with bf16 (fp32 master
     weights and two moments), 8 with fp32. ZeRO (arXiv 1910.02054) divides over data-parallel ranks the
     optimizer state from stage 1 on, gradients from 2 on, parameters in 3.
 
@@ -134,7 +134,7 @@ def estimate_memory(
     optimizer_state = share(count * (12 if train.precision == "bf16" else 8), 1)
     return MemoryEstimate(
         bytes_parameters=share(count * b, 3),
-        bytes_gradients=share(count * b, 2),
+        bytes_gradients=share(count * 4, 2),
         bytes_optimizer_state=0 if offload_optimizer else optimizer_state,
         bytes_optimizer_state_host=optimizer_state if offload_optimizer else 0,
         bytes_activations=bytes_activations(model, parallel, train),

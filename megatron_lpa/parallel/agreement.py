@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from typing import TypeVar, cast
 
@@ -44,8 +45,11 @@ def gather_messages(message: str | None, groups: ParallelGroups) -> str:
 def together(work: Callable[[], Result], groups: ParallelGroups) -> Result:
     """Do the same work on every rank; if it fails on any, fail on all with all messages.
 
+    One small all-reduce when all goes well. An unexpected exception also prints its traceback where it
+    was raised.
+
     Raises:
-        UserError: on every rank, when ``work`` raised ``UserError`` or ``OSError`` on any.
+        UserError: on every rank, when ``work`` raised an exception on any.
     """
     result: Result | None = None
     problem = None
@@ -53,7 +57,9 @@ def together(work: Callable[[], Result], groups: ParallelGroups) -> Result:
         result = work()
     except (UserError, OSError) as error:
         problem = str(error)
-    problems = gather_messages(problem, groups)
-    if problems:
-        raise UserError(problems)
+    except Exception as error:
+        traceback.print_exc()
+        problem = f"{type(error).__name__}: {error}"
+    if largest_of_all(problem is not None, groups):
+        raise UserError(gather_messages(problem, groups))
     return cast(Result, result)

@@ -124,10 +124,3 @@ def all_reduce_no_grad(x: torch.Tensor, groups: ParallelGroups, op: dist.ReduceO
         groups.traffic.record("all_reduce", x, groups.tp_size)
         dist.all_reduce(x, op=op, group=groups.tp_group)
     return x
-
-
-def all_gather_no_grad(x: torch.Tensor, groups: ParallelGroups) -> torch.Tensor:
-    """(..., w) -> (..., T*w) outside autograd, for logits and weights that leave the model."""
-    if groups.tp_size == 1:
-        return x
-    return _all_gather(x, groups).flatten(-2)

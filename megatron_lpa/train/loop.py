@@ -15,13 +15,10 @@ from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all
 from megatron_lpa.train.callbacks.base import Callback, StepReport
 from megatron_lpa.train.schedule import learning_rate
-from megatron_lpa.train.signals import StopRequest
-from megatron_lpa.train.state import Run
-
-GO_ON, STOP, FAIL = 0, 1000, 2000  # STOP carries the signal's number, FAIL outranks it
+from megatron_lpa.train.state import Run, agree_to_go_on
 
 
-def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> int:
+def train(run: Run, callbacks: Sequence[Callback]) -> int:
     """Train until the last step or a signal. Every rank calls it.
 
     Callbacks run in order, and in reverse order at the end, so that the first one sees everything.
@@ -32,45 +29,36 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> int:
     Raises:
         UserError: on all ranks, when any rank cannot read its data or write its records.
     """
-    signum = 0
     try:
         for callback in callbacks:
             callback.on_start(run)
         while run.progress.step < run.steps:
-            report = train_one_step(run, stop)
-            if isinstance(report, int):
-                signum = report
+            report = train_one_step(run)
+            if report is None:
                 break
             for callback in callbacks:
                 callback.after_step(run, report)
         for callback in reversed(callbacks):
-            callback.on_finish(run, signum)
-        problems = gather_messages(run.problem, run.engine.groups)
-        if problems:
-            raise UserError(problems)
+            callback.on_finish(run)
+        if largest_of_all(run.problem is not None, run.engine.groups):
+            raise UserError(gather_messages(run.problem, run.engine.groups))
     finally:
         for callback in callbacks:
             callback.close(run)
-    return signum
+    return run.stopped_by
 
 
-def train_one_step(run: Run, stop: StopRequest) -> StepReport | int:
+def train_one_step(run: Run) -> StepReport | None:
     """Read, agree to go on, and do one optimizer step.
 
     Returns:
-        What happened; or the signal's number, before anything was done, when any rank was asked to stop.
+        What happened; or None, before anything was done, when any rank was asked to stop.
     """
     started = time.perf_counter()
     batches, first_samples, unreadable = _read_batches(run)
-    problem = run.problem or unreadable
     data_wait_s = time.perf_counter() - started
-    # One small all-reduce on the CPU: all ranks stop, or fail, at the same step.
-    wish = stop.signum()
-    decision = largest_of_all(FAIL if problem else STOP + wish if wish else GO_ON, run.engine.groups)
-    if decision >= FAIL:
-        raise UserError(gather_messages(problem, run.engine.groups))
-    if decision >= STOP:
-        return decision - STOP
+    if not agree_to_go_on(run, run.problem or unreadable):
+        return None
     lr = learning_rate(run.progress.step, run.steps, run.config.optim)
     result = run.engine.train_step(batches, first_samples, lr)
     run.progress = _advanced(run)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import torch.distributed as dist
 
 from megatron_lpa.config import RunConfig, load_config, save_config
 from megatron_lpa.config.compare import differences
 from megatron_lpa.data.gpt_dataset import Splits, open_splits
+from megatron_lpa.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_lpa.engine.build import Engine
-from megatron_lpa.engine.checkpoint import complete_checkpoints, load_checkpoint
+from megatron_lpa.engine.checkpoint import complete_checkpoints, load_checkpoint, remove_incomplete
 from megatron_lpa.engine.ds_config import read_zero_knobs
 from megatron_lpa.engine.launch import start_distributed, stop_distributed
 from megatron_lpa.errors import UserError
@@ -26,11 +29,10 @@ from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.callbacks.sinks import Console, MetricsFile, TensorBoard, WandB
 from megatron_lpa.train.loop import train
 from megatron_lpa.train.schedule import total_steps
-from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.state import Run
 
 
-def run_training(config: RunConfig, stop: StopRequest) -> int:
+def run_training(config: RunConfig) -> int:
     """Train as ``config`` says in all processes of this launch.
 
     Returns:
@@ -41,13 +43,13 @@ def run_training(config: RunConfig, stop: StopRequest) -> int:
     """
     read_zero_knobs(config.train.deepspeed_config, config.train.precision)
     groups = start_distributed(config.parallel.tensor_parallel_size)
-    try:
-        run = _prepare(config, groups)
-        signum = train(run, _callbacks(run), stop)
-        largest_of_all(0, groups)  # nobody leaves while another rank is still talking to it
-        return signum
-    finally:
-        stop_distributed()
+    run = _prepare(config, groups)
+    # Until here a signal ends the process at once: there is nothing to save.
+    run.stop.install()
+    signum = train(run, _callbacks(run))
+    largest_of_all(0, groups)  # nobody leaves while another rank is still talking to it
+    stop_distributed()
+    return signum
 
 
 def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
@@ -56,12 +58,13 @@ def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
     splits: Splits = together(
         lambda: open_splits(config.data, config.model.sequence_length, config.train.seed), groups
     )
+    lock = together(lambda: _own_folder(folder, config, groups), groups)
     steps = total_steps(config.train, config.model, splits.train.num_samples)
     checkpoint = together(lambda: [_choose_checkpoint(config, folder)], groups)[0]
     # Every rank continues from what rank 0 found, however fresh its own view of the folder is.
     chosen = [checkpoint]
     dist.broadcast_object_list(chosen, src=0, group=groups.control_group)
-    run = Run(config, folder, Engine(config, groups), splits, steps)
+    run = Run(config, folder, Engine(config, groups), splits, steps, lock=lock)
     if chosen[0] is not None:
         run.progress = load_checkpoint(run.engine, chosen[0], run.order)
         run.saved_step = run.progress.step
@@ -69,6 +72,37 @@ def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
     if run.is_main:
         _introduce(run, chosen[0], changed)
     return run
+
+
+def _own_folder(folder: Path, config: RunConfig, groups: ParallelGroups) -> IO[str] | None:
+    """Make the run folder ours and keep a copy of the tokenizer in it.
+
+    Returns:
+        The open lock file, on rank 0. The lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another run is writing the folder, or the tokenizer cannot be used.
+    """
+    if groups.rank != 0:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - stays open as long as the run
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error}; choose another logging.run_dir") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another run is writing here; choose another logging.name") from None
+    if config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} ids, but model.vocab_size is "
+                f"{config.model.vocab_size}; set model.vocab_size to at least that"
+            )
+        save_tokenizer(config.data.tokenizer, folder / "tokenizer")
+    return lock
 
 
 def _choose_checkpoint(config: RunConfig, folder: Path) -> Path | None:
@@ -88,6 +122,7 @@ def _write_folder(run: Run) -> list[str]:
     if not run.is_main:
         return []
     run.checkpoints.mkdir(parents=True, exist_ok=True)
+    remove_incomplete(run.checkpoints)
     path = run.folder / "config.yaml"
     changed = []
     if path.exists():
@@ -108,6 +143,8 @@ def _introduce(run: Run, checkpoint: Path | None, changed: list[str]) -> None:
         f"{config.model.sequence_length} tokens",
         flush=True,
     )
+    if config.train.epochs is not None and config.optim.warmup_steps > run.steps:
+        print(f"warning: the run ends after {run.steps} steps, within optim.warmup_steps", flush=True)
     for note in run.splits.notes:
         print(f"note: {note}", flush=True)
     if checkpoint is not None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import FrameType
 
 import psutil
 
+IMPATIENCE_S = 10.0
+
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM; later ones change nothing.
+    """Remembers the first SIGINT or SIGTERM. Later ones change nothing, but for a SIGINT after ten seconds:
+    whoever presses Ctrl-C again then wants out of a run that does not reach the end of its step.
 
     The exit code of a run stopped by a signal is ``128 + signum``, as shells have it.
 
@@ -20,6 +24,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._signum = 0
+        self._since_s = 0.0
         self._launchers = _launchers_above()
 
     def install(self) -> StopRequest:
@@ -36,7 +41,9 @@ class StopRequest:
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         if not self._signum:
-            self._signum = signum
+            self._signum, self._since_s = signum, time.monotonic()
+        elif signum == signal.SIGINT and time.monotonic() - self._since_s > IMPATIENCE_S:
+            os._exit(128 + signum)
 
 
 def _parents(count: int) -> list[int]:

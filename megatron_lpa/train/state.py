@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_lpa.config import RunConfig
 from megatron_lpa.data.gpt_dataset import Splits
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.manifest import Progress, SampleOrder
+from megatron_lpa.errors import UserError
+from megatron_lpa.parallel.agreement import gather_messages, largest_of_all
+from megatron_lpa.train.signals import StopRequest
 
 Record = dict[str, Any]
 """One line of ``metrics.jsonl``; ``kind`` is train, valid, test or event."""
@@ -29,6 +32,9 @@ class Run:
         saved_step: step of the newest checkpoint; -1 when there is none.
         problem: what went wrong on this rank alone. A rank that raised by itself would leave the others
             waiting in a collective; the loop makes all ranks raise at the next agreement.
+        stop: whether this process was asked to stop.
+        lock: the open lock file of the run folder, on rank 0.
+        stopped_by: the signal that all ranks agreed to stop for; 0 while none came.
     """
 
     config: RunConfig
@@ -39,6 +45,9 @@ class Run:
     progress: Progress = Progress()  # noqa: RUF009 - frozen
     saved_step: int = -1
     problem: str | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
+    stopped_by: int = 0
+    lock: IO[str] | None = None
 
     @property
     def is_main(self) -> bool:
@@ -48,9 +57,32 @@ class Run:
     @property
     def order(self) -> SampleOrder:
         """What the order of training samples depends on."""
-        return SampleOrder(self.config.train.seed, self.splits.train.num_samples)
+        train = self.config.train
+        return SampleOrder(train.seed, self.splits.train.num_samples, train.global_batch_size)
 
     @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.folder / "checkpoints"
+
+
+GO_ON, STOP, FAIL = 0, 1000, 2000  # STOP carries the signal's number, FAIL outranks it
+
+
+def agree_to_go_on(run: Run, problem: str | None) -> bool:
+    """Whether all ranks can and want to go on: one small all-reduce on the CPU. Every rank calls it.
+
+    Args:
+        run: the run; ``stopped_by`` is set when any rank was asked to stop.
+        problem: what keeps this rank from going on.
+
+    Raises:
+        UserError: on all ranks, when any rank has a problem.
+    """
+    wish = run.stop.signum()
+    decision = largest_of_all(FAIL if problem else STOP + wish if wish else GO_ON, run.engine.groups)
+    if decision >= FAIL:
+        raise UserError(gather_messages(problem, run.engine.groups))
+    if decision >= STOP:
+        run.stopped_by = decision - STOP
+    return decision == GO_ON

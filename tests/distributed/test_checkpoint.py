@@ -21,7 +21,7 @@ from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.groups import ParallelGroups
 
 BATCH = 8
-ORDER = SampleOrder(seed=27, samples_per_epoch=1000)
+ORDER = SampleOrder(seed=27, samples_per_epoch=1000, samples_per_step=8)
 
 
 def config(name: str, tp_size: int, zero: str, layout: str = "rank", precision: str = "fp32") -> RunConfig:
@@ -194,8 +194,9 @@ def test_another_model_or_layout_is_refused_on_every_rank(world, saved, change, 
 @pytest.mark.parametrize(
     ("order", "expected"),
     [
-        (SampleOrder(28, 1000), "order.seed was 27, is 28"),
-        (SampleOrder(27, 999), "samples_per_epoch was 1000, is 999"),
+        (SampleOrder(28, 1000, 8), "order.seed was 27, is 28"),
+        (SampleOrder(27, 999, 8), "samples_per_epoch was 1000, is 999"),
+        (SampleOrder(27, 1000, 16), "samples_per_step was 8, is 16"),
     ],
 )
 def test_another_order_of_samples_is_refused_on_every_rank(world, saved, order, expected):
@@ -270,3 +271,36 @@ def test_only_the_newest_checkpoints_are_kept(world, tmp_path):
     world(2).run(save_only, config("s1_lpa", 1, "zero1"), str(tmp_path), 4, 2)
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_00000003", "step_00000004"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def resumed_with_other_settings(run: RunConfig, folder: str) -> tuple[list[float], list[float]]:
+    """Two steps, a checkpoint, and two more steps with another optimizer section: losses and norms."""
+    from megatron_lpa.engine.build import Engine
+    from megatron_lpa.engine.checkpoint import load_checkpoint, save_checkpoint
+
+    groups = ParallelGroups.create(run.parallel.tensor_parallel_size)
+    engine = Engine(run, groups)
+    for number in range(2):
+        step(engine, number)
+    path = save_checkpoint(engine, Path(folder), Progress(2), keep=0, order=ORDER)
+    engine.ds.destroy()
+    changed = replace(run.optim, weight_decay=2.0, beta1=0.5, beta2=0.6, eps=1e-3, grad_clip=0.05)
+    resumed = Engine(replace(run, optim=changed), groups)
+    load_checkpoint(resumed, path, ORDER)
+    losses = [step(resumed, number) for number in range(2, 5)]
+    weights = weights_of(resumed)
+    resumed.ds.destroy()
+    return losses, [float(np.abs(value).sum()) for value in weights.values()]
+
+
+def test_changed_optimizer_settings_act_after_resuming_whatever_the_stage(world, tmp_path):
+    # fp32 at stage 0 is PyTorch's own AdamW and clipping, which reads its settings at every step.
+    plain = config("s2_low_all", 1, "zero0")
+    expected = world(2).run(resumed_with_other_settings, plain, str(tmp_path / "zero0"))[0]
+    unchanged = world(2).run(undisturbed_and_resumed, plain, str(tmp_path / "unchanged"))[0]
+    assert abs(unchanged[1][1] - expected[0][2]) > 3e-5  # the settings make a difference
+    for zero in ("zero1", "zero2", "zero3"):
+        run = config("s2_low_all", 1, zero)
+        losses, sizes = world(2).run(resumed_with_other_settings, run, str(tmp_path / zero))[0]
+        assert losses == pytest.approx(expected[0], rel=2e-6), zero
+        assert sizes == pytest.approx(expected[1], rel=1e-4), zero

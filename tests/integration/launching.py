@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from support.world import free_port
 
@@ -34,31 +36,34 @@ class Launch:
 
     def __init__(self, arguments: list[str], processes: int, cwd: Path) -> None:
         port = free_port()
-        self.processes = []
+        self.processes: list[subprocess.Popen] = []
+        self.outputs: list[tuple[IO[str], IO[str]]] = []
         for rank in range(processes):
             environment = os.environ | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+                "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
             }  # fmt: skip
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "megatron_lpa.pretrain", *arguments],
-                    cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                )
-            )  # fmt: skip
+            # Files, not pipes: a full pipe would stop a process that nobody reads from yet.
+            self.outputs.append((tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")))  # noqa: SIM115
+            command = [sys.executable, "-m", "megatron_lpa.pretrain", *arguments]
+            out, err = self.outputs[-1]
+            self.processes.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=out, stderr=err))
 
     def wait(self) -> Finished:
         """Wait for all; a process that does not end in time is killed and fails the test."""
         finished = Finished([], [], [])
         try:
             for process in self.processes:
-                out, err = process.communicate(timeout=TIMEOUT_S)
-                finished.codes.append(process.returncode)
-                finished.stdout.append(out)
-                finished.stderr.append(err)
+                finished.codes.append(process.wait(timeout=TIMEOUT_S))
         finally:
             for process in self.processes:
                 process.kill()
+        for out, err in self.outputs:
+            for file, texts in ((out, finished.stdout), (err, finished.stderr)):
+                file.seek(0)
+                texts.append(file.read())
+                file.close()
         return finished
 
 

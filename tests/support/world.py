@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch.multiprocessing as mp
 
 CASE_TIMEOUT_S = 240
+AFTER_FAILURE_S = 5
 
 
 def free_port() -> int:
@@ -29,6 +31,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
+        CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     import torch
 
@@ -52,6 +55,7 @@ class World:
         context = mp.get_context("spawn")
         port = free_port()
         self.size = size
+        self.closed = False
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
@@ -62,27 +66,37 @@ class World:
             self._processes.append(process)
 
     def run(self, case: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What every rank returned, in order of rank. Fails with the traceback of the first rank that raised."""
+        """What every rank returned, in order of rank. Fails with the tracebacks of all ranks that raised.
+
+        After a failure the others may be waiting in a collective: they get seconds to raise as well, and the
+        world ends; the fixture starts another for the next test.
+        """
         for pipe in self._pipes:
             pipe.send((case, arguments))
-        results = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(CASE_TIMEOUT_S):
-                self.close()
-                raise TimeoutError(f"rank {rank} of {self.size} did not answer: a collective does not match")
-            ok, value = pipe.recv()
-            results.append((rank, ok, value))
-        failed = [f"rank {rank}:\n{value}" for rank, ok, value in results if not ok]
-        if failed:
-            raise AssertionError("\n".join(failed))
-        return [value for _, _, value in results]
+        results: dict[int, Any] = {}
+        failed: list[str] = []
+        deadline = time.monotonic() + CASE_TIMEOUT_S
+        while len(results) < self.size and time.monotonic() < deadline:
+            waiting = [self._pipes[rank] for rank in range(self.size) if rank not in results]
+            for ready in wait(waiting, timeout=max(0.0, deadline - time.monotonic())):
+                rank = self._pipes.index(ready)
+                ok, results[rank] = ready.recv()
+                if not ok:
+                    failed.append(f"rank {rank}:\n{results[rank]}")
+                    deadline = min(deadline, time.monotonic() + AFTER_FAILURE_S)
+        if failed or len(results) < self.size:
+            self.close()
+            silent = [rank for rank in range(self.size) if rank not in results]
+            raise AssertionError("\n".join([*failed, f"ranks without an answer: {silent}"]))
+        return [results[rank] for rank in range(self.size)]
 
     def close(self) -> None:
+        self.closed = True
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             if process.is_alive():
                 with contextlib.suppress(OSError):
                     pipe.send(None)
         for process in self._processes:
-            process.join(10)
+            process.join(3)
             if process.is_alive():
                 process.kill()

@@ -34,15 +34,20 @@ class Callback:
     def after_step(self, run: Run, report: StepReport) -> None:
         """After each optimizer step; ``run.progress`` already counts it."""
 
-    def on_finish(self, run: Run, signum: int) -> None:
-        """After the last step, or, with ``signum`` above 0, after a signal."""
+    def on_finish(self, run: Run) -> None:
+        """After the last step, or, with ``run.stopped_by`` above 0, after a signal."""
 
     def close(self, run: Run) -> None:
         """Last of all, also after an error; no collectives here."""
 
 
 class Sink:
-    """Somewhere records go, on rank 0."""
+    """Somewhere records go, on rank 0.
+
+    ``required`` sinks end the run when they cannot be written to; the others are switched off with a warning.
+    """
+
+    required = False
 
     def open(self, run: Run) -> None:
         """Before the first record."""

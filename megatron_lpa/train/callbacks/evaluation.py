@@ -25,13 +25,15 @@ class Evaluation(Callback):
             limit = train.eval_batches * train.global_batch_size if train.eval_batches else None
             self._evaluate(run, run.splits.valid, "valid", limit)
 
-    def on_finish(self, run: Run, signum: int) -> None:
+    def on_finish(self, run: Run) -> None:
         """Test a complete run."""
-        if not signum and run.splits.test is not None:
+        if not run.stopped_by and run.splits.test is not None:
             self._evaluate(run, run.splits.test, "test", None)
 
     def _evaluate(self, run: Run, dataset: GPTDataset, kind: str, max_samples: int | None) -> None:
-        result = evaluate_split(run.engine, dataset, max_samples)
+        result = evaluate_split(run, dataset, max_samples)
+        if result is None:  # asked to stop: the loop does so next
+            return
         record = {
             "kind": kind,
             "step": run.progress.step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ class Metrics(Callback):
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
-        self.sinks = sinks
+        self.sinks = list(sinks)
         self._losses: list[torch.Tensor] = []
         self._step_s = self._data_wait_s = 0.0
 
@@ -32,8 +33,13 @@ class Metrics(Callback):
         """Open all sinks."""
 
         def open_sinks() -> int:
-            for sink in self.sinks if run.is_main else ():
-                sink.open(run)
+            for sink in list(self.sinks) if run.is_main else ():
+                try:
+                    sink.open(run)
+                except UserError:
+                    raise
+                except Exception as error:
+                    self._give_up(sink, error, run)
             return len(self.sinks)
 
         together(open_sinks, run.engine.groups)
@@ -50,7 +56,9 @@ class Metrics(Callback):
         if run.progress.step % run.config.logging.interval and run.progress.step != run.steps:
             return
         steps = len(self._losses)
+        waiting = time.perf_counter()
         loss = float(run.engine.mean_over_replicas(torch.stack(self._losses).mean()))
+        self._step_s += time.perf_counter() - waiting  # for work that the steps only launched on a GPU
         tokens = steps * run.config.train.global_batch_size * run.config.model.sequence_length
         rate = tokens / self._step_s
         flops = rate * flops_per_token_training(run.config.model) / run.engine.groups.world_size
@@ -76,26 +84,48 @@ class Metrics(Callback):
         )
         self._losses.clear()
         self._step_s = self._data_wait_s = 0.0
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {run.progress.step}: training has diverged; lower optim.lr, raise "
-                "optim.warmup_steps, or continue from an earlier checkpoint"
-            )
+        check_finite(loss, run)
 
     def emit(self, run: Run, record: Record) -> None:
         """Hand a record to all sinks; called on every rank, acts on rank 0."""
         if not run.is_main:
             return
         record = {**record, "time": time.time()}
-        for sink in self.sinks:
+        for sink in list(self.sinks):
             try:
                 sink.write(record)
-            except OSError as error:
-                run.problem = run.problem or f"{run.folder}: metrics cannot be written: {error}"
+            except Exception as error:
+                self._give_up(sink, error, run)
+
+    def _give_up(self, sink: Sink, error: Exception, run: Run) -> None:
+        """A required sink ends the run at the next agreement; a view is switched off."""
+        if sink.required:
+            run.problem = run.problem or f"{run.folder}: metrics cannot be written: {error}"
+            return
+        self.sinks.remove(sink)
+        name, reason = type(sink).__name__, f"{type(error).__name__}: {error}"
+        print(f"warning: {name} is switched off: {reason}", file=sys.stderr, flush=True)
 
     def close(self, run: Run) -> None:
         """Close all sinks."""
         if run.is_main:
             for sink in self.sinks:
-                with contextlib.suppress(OSError):  # a full disk has been reported where it was written to
+                with contextlib.suppress(Exception):  # what failed has been reported where it was written to
                     sink.close()
+
+
+def check_finite(loss: float, run: Run) -> None:
+    """Stop a run that has diverged.
+
+    Args:
+        loss: a loss averaged over all replicas, so that all ranks decide alike.
+        run: the run, for the message.
+
+    Raises:
+        UserError: the loss is infinite or not a number.
+    """
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {run.progress.step}: training has diverged; lower optim.lr, raise "
+            "optim.warmup_steps, or continue from an earlier checkpoint"
+        )

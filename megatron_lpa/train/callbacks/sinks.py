@@ -17,7 +17,7 @@ METRICS = "metrics.jsonl"
 
 
 def drop_records_after(path: Path, step: int) -> None:
-    """Remove records of steps that a resumed run is going to repeat, and a torn last line."""
+    """Remove records that a resumed run is going to repeat (later steps, the final test), and a torn last line."""
     if not path.is_file():
         return
     kept = []
@@ -26,7 +26,7 @@ def drop_records_after(path: Path, step: int) -> None:
             record = json.loads(line)
         except ValueError:
             continue
-        if record.get("step", 0) <= step:
+        if isinstance(record, dict) and record.get("step", 0) <= step and record.get("kind") != "test":
             kept.append(line + "\n")
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
@@ -35,6 +35,8 @@ def drop_records_after(path: Path, step: int) -> None:
 
 class MetricsFile(Sink):
     """``metrics.jsonl`` in the run folder: the record of a run, one JSON object per line."""
+
+    required = True
 
     def __init__(self) -> None:
         self._file: TextIO | None = None

@@ -259,10 +259,10 @@ def test_activations_of_a_hand_counted_layer(layout: str, latents: int) -> None:
 @pytest.mark.parametrize(
     ("precision", "stage", "expected"),
     [
-        ("bf16", 0, (1160, 1160, 6960)),
-        ("bf16", 1, (1160, 1160, 1740)),
-        ("bf16", 2, (1160, 290, 1740)),
-        ("bf16", 3, (290, 290, 1740)),
+        ("bf16", 0, (1160, 2320, 6960)),
+        ("bf16", 1, (1160, 2320, 1740)),
+        ("bf16", 2, (1160, 580, 1740)),
+        ("bf16", 3, (290, 580, 1740)),
         ("fp32", 0, (2320, 2320, 4640)),
         ("fp32", 3, (580, 580, 1160)),
     ],
@@ -270,7 +270,7 @@ def test_activations_of_a_hand_counted_layer(layout: str, latents: int) -> None:
 def test_zero_divides_state_over_data_parallel_ranks(
     precision: str, stage: int, expected: tuple[int, int, int]
 ) -> None:
-    """580 parameters per tensor-parallel rank, 4 data-parallel ranks; 2+2+12 or 4+4+8 bytes each."""
+    """580 parameters per tensor-parallel rank, 4 data-parallel ranks; 2+4+12 or 4+4+8 bytes each."""
     train = TrainConfig(precision=precision)  # type: ignore[arg-type]
     kwargs = {"data_parallel_size": 4, "zero_stage": stage}
     memory = estimate_memory(SMALL, ParallelConfig(2, "latent"), train, **kwargs)
