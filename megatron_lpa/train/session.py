@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -55,9 +56,7 @@ def run_training(config: RunConfig) -> int:
 def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
     assert config.logging.name is not None
     folder = Path(config.logging.run_dir) / config.logging.name
-    splits: Splits = together(
-        lambda: open_splits(config.data, config.model.sequence_length, config.train.seed), groups
-    )
+    splits: Splits = together(lambda: _open_data(config), groups)
     lock = together(lambda: _own_folder(folder, config, groups), groups)
     steps = total_steps(config.train, config.model, splits.train.num_samples)
     checkpoint = together(lambda: [_choose_checkpoint(config, folder)], groups)[0]
@@ -72,6 +71,29 @@ def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
     if run.is_main:
         _introduce(run, chosen[0], changed)
     return run
+
+
+def _open_data(config: RunConfig) -> Splits:
+    """The splits, after a look at what preprocessing recorded of their tokenizer.
+
+    Raises:
+        UserError: missing or damaged data, or data of a tokenizer with more ids than the model knows.
+    """
+    splits = open_splits(config.data, config.model.sequence_length, config.train.seed)
+    for dataset in (splits.train, splits.valid, splits.test):
+        manifest = Path(f"{dataset.indexed.prefix}.json") if dataset is not None else None
+        if manifest is None or not manifest.is_file():
+            continue  # written by another tool: each batch is checked
+        try:
+            vocab_size = int(json.loads(manifest.read_text())["tokenizer"]["vocab_size"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{manifest}: not a manifest of tools/preprocess_data.py: {error!r}") from error
+        if vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"{manifest}: the tokenizer of this data has {vocab_size} ids, but model.vocab_size is "
+                f"{config.model.vocab_size}; preprocess with the model's tokenizer, or set model.vocab_size"
+            )
+    return splits
 
 
 def _own_folder(folder: Path, config: RunConfig, groups: ParallelGroups) -> IO[str] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import SMALL, launch
+from launching import SMALL, Launch, launch
 
 from megatron_lpa.data.indexed import IndexedDatasetWriter
 
@@ -29,6 +30,8 @@ def folder(tmp_path_factory) -> Path:
     for name, suffix in (("truncated_bin", ".bin"), ("truncated_idx", ".idx")):
         path = folder / (name + suffix)
         path.write_bytes(path.read_bytes()[:-6])
+    write("recorded", 50, 40, 97)
+    (folder / "recorded.json").write_text('{"tokenizer": {"vocab_size": 32000}}')
     with IndexedDatasetWriter(folder / "odd_valid", np.uint16) as writer:  # one odd id, which rank 1 reads
         ids = np.arange(200) % 97
         ids[3 * 16] = 500
@@ -51,6 +54,8 @@ CASES = {
         ["--data.train_prefix", "good", "--train.eval_interval", "1"], ["--data.valid_prefix", "odd_valid"],
         ["odd_valid", "500"],
     ),
+    "data of a larger tokenizer": (DATA[2:], ["--data.prefix", "recorded"], ["recorded.json", "32000", "97"]),
+    "missing tokenizer": (DATA, ["--data.tokenizer", "/nowhere/tokenizer.json"], ["/nowhere/tokenizer.json"]),
     "shorter than one sequence": (DATA[2:], ["--data.prefix", "short"], ["short", "11", "17"]),
     "heads and TP": (DATA, ["--parallel.tensor_parallel_size", "2", "--model.num_heads", "1", "--model.head_dim", "32"],
                      ["model.num_heads", "tensor_parallel_size"]),
@@ -96,3 +101,16 @@ def test_metrics_that_cannot_be_written_end_the_run_on_all_ranks(folder):
     assert len(finished.errors) == 1
     assert str(Path("runs") / "full") in finished.errors[0] and "cannot be written" in finished.errors[0]
     assert "Traceback" not in "".join(finished.stderr)
+
+
+def test_two_runs_never_write_one_folder(folder):
+    more = ["--logging.name", "shared", "--train.steps", "2000"]
+    first = Launch([*SMALL, *DATA, *more], 1, folder)
+    deadline = time.monotonic() + 60
+    while not (folder / "runs" / "shared" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    second = launch([*SMALL, *DATA, *more], 1, folder)
+    first.processes[0].terminate()
+    assert second.codes == [1]
+    assert len(second.errors) == 1 and "another run is writing here" in second.errors[0]
+    assert first.wait().codes == [128 + 15]

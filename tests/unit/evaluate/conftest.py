@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -114,7 +115,10 @@ def save_run(decoder: Decoder, tokenizer_folder: Path) -> SaveRun:
                 },
                 "model": dataclasses.asdict(MODEL),
                 "files": {
-                    "weights/model.safetensors": {"bytes": weights.stat().st_size, "sha256": "not checked"},
+                    "weights/model.safetensors": {
+                        "bytes": weights.stat().st_size,
+                        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+                    },
                     "state/rank_0.pt": {"bytes": 1, "sha256": "left behind when the model was taken away"},
                 },
             }

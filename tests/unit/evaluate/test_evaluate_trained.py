@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_lpa.data.tokenizer import save_tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.trained import load_run, required_tokenizer
 from megatron_lpa.model.transformer import Decoder
@@ -75,3 +76,23 @@ def test_what_is_wrong_is_said(tmp_path: Path, save_run: SaveRun) -> None:
 def test_opening_a_run_needs_no_deepspeed() -> None:
     code = "import sys, megatron_lpa.evaluate.trained; assert 'deepspeed' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_damaged_weights_are_never_used(tmp_path: Path, save_run: SaveRun) -> None:
+    folder = save_run(tmp_path / "runs" / "a", (10,))
+    weights = folder / "checkpoints" / "step_00000010" / "weights" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-8:] = bytes(8)
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.safetensors: the contents differ"):
+        load_run(folder)
+
+
+def test_a_run_keeps_its_own_copy_of_the_tokenizer(tmp_path: Path, save_run: SaveRun) -> None:
+    folder = save_run(tmp_path / "runs" / "a", tokenizer="gone/tokenizer.json")
+    source = save_run(tmp_path / "runs" / "b")
+    recorded = load_run(source)
+    assert recorded.tokenizer is not None and recorded.config.data.tokenizer is not None
+    save_tokenizer(str(tmp_path / recorded.config.data.tokenizer), folder / "tokenizer")
+    found = load_run(folder).tokenizer
+    assert found is not None and found.fingerprint == recorded.tokenizer.fingerprint
