@@ -86,6 +86,8 @@ def read_raw(path: Path) -> Iterator[RawRecord]:
     name = str(path)
     try:
         with path.open("rb") as stream:
+            if name.endswith((".gz", ".zst")) and not path.stat().st_size:
+                raise EOFError  # even an empty text has a header when compressed
             if name.endswith(".txt"):
                 yield RawRecord(name, 0, stream.read())
                 return

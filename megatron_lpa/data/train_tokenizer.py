@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from megatron_lpa.data.text import read_texts
 from megatron_lpa.errors import UserError
 
 EOD_TOKEN = "<|endoftext|>"
+MAX_VOCAB_SIZE = 2**24
 MIN_VOCAB_SIZE = 257  # the end-of-document token and the 256 bytes
 
 
@@ -38,6 +40,10 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: str, json_ke
     Raises:
         UserError: bad input, a vocabulary below 257, or an output folder that holds something.
     """
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise UserError(
+            f"--vocab-size is {vocab_size}; give {MAX_VOCAB_SIZE} or less, larger ones are of no use and do not fit into memory"
+        )
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(
             f"--vocab-size is {vocab_size}; give {MIN_VOCAB_SIZE} or more, for all bytes and {EOD_TOKEN}"
@@ -55,7 +61,11 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: str, json_ke
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(read_texts(inputs, json_key), trainer)
+    texts = filter(None, read_texts(inputs, json_key))
+    first = next(texts, None)
+    if first is None:
+        raise UserError(f"{' '.join(inputs)}: no text in there to train a tokenizer on")
+    tokenizer.train_from_iterator(itertools.chain([first], texts), trainer)
 
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -152,3 +152,10 @@ def test_a_file_that_is_not_compressed_at_all(tmp_path: Path, name: str) -> None
     (tmp_path / name).write_bytes(lines())
     with pytest.raises(UserError, match=rf"{name}: the compressed file is damaged"):
         list(read_texts([str(tmp_path / name)]))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_compressed_file_of_no_bytes_is_cut_short(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"{name}: the compressed file is cut short"):
+        list(read_raw(tmp_path / name))
