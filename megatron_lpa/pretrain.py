@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
         # Seconds of imports, only once the config is known to be good.
-        from megatron_lpa.train.session import run_training
+        from megatron_lpa.train.start import run_training
 
         signum = run_training(config)
     except UserError as error:

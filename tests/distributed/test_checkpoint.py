@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.models import MODELS
+from support.world import groups_for
 
 from megatron_lpa.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_lpa.engine.manifest import MANIFEST, Progress, SampleOrder, complete_checkpoints, read_manifest
 from megatron_lpa.errors import UserError
-from megatron_lpa.parallel.groups import ParallelGroups
 
 BATCH = 8
 ORDER = SampleOrder(seed=27, samples_per_epoch=1000, samples_per_step=8)
@@ -57,7 +57,7 @@ def undisturbed_and_resumed(run: RunConfig, folder: str) -> tuple:
     from megatron_lpa.engine.build import Engine
     from megatron_lpa.engine.checkpoint import load_checkpoint, save_checkpoint
 
-    groups = ParallelGroups.create(run.parallel.tensor_parallel_size)
+    groups = groups_for(run.parallel.tensor_parallel_size)
     engine = Engine(run, groups)
     losses = [step(engine, n) for n in range(3)]
     path = save_checkpoint(engine, Path(folder), Progress(3, 3 * BATCH, 99), keep=0, order=ORDER)
@@ -105,7 +105,7 @@ def save_only(run: RunConfig, folder: str, steps: int, keep: int = 0, shard_byte
     from megatron_lpa.engine.build import Engine
     from megatron_lpa.engine.checkpoint import save_checkpoint
 
-    engine = Engine(run, ParallelGroups.create(run.parallel.tensor_parallel_size))
+    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
     for number in range(steps):
         step(engine, number)
         save_checkpoint(engine, Path(folder), Progress(number + 1), keep, ORDER)
@@ -121,7 +121,7 @@ def load_into(run: RunConfig, checkpoint: str, order: SampleOrder) -> str:
     from megatron_lpa.engine.build import Engine
     from megatron_lpa.engine.checkpoint import load_checkpoint
 
-    engine = Engine(run, ParallelGroups.create(run.parallel.tensor_parallel_size))
+    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
     try:
         load_checkpoint(engine, Path(checkpoint), order)
     except UserError as error:
@@ -233,7 +233,7 @@ def save_without_space(run: RunConfig, folder: str, failing_rank: int, limit_byt
     from megatron_lpa.engine.build import Engine
     from megatron_lpa.engine.checkpoint import save_checkpoint
 
-    groups = ParallelGroups.create(run.parallel.tensor_parallel_size)
+    groups = groups_for(run.parallel.tensor_parallel_size)
     engine = Engine(run, groups)
     save_checkpoint(engine, Path(folder), Progress(1), keep=1, order=ORDER)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -278,7 +278,7 @@ def resumed_with_other_settings(run: RunConfig, folder: str) -> tuple[list[float
     from megatron_lpa.engine.build import Engine
     from megatron_lpa.engine.checkpoint import load_checkpoint, save_checkpoint
 
-    groups = ParallelGroups.create(run.parallel.tensor_parallel_size)
+    groups = groups_for(run.parallel.tensor_parallel_size)
     engine = Engine(run, groups)
     for number in range(2):
         step(engine, number)

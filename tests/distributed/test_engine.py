@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import reference
 from support.models import MODELS
+from support.world import groups_for
 
 from megatron_lpa.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_lpa.data.sampler import micro_batch_indices
@@ -70,7 +71,7 @@ def train_with_deepspeed(config: RunConfig) -> tuple[list[float], list[float], d
     from megatron_lpa.engine.build import Engine
     from megatron_lpa.engine.weights import unsharded
 
-    groups = ParallelGroups.create(config.parallel.tensor_parallel_size)
+    groups = groups_for(config.parallel.tensor_parallel_size)
     engine = Engine(config, groups)
     losses, norms = [], []
     for step, ids in enumerate(batches(config.model)):
@@ -152,7 +153,7 @@ def small_updates(config: RunConfig) -> bool:
     from megatron_lpa.engine.build import Engine
     from megatron_lpa.engine.weights import unsharded
 
-    groups = ParallelGroups.create(config.parallel.tensor_parallel_size)
+    groups = groups_for(config.parallel.tensor_parallel_size)
     engine = Engine(config, groups)
     parameter = engine.module.final_norm.weight  # ones: neighbours in bf16 are 0.0039 below
     before = unsharded(engine, parameter)
@@ -200,7 +201,7 @@ def shards_under_zero_init(config: RunConfig) -> tuple[int, dict]:
     """Each rank's tensor-parallel shards, gathered only over data-parallel ranks."""
     from megatron_lpa.engine.build import Engine, gathered_for_reading
 
-    groups = ParallelGroups.create(config.parallel.tensor_parallel_size)
+    groups = groups_for(config.parallel.tensor_parallel_size)
     engine = Engine(config, groups)
     shards = {}
     largest = 0

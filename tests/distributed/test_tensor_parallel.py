@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import reference
 from support.models import LPA, MODELS, SETTING_1, lowdim
+from support.world import groups_for
 
 from megatron_lpa.config import ModelConfig, ParallelConfig
 from megatron_lpa.layers.attention import Attention
@@ -39,7 +40,7 @@ def unsharded_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
 
 def sharded_results(tp_size: int, layout: str, model: ModelConfig, weights: dict[str, torch.Tensor]) -> dict:
     """On each rank: gathered logits, losses, and gradients in local shards."""
-    groups = ParallelGroups.create(tp_size)
+    groups = groups_for(tp_size)
     decoder = Decoder(model, groups, layout)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
@@ -125,7 +126,7 @@ def test_padded_ids_have_probability_zero_and_no_gradient(world):
 
 def attention_traffic(layout: str, model: ModelConfig, tokens: int) -> tuple[int, int, int, int]:
     """Elements and bytes that one attention layer moves on this rank, forward and backward."""
-    groups = ParallelGroups.create(4)
+    groups = groups_for(4)
     attention = Attention(model, groups, layout)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.01)
@@ -164,7 +165,7 @@ def test_attention_moves_exactly_the_elements_of_the_table(world, ranks, layout,
 
 def layer_traffic(layout: str, model: ModelConfig) -> tuple[int, int]:
     """Elements that all decoder layers move on this rank, forward and backward."""
-    groups = ParallelGroups.create(4)
+    groups = groups_for(4)
     decoder = Decoder(model, groups, layout)
     initialize(decoder, model, groups, SEED)
     x = torch.randn(BATCH, model.sequence_length, model.hidden_size, requires_grad=True)
@@ -189,7 +190,7 @@ def test_planned_traffic_equals_counted_traffic(world, name, layout):
 
 
 def initial_shards(tp_size: int, layout: str, model: ModelConfig) -> tuple[int, dict]:
-    groups = ParallelGroups.create(tp_size)
+    groups = groups_for(tp_size)
     decoder = Decoder(model, groups, layout)
     initialize(decoder, model, groups, SEED)
     return groups.tp_rank, {name: p.detach().numpy() for name, p in decoder.named_parameters()}

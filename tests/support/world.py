@@ -7,6 +7,8 @@ a module-level function ``case(*arguments)`` that every rank runs; it returns so
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
 import socket
 import time
@@ -17,6 +19,8 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
+from megatron_lpa.parallel.groups import ParallelGroups, Traffic
+
 CASE_TIMEOUT_S = 240
 AFTER_FAILURE_S = 5
 
@@ -25,6 +29,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@functools.cache
+def _created(tp_size: int) -> ParallelGroups:
+    return ParallelGroups.create(tp_size)
+
+
+def groups_for(tp_size: int) -> ParallelGroups:
+    """This process's groups, for use in cases; made once, as every gloo group keeps threads of its own."""
+    return dataclasses.replace(_created(tp_size), traffic=Traffic())
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
