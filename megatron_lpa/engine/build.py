@@ -90,7 +90,7 @@ class Engine:
         with construction:
             module = Decoder(config.model, groups, config.parallel.lowdim_layout, recompute)
         if partitioned:
-            # A layer's parameters are gathered together: a tenth of the hooks, and one all-gather per layer.
+            # A layer's parameters are gathered together, by one set of hooks instead of one per module inside.
             deepspeed.utils.set_z3_leaf_modules(module, [DecoderLayer])
             initialize(module, config.model, groups, config.train.seed, _gathered_for_writing)
         else:
@@ -182,7 +182,7 @@ class Engine:
 
     def _gradient_norm(self) -> float:
         """Global norm of whole gradients: every shard once, replicated parameters once."""
-        squares = {True: [], False: []}  # type: dict[bool, list[torch.Tensor]]
+        squares: dict[bool, list[torch.Tensor]] = {True: [], False: []}
         for parameter in self.module.parameters():
             assert parameter.grad is not None
             split = self.groups.tp_size > 1 and spec_of(parameter).tp_dim is not None
