@@ -33,19 +33,40 @@ class DataConfig:
 
     Args:
         prefix: one dataset, cut by ``split`` into train, valid and test by whole documents.
+        blend: several datasets and the share of the samples that each gives, as
+            ``{"data/a": 0.7, "data/b": 0.3}``; weights need not sum to 1. Each is cut by ``split``.
+            Excludes ``prefix`` and ``train_prefix``.
         split: shares of documents for train, valid and test, as ``"969,30,1"``.
         train_prefix: a dataset for training only; excludes ``prefix``.
-        valid_prefix: a dataset for validation only; optional with ``train_prefix``.
-        test_prefix: a dataset for the final test; optional with ``train_prefix``.
+        valid_prefix: a dataset for validation only, in the order of the file; optional with
+            ``train_prefix``.
+        test_prefix: a dataset for the final test only, in the order of the file; optional with
+            ``train_prefix``.
+        shuffle_documents: shuffle documents before they are cut into train, valid and test and packed
+            into samples; false keeps the order of the file, so that the last ones are held out.
+        document_seed: seed of that shuffle. It is not ``train.seed``, so that runs of several seeds
+            hold out the same documents and share one sample index.
+        allow_repeats: let a run of ``train.tokens`` read data more than once; without it such a run is
+            refused when the data has too few tokens.
+        cache_dir: folder for sample indices, which are made at the first start; empty means
+            ``<prefix>.cache``, or ``~/.cache/megatron_lpa`` where that cannot be written.
+        index_timeout_s: seconds to wait for a sample index that another process makes.
         tokenizer: folder, ``tokenizer.json``, SentencePiece ``.model`` or hub name; recorded with the
-            run so that text can be generated and perplexity per word computed.
+            run so that text can be generated and perplexity per word computed. It has to be the one
+            that the data was made with.
     """
 
     prefix: str | None = None
+    blend: dict[str, float] | None = None
     split: str = "969,30,1"
     train_prefix: str | None = None
     valid_prefix: str | None = None
     test_prefix: str | None = None
+    shuffle_documents: bool = True
+    document_seed: int = 1
+    allow_repeats: bool = False
+    cache_dir: str | None = None
+    index_timeout_s: float = 600.0
     tokenizer: str | None = None
 
 

@@ -15,7 +15,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_lpa.config.run import RunConfig
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_TYPE_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    dict: 'names and numbers as {"data/a": 0.7, "data/b": 0.3}',
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class ConfigKey:
 
     Args:
         name: dotted key, as ``model.hidden_size``.
-        base_type: ``int``, ``float``, ``bool`` or ``str``; ``str`` also for a choice.
+        base_type: ``int``, ``float``, ``bool`` or ``str``, which is also that of a choice; ``dict`` for
+            numbers by name.
         choices: the allowed values of a choice, else empty.
         optional: whether the value may be empty (``null``).
         default: the dataclass's default.
@@ -70,7 +77,7 @@ def _leaves(cls: type, prefix: str) -> Iterator[ConfigKey]:
         if optional:
             (annotation,) = (a for a in get_args(annotation) if a is not type(None))
         choices = get_args(annotation) if get_origin(annotation) is Literal else ()
-        base_type = str if choices else annotation
+        base_type = str if choices else dict if annotation == dict[str, float] else annotation
         assert base_type in _TYPE_NAMES, f"{cls.__name__}.{field.name}: {annotation} cannot be configured"
         yield ConfigKey(
             prefix + field.name, base_type, choices, optional, field.default, docs.get(field.name, "")

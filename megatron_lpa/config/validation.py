@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 
+from megatron_lpa.config.data_validation import at_least, check_data, positive
 from megatron_lpa.config.model import INPUT_PROJECTIONS, OUTPUT_PROJECTIONS, ModelConfig, ProjectionConfig
-from megatron_lpa.config.run import DataConfig, LoggingConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_lpa.config.run import LoggingConfig, OptimConfig, RunConfig, TrainConfig
 from megatron_lpa.errors import UserError
 
 
@@ -28,23 +29,18 @@ def validate_config(config: RunConfig, world_size: int | None, *, need_data: boo
     """
     _check_model(config.model)
     _check_tensor_parallel(config)
-    _check_data(config.data, need_data)
+    check_data(config.data, need_data)
     _check_optim(config.optim)
     _check_train(config.train)
+    if config.train.epochs is not None and config.data.blend is not None:
+        raise UserError(
+            f"train.epochs is {config.train.epochs} but the datasets of data.blend each have epochs of their own; "
+            "set train.tokens or train.steps instead"
+        )
     _check_logging(config.logging)
     if world_size is not None:
         _check_world(config, world_size)
     return _rank_warnings(config.model) + _run_warnings(config, need_data)
-
-
-def _at_least(key: str, value: float, least: float) -> None:
-    if not value >= least:  # also false for NaN
-        raise UserError(f"{key} is {value} but must be at least {least}")
-
-
-def _positive(key: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise UserError(f"{key} is {value} but must be above 0")
 
 
 def _share(key: str, value: float, *, below_one: bool) -> None:
@@ -69,9 +65,9 @@ def _check_model(model: ModelConfig) -> None:
         *("vocab_size", "pad_vocab_to_multiple_of", "sequence_length", "hidden_size"),
         *("num_layers", "num_heads", "kv_heads", "ffn_hidden_size"),
     ):
-        _at_least(f"model.{'num_kv_heads' if name == 'kv_heads' else name}", getattr(model, name), 1)
+        at_least(f"model.{'num_kv_heads' if name == 'kv_heads' else name}", getattr(model, name), 1)
     for name in ("norm_eps", "rope_base", "init_std"):
-        _positive(f"model.{name}", getattr(model, name))
+        positive(f"model.{name}", getattr(model, name))
     _share("model.dropout", model.dropout, below_one=True)
     if model.num_heads % model.kv_heads:
         raise UserError(
@@ -83,7 +79,7 @@ def _check_model(model: ModelConfig) -> None:
             f"model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}; "
             "change one of them, or set model.head_dim"
         )
-    _at_least("model.head_dim", model.head_width, 1)
+    at_least("model.head_dim", model.head_width, 1)
     if model.position_embedding == "rope" and model.head_width % 2:
         raise UserError(
             f"model.head_dim is {model.head_width} but model.position_embedding rope rotates pairs; "
@@ -109,12 +105,12 @@ def _check_projection(name: str, projection: ProjectionConfig) -> None:
     elif projection.rank is None:
         raise UserError(f"{key}.kind is {projection.kind} but {key}.rank is empty; set the rank")
     else:
-        _at_least(f"{key}.rank", projection.rank, 1)
+        at_least(f"{key}.rank", projection.rank, 1)
 
 
 def _check_tensor_parallel(config: RunConfig) -> None:
     model, size = config.model, config.parallel.tensor_parallel_size
-    _at_least("parallel.tensor_parallel_size", size, 1)
+    at_least("parallel.tensor_parallel_size", size, 1)
     split = {
         "model.num_heads": model.num_heads,
         "model.num_kv_heads": model.kv_heads,
@@ -140,41 +136,11 @@ def _check_tensor_parallel(config: RunConfig) -> None:
         )
 
 
-def _check_data(data: DataConfig, need_data: bool) -> None:
-    shares = data.split.split(",")
-    try:
-        numbers = [float(share) for share in shares]
-    except ValueError:
-        numbers = []
-    if len(numbers) != 3 or not all(n >= 0 and math.isfinite(n) for n in numbers) or numbers[0] == 0:
-        raise UserError(
-            f"data.split is {data.split!r} but must be three shares for train, valid and test, none negative "
-            'and the first above 0, such as "969,30,1"'
-        )
-    if data.prefix is not None and data.train_prefix is not None:
-        raise UserError(
-            f"data.prefix {data.prefix} and data.train_prefix {data.train_prefix} exclude each other: the "
-            "first is cut by data.split, the second is used whole; set one of them to null"
-        )
-    for name in ("valid_prefix", "test_prefix"):
-        value = getattr(data, name)
-        if value is not None and data.train_prefix is None:
-            raise UserError(
-                f"data.{name} is {value} but data.train_prefix is empty; set data.train_prefix too, or use "
-                "data.prefix with data.split"
-            )
-    if need_data and data.prefix is None and data.train_prefix is None:
-        raise UserError(
-            "data.prefix and data.train_prefix are both empty; set data.prefix to the path of a dataset "
-            "without .bin or .idx (tools/preprocess_data.py makes one), or data.train_prefix"
-        )
-
-
 def _check_optim(optim: OptimConfig) -> None:
     for name in ("lr", "eps"):
-        _positive(f"optim.{name}", getattr(optim, name))
+        positive(f"optim.{name}", getattr(optim, name))
     for name in ("warmup_steps", "weight_decay", "grad_clip"):
-        _at_least(f"optim.{name}", getattr(optim, name), 0)
+        at_least(f"optim.{name}", getattr(optim, name), 0)
     for name in ("beta1", "beta2"):
         _share(f"optim.{name}", getattr(optim, name), below_one=True)
     for name in ("min_lr_ratio", "wsd_decay_fraction"):
@@ -194,11 +160,11 @@ def _check_train(train: TrainConfig) -> None:
         found = " and ".join(f"train.{name} {value}" for name, value in given.items()) or "none of them"
         raise UserError(f"set exactly one of train.steps, train.tokens and train.epochs; found {found}")
     for name, value in given.items():
-        _positive(f"train.{name}", value)
+        positive(f"train.{name}", value)
     for name in ("global_batch_size", "micro_batch_size"):
-        _at_least(f"train.{name}", getattr(train, name), 1)
+        at_least(f"train.{name}", getattr(train, name), 1)
     for name in ("seed", "eval_interval", "eval_batches", "checkpoint_interval", "keep_checkpoints"):
-        _at_least(f"train.{name}", getattr(train, name), 0)
+        at_least(f"train.{name}", getattr(train, name), 0)
     if train.global_batch_size % train.micro_batch_size:
         _raise_batch(train, 1)
 
@@ -222,9 +188,9 @@ def _raise_batch(train: TrainConfig, data_parallel_size: int) -> None:
 
 
 def _check_logging(logging: LoggingConfig) -> None:
-    _at_least("logging.interval", logging.interval, 1)
+    at_least("logging.interval", logging.interval, 1)
     if logging.peak_tflops is not None:
-        _positive("logging.peak_tflops", logging.peak_tflops)
+        positive("logging.peak_tflops", logging.peak_tflops)
     name = logging.name
     if name is not None and (name in ("", ".", "..") or "/" in name):
         raise UserError(
@@ -233,7 +199,7 @@ def _check_logging(logging: LoggingConfig) -> None:
 
 
 def _check_world(config: RunConfig, world_size: int) -> None:
-    _at_least("the world size", world_size, 1)
+    at_least("the world size", world_size, 1)
     tensor_parallel_size = config.parallel.tensor_parallel_size
     if world_size % tensor_parallel_size:
         raise UserError(
@@ -260,12 +226,17 @@ def _rank_warnings(model: ModelConfig) -> list[str]:
     return warnings
 
 
+def planned_steps(train: TrainConfig, model: ModelConfig) -> int | None:
+    """Optimizer steps of a run; None for ``train.epochs``, whose length only the data tells."""
+    if train.tokens is not None:
+        return -(-train.tokens // (train.global_batch_size * model.sequence_length))
+    return train.steps
+
+
 def _run_warnings(config: RunConfig, need_data: bool) -> list[str]:
     train, data, optim = config.train, config.data, config.optim
     warnings = []
-    steps = train.steps
-    if train.tokens is not None:
-        steps = -(-train.tokens // (train.global_batch_size * config.model.sequence_length))
+    steps = planned_steps(train, config.model)
     if steps is not None and optim.warmup_steps > steps:
         warnings.append(
             f"optim.warmup_steps is {optim.warmup_steps} but the run has {steps} steps: the learning rate "
@@ -275,7 +246,9 @@ def _run_warnings(config: RunConfig, need_data: bool) -> list[str]:
         warnings.append(
             f"optim.decay_steps is {optim.decay_steps} but the run has {steps} steps: the schedule is cut off"
         )
-    has_valid = data.valid_prefix is not None if data.prefix is None else float(data.split.split(",")[1]) > 0
+    has_valid = data.valid_prefix is not None or (
+        data.train_prefix is None and float(data.split.split(",")[1]) > 0
+    )
     if need_data and train.eval_interval and not has_valid:
         warnings.append(
             f"train.eval_interval is {train.eval_interval} but there is no validation data "

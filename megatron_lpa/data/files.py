@@ -17,6 +17,10 @@ PARTIAL_SUFFIX = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class WrittenElsewhere(UserError):
+    """Another process is writing the file."""
+
+
 @contextlib.contextmanager
 def explained_write_errors(path: Path) -> Iterator[None]:
     """Turns an ``OSError`` about ``path`` into a :class:`UserError` that says what to do."""
@@ -49,25 +53,32 @@ class PartialFile:
     The name is fixed, so that the leftover of a killed process is reused instead of piling up, and a lock
     keeps two live processes from writing the same file.
 
+    Args:
+        path: the name of the finished file; its folder is created.
+        keep_bytes: how much of a leftover to keep and go on after; the rest is cut off.
+
     Raises:
-        UserError: the folder cannot be written, the disk is full, or another process is writing ``path``.
+        UserError: the folder cannot be written, the disk is full, the leftover is shorter than
+            ``keep_bytes``, or another process is writing ``path`` (:class:`WrittenElsewhere`).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
         self.path = path
         self.partial_path = path.with_name(path.name + PARTIAL_SUFFIX)
         with explained_write_errors(self.partial_path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = os.fdopen(self._open_locked(), "wb", buffering=1 << 20)
+            descriptor = self._open_locked(keep_bytes)
+            os.lseek(descriptor, 0, os.SEEK_END)
+            self._stream = os.fdopen(descriptor, "wb", buffering=1 << 20)
 
-    def _open_locked(self) -> int:
+    def _open_locked(self, keep_bytes: int) -> int:
         while True:
             descriptor = os.open(self.partial_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(descriptor)
-                raise UserError(
+                raise WrittenElsewhere(
                     f"{self.path}: another process is writing it; wait for that one or choose another name"
                 ) from None
             except OSError:
@@ -75,12 +86,19 @@ class PartialFile:
             # Its last owner may have renamed or removed the file between our open and our lock;
             # truncating then would destroy a finished file.
             with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.stat(self.partial_path)):
-                    os.ftruncate(descriptor, 0)
+                status = os.fstat(descriptor)
+                if os.path.samestat(status, os.stat(self.partial_path)):
+                    if status.st_size < keep_bytes:
+                        os.close(descriptor)
+                        raise UserError(
+                            f"{self.partial_path}: {status.st_size} bytes are left of at least {keep_bytes}; "
+                            "it was changed since it was written, so start again without it"
+                        )
+                    os.ftruncate(descriptor, keep_bytes)
                     return descriptor
             os.close(descriptor)
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         with explained_write_errors(self.partial_path):
             self._stream.write(data)
 
@@ -94,6 +112,11 @@ class PartialFile:
         """Renames the finished file to its name, over an older one."""
         with explained_write_errors(self.path):
             os.replace(self.partial_path, self.path)
+            self._stream.close()
+
+    def close(self) -> None:
+        """Leaves the unfinished file for a later process to go on with; harmless after ``publish``."""
+        with contextlib.suppress(OSError):
             self._stream.close()
 
     def discard(self) -> None:

@@ -1,48 +1,30 @@
-"""Samples of fixed length cut from the token stream of documents; the split into train, valid and test."""
+"""Samples of fixed length cut from the token stream of a dataset's documents."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
-from megatron_lpa.config.run import DataConfig
+from megatron_lpa.data.document_order import DocumentOrder
+from megatron_lpa.data.identity import contents_digest
+from megatron_lpa.data.index_cache import SampleIndex
 from megatron_lpa.data.indexed import IndexedDataset
+from megatron_lpa.data.packing import PackedDocuments
 from megatron_lpa.data.permutation import permuted
 from megatron_lpa.errors import UserError
 
 DocumentRange = tuple[int, int]
-_NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 
-def split_documents(num_documents: int, split: str) -> tuple[DocumentRange, DocumentRange, DocumentRange]:
-    """Cuts ``range(num_documents)`` into train, valid and test ranges ``(start, stop)`` of whole documents.
+@dataclass(frozen=True)
+class ShuffledDocuments:
+    """An order of documents, and where the samples of a range of it begin."""
 
-    The shares lie one after the other and are rounded as Megatron rounds them; missing shares are 0.
-
-    Args:
-        num_documents: documents to share out.
-        split: up to three non-negative weights, as ``"969,30,1"``.
-
-    Raises:
-        UserError: ``split`` is not such a list, or all its weights are 0.
-    """
-    fields = [field.strip() for field in split.split(",")]
-    if len(fields) > 3 or not all(_NUMBER.fullmatch(field) for field in fields):
-        raise UserError(
-            f"data.split is {split!r}; give one to three non-negative weights for train, valid and test, "
-            'as "969,30,1"'
-        )
-    weights = [float(field) for field in fields] + [0.0] * (3 - len(fields))
-    total = sum(weights)
-    if total <= 0:
-        raise UserError(f"data.split is {split!r}; at least one weight has to be above 0")
-    bounds, share = [0], 0.0
-    for weight in weights:
-        share += weight / total
-        bounds.append(round(share * num_documents))
-    return (bounds[0], bounds[1]), (bounds[1], bounds[2]), (bounds[2], bounds[3])
+    order: DocumentOrder
+    index: SampleIndex
 
 
 class GPTDataset:
@@ -54,10 +36,12 @@ class GPTDataset:
 
     Args:
         indexed: the token files.
-        document_range: documents ``start`` to ``stop`` of them.
+        document_range: documents ``start`` to ``stop`` of them, or of their shuffled order.
         sequence_length: S, tokens per sequence.
-        seed: of the shuffled order.
+        seed: of the shuffled order of samples.
         name: which split this is, for messages.
+        shuffled_documents: the order of documents and the index of this range and S; None for the order of
+            the file, which needs no index.
 
     Raises:
         UserError: the range holds fewer than S + 1 tokens.
@@ -70,6 +54,7 @@ class GPTDataset:
         sequence_length: int,
         seed: int,
         name: str = "dataset",
+        shuffled_documents: ShuffledDocuments | None = None,
     ) -> None:
         start, stop = document_range
         assert 0 <= start <= stop <= indexed.num_documents and sequence_length >= 1
@@ -78,8 +63,16 @@ class GPTDataset:
         self.sequence_length = sequence_length
         self.seed = seed
         self.name = name
-        self._first_token = indexed.document_offset(start)
-        self.num_tokens: int = indexed.document_offset(stop) - self._first_token
+        self._shuffled_documents = shuffled_documents
+        self._packed: PackedDocuments | None = None
+        self._first_token = 0
+        if shuffled_documents is None:
+            self._first_token = indexed.document_offset(start)
+            self.num_tokens: int = indexed.document_offset(stop) - self._first_token
+        else:
+            index = shuffled_documents.index
+            self.num_tokens = index.num_tokens
+            self._packed = PackedDocuments(indexed, shuffled_documents.order, index.starts, sequence_length)
         self.num_samples: int = max(0, self.num_tokens - 1) // sequence_length
         if self.num_samples == 0:
             raise UserError(
@@ -87,89 +80,54 @@ class GPTDataset:
                 f"fewer than the {sequence_length + 1} of one sample (the sequence length and one more); "
                 "use more text, a shorter sequence length, or another data.split"
             )
+        assert shuffled_documents is None or len(shuffled_documents.index.starts) == self.num_samples + 1
+
+    @property
+    def parts(self) -> tuple[tuple[str, Fraction, int], ...]:
+        """The one dataset behind it: prefix, share 1, samples."""
+        return ((self.indexed.prefix, Fraction(1), self.num_samples),)
 
     def sample(self, index: int) -> np.ndarray:
-        """Sample ``index`` in the order of the text: int64 ``(S + 1,)``."""
-        if not 0 <= index < self.num_samples:
-            raise IndexError(f"sample {index} of {self.num_samples} in {self.indexed.prefix}")
-        start = self._first_token + index * self.sequence_length
-        return self.indexed.tokens(start, start + self.sequence_length + 1).astype(np.int64)
+        """Sample ``index`` of the stream: int64 ``(S + 1,)``."""
+        return self.read(np.array([index], dtype=np.int64))[0]
 
-    def shuffled(self, global_indices: np.ndarray) -> np.ndarray:
+    def read(self, indices: np.ndarray) -> np.ndarray:
+        """Samples of the stream by index: int64 ``(b,)`` to int64 ``(b, S + 1)``."""
+        for index in indices.tolist():
+            if not 0 <= index < self.num_samples:
+                raise IndexError(f"sample {index} of {self.num_samples} in {self.indexed.prefix}")
+        if self._packed is not None:
+            return self._packed.read(indices)
+        length = self.sequence_length
+        begins = self._first_token + indices * length
+        pieces = [self.indexed.tokens(begin, begin + length + 1) for begin in begins.tolist()]
+        return np.stack(pieces).astype(np.int64)
+
+    def shuffled(self, positions: np.ndarray) -> np.ndarray:
         """Which sample each position of the endless shuffled order is: int64 ``(n,)`` to int64 ``(n,)``.
 
         Position ``i`` belongs to epoch ``i // num_samples``; each epoch holds every sample once, in an order
         that is a function of the seed and the epoch only (see ``permutation.py``).
         """
-        global_indices = np.asarray(global_indices, dtype=np.int64)
-        epochs, positions = np.divmod(global_indices, self.num_samples)
-        return permuted(positions, self.num_samples, self.seed, epochs)
+        epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.num_samples)
+        return permuted(places, self.num_samples, self.seed, epochs)
 
+    def in_order(self, positions: np.ndarray) -> np.ndarray:
+        """Samples in the order of the stream: the positions themselves, int64 ``(n,)``."""
+        return positions
 
-@dataclass(frozen=True)
-class Splits:
-    """The datasets of a run. ``notes`` says, in sentences for the log, what was left out and why."""
+    def origin(self, index: int) -> str:
+        """Where a sample comes from, in words for a message."""
+        return f"{self.indexed.prefix}: sample {index} of {self.name}"
 
-    train: GPTDataset
-    valid: GPTDataset | None
-    test: GPTDataset | None
-    notes: tuple[str, ...] = ()
-
-
-def open_splits(data: DataConfig, sequence_length: int, seed: int) -> Splits:
-    """Opens the datasets that ``data`` names.
-
-    Valid and test are ``None`` where their share is empty or their prefix not given. A test share cut by
-    ``data.split`` that is shorter than one sample is left out with a note: the usual 0.1 % of a small corpus
-    should not stop a run that never asked for a test.
-
-    Raises:
-        UserError: no dataset or two kinds are named, a file is missing or damaged, or a split is too short.
-    """
-    if data.prefix is not None:
-        if any((data.train_prefix, data.valid_prefix, data.test_prefix)):
-            raise UserError(
-                "data.prefix is cut into train, valid and test by data.split, so it excludes "
-                "data.train_prefix, data.valid_prefix and data.test_prefix; give one kind only"
-            )
-        return _cut_splits(IndexedDataset(data.prefix), data.split, sequence_length, seed)
-    if data.train_prefix is None:
-        raise UserError(
-            "no training data: set data.prefix, or data.train_prefix, to what preprocessing wrote"
-        )
-    return Splits(
-        _whole(data.train_prefix, sequence_length, seed, "train"),
-        _whole(data.valid_prefix, sequence_length, seed, "valid") if data.valid_prefix else None,
-        _whole(data.test_prefix, sequence_length, seed, "test") if data.test_prefix else None,
-    )
-
-
-def _whole(prefix: str, sequence_length: int, seed: int, name: str) -> GPTDataset:
-    indexed = IndexedDataset(prefix)
-    return GPTDataset(indexed, (0, indexed.num_documents), sequence_length, seed, name)
-
-
-def _cut_splits(indexed: IndexedDataset, split: str, sequence_length: int, seed: int) -> Splits:
-    train, valid, test = split_documents(indexed.num_documents, split)
-    if train[0] == train[1]:
-        raise UserError(
-            f"data.split {split!r} leaves none of the {indexed.num_documents} documents of {indexed.prefix} "
-            "for training; give train a larger share"
-        )
-    notes: list[str] = []
-    test_tokens = indexed.document_offset(test[1]) - indexed.document_offset(test[0])
-    has_test = test_tokens > sequence_length
-    if test[0] < test[1] and not has_test:
-        notes.append(
-            f"no test split: its share of {indexed.prefix} ({split!r}) is {test_tokens} tokens, "
-            f"fewer than one sample of {sequence_length + 1}"
-        )
-    has_valid = valid[0] < valid[1]
-    if not has_valid:
-        notes.append(f"no validation split: its share of {indexed.prefix} ({split!r}) holds no document")
-    return Splits(
-        GPTDataset(indexed, train, sequence_length, seed, "train"),
-        GPTDataset(indexed, valid, sequence_length, seed, "valid") if has_valid else None,
-        GPTDataset(indexed, test, sequence_length, seed, "test") if has_test else None,
-        tuple(notes),
-    )
+    def facts(self) -> dict[str, Any]:
+        """All that the orders depend on besides the seed, as JSON; paths and dates have no part in it."""
+        start, stop = self.document_range
+        order = None if self._shuffled_documents is None else self._shuffled_documents.order
+        return {
+            "sequence_length": self.sequence_length,
+            "document_seed": None if order is None else order.seed,
+            "documents": f"{start} to {stop} of {self.indexed.num_documents}",
+            "tokens": self.indexed.num_tokens,
+            "contents": contents_digest(self.indexed.prefix),
+        }

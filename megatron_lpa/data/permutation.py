@@ -17,13 +17,13 @@ import math
 import numpy as np
 
 _ROUNDS = 8
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_ROUND_OFFSETS = [np.uint64(int(_GAMMA) * (number + 1) % (1 << 64)) for number in range(_ROUNDS)]
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_ROUND_OFFSETS = [np.uint64(int(GAMMA) * (number + 1) % (1 << 64)) for number in range(_ROUNDS)]
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix64(values: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea and Flood, 2014), uint64 to uint64, element by element."""
     values = (values ^ (values >> np.uint64(30))) * _MULTIPLIER_1
     values = (values ^ (values >> np.uint64(27))) * _MULTIPLIER_2
@@ -33,11 +33,11 @@ def _mix(values: np.ndarray) -> np.ndarray:
 def _rounds(values: np.ndarray, keys: np.ndarray, left_size: int, right_size: int) -> np.ndarray:
     left, right = values // np.uint64(right_size), values % np.uint64(right_size)
     for number, offset in enumerate(_ROUND_OFFSETS):
-        round_keys = _mix(keys + offset)
+        round_keys = mix64(keys + offset)
         if number % 2 == 0:
-            left = (left + _mix(right + round_keys) % np.uint64(left_size)) % np.uint64(left_size)
+            left = (left + mix64(right + round_keys) % np.uint64(left_size)) % np.uint64(left_size)
         else:
-            right = (right + _mix(left + round_keys) % np.uint64(right_size)) % np.uint64(right_size)
+            right = (right + mix64(left + round_keys) % np.uint64(right_size)) % np.uint64(right_size)
     return left * np.uint64(right_size) + right
 
 
@@ -57,8 +57,8 @@ def permuted(positions: np.ndarray, size: int, seed: int, epochs: np.ndarray) ->
     assert not positions.size or (positions.min() >= 0 and positions.max() < size)
     left_size = math.isqrt(size - 1) + 1
     right_size = -(-size // left_size)
-    seed_hash = _mix(np.array([seed], dtype=np.uint64) + _GAMMA)
-    keys = _mix(seed_hash + epochs.astype(np.uint64) * _GAMMA)
+    seed_hash = mix64(np.array([seed], dtype=np.uint64) + GAMMA)
+    keys = mix64(seed_hash + epochs.astype(np.uint64) * GAMMA)
     values = _rounds(positions.astype(np.uint64), keys, left_size, right_size)
     while True:
         outside = np.flatnonzero(values >= size)

@@ -1,172 +1,52 @@
-"""Raw text to token files: read in one process, parse and tokenize in several, write in one."""
+"""Raw text to token files: read in one process, parse and tokenize in several, write in one.
+
+A run keeps a ledger (``ledger.py``) and, killed at any moment, goes on where it was; the files it ends with
+are the same as without the kill.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 import megatron_lpa
-from megatron_lpa.data.files import explained_write_errors, write_json
-from megatron_lpa.data.indexed import IndexedDatasetWriter, best_dtype, bin_path, idx_path
+from megatron_lpa.data.encode import EncodedChunk, Position, Task, encode_task, initialize_worker
+from megatron_lpa.data.files import explained_write_errors
+from megatron_lpa.data.hub_datasets import dataset_source
+from megatron_lpa.data.indexed import best_dtype, bin_path, idx_path
+from megatron_lpa.data.ledger import FinishedSource, Ledger, State, ledger_path
+from megatron_lpa.data.manifest import (
+    Checksums,
+    Manifest,
+    SourceRecord,
+    SubsetCount,
+    TokenizerRecord,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
 from megatron_lpa.data.ordered_pool import ordered_map
-from megatron_lpa.data.text import RawRecord, parse, read_raw, resolve_inputs
+from megatron_lpa.data.outputs import Outputs
+from megatron_lpa.data.preprocess_config import PreprocessConfig, check_options, output_prefix, reject_path
+from megatron_lpa.data.progress_lines import ProgressLines
+from megatron_lpa.data.readers import CHUNK_BYTES, Chunk, SourceReader
+from megatron_lpa.data.sources import Source, file_sources, shard_of
 from megatron_lpa.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_lpa.errors import UserError
 
-_CHUNK_BYTES = 1 << 19
-_CHUNK_RECORDS = 512
+_TASK_CHUNKS = 64  # at most, where files are small
 
 
-@dataclass(frozen=True)
-class PreprocessConfig:
-    """What to tokenize.
-
-    Args:
-        inputs: files, folders and glob patterns; see ``text.py``.
-        output_prefix: outputs are ``<output_prefix>_<key>_document.{bin,idx,json}``.
-        tokenizer: what :func:`load_tokenizer` takes.
-        json_keys: keys of the JSON lines to tokenize, each into its own dataset.
-        append_eod: end every document with the tokenizer's end-of-document token.
-        workers: processes that tokenize; the output does not depend on it.
-        log_interval: documents between progress lines; 0 prints none.
-        overwrite: replace existing outputs.
-    """
-
-    inputs: tuple[str, ...]
-    output_prefix: str
-    tokenizer: str
-    json_keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    workers: int = 1
-    log_interval: int = 10_000
-    overwrite: bool = False
-
-
-@dataclass
-class Counts:
-    """Totals of one output. Text counts are of the kept documents; words are runs of non-blanks."""
-
-    documents: int = 0
-    tokens: int = 0
-    empty_documents: int = 0
-    bytes_text: int = 0
-    words: int = 0
-
-    def add(self, other: Counts) -> None:
-        self.documents += other.documents
-        self.tokens += other.tokens
-        self.empty_documents += other.empty_documents
-        self.bytes_text += other.bytes_text
-        self.words += other.words
-
-
-@dataclass(frozen=True)
-class EncodedChunk:
-    """The documents of a chunk under one key: all ids ``(tokens,)``, the length of each, and counts."""
-
-    tokens: np.ndarray
-    sizes: np.ndarray
-    counts: Counts
-
-
-@dataclass
-class _Worker:
-    """What a worker process keeps between chunks."""
-
-    tokenizer: Tokenizer
-    keys: tuple[str, ...]
-    eod_id: int | None
-    dtype: np.dtype[Any] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.dtype = best_dtype(self.tokenizer.vocab_size)
-
-    def encode(self, texts: list[str]) -> EncodedChunk:
-        counts, sizes, ids = Counts(), [], []
-        for text, document in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
-            if not document:
-                counts.empty_documents += 1
-                continue
-            if self.eod_id is not None:
-                document.append(self.eod_id)
-            ids.append(np.array(document, dtype=self.dtype))
-            sizes.append(len(document))
-            counts.bytes_text += len(text) if text.isascii() else len(text.encode())
-            counts.words += len(text.split())
-        counts.documents, counts.tokens = len(sizes), sum(sizes)
-        tokens = np.concatenate(ids) if ids else np.empty(0, dtype=self.dtype)
-        return EncodedChunk(tokens, np.array(sizes, dtype=np.int64), counts)
-
-
-_worker: _Worker | None = None  # set once in each worker process, never in the parent
-
-
-def _initialize_worker(tokenizer: str, keys: tuple[str, ...], append_eod: bool) -> None:
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    loaded = load_tokenizer(tokenizer)
-    _worker = _Worker(loaded, keys, loaded.eod_id if append_eod else None)
-
-
-def _encode_chunk(records: list[RawRecord]) -> list[EncodedChunk]:
-    assert _worker is not None
-    parsed = [parse(record, _worker.keys) for record in records]
-    return [_worker.encode([texts[i] for texts in parsed]) for i in range(len(_worker.keys))]
-
-
-def _chunks(records: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
-    chunk: list[RawRecord] = []
-    size_bytes = 0
-    for record in records:
-        chunk.append(record)
-        size_bytes += len(record.data)
-        if size_bytes >= _CHUNK_BYTES or len(chunk) >= _CHUNK_RECORDS:
-            yield chunk
-            chunk, size_bytes = [], 0
-    if chunk:
-        yield chunk
-
-
-class _Progress:
-    def __init__(self, interval: int) -> None:
-        self._interval, self._next, self._start = interval, interval, time.monotonic()
-        self.documents = self.bytes_text = 0
-
-    def add(self, counts: Counts) -> None:
-        self.documents += counts.documents + counts.empty_documents
-        self.bytes_text += counts.bytes_text
-        if self._interval and self.documents >= self._next:
-            self._next = self.documents - self.documents % self._interval + self._interval
-            self.report()
-
-    def report(self) -> None:
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        print(
-            f"{self.documents} documents, {self.documents / seconds:.0f} documents/s, "
-            f"{self.bytes_text / seconds / 1e6:.2f} MB/s",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def output_prefix(prefix: str, key: str) -> str:
-    """Megatron's name for the dataset of one key."""
-    return f"{prefix}_{key}_document"
-
-
-def preprocess(config: PreprocessConfig) -> dict[str, dict[str, Any]]:
+def preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
     """Tokenizes and writes every output, each whole or not at all.
 
-    Documents without tokens are left out and counted. The manifest ``<prefix>_<key>_document.json`` is
-    written last.
+    Documents without tokens are left out and counted. A manifest per output is written last. Whatever ends
+    the run early, the next call with the same ``config`` goes on where it was.
+
+    A shard that is complete already is left alone, so that the tasks of an array can be repeated.
 
     Returns:
         the manifest of each output by its prefix.
@@ -174,95 +54,274 @@ def preprocess(config: PreprocessConfig) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: bad input, tokenizer or options, existing output, a full disk, or a dead worker.
     """
-    files = resolve_inputs(config.inputs)
-    _check_options(config)
-    tokenizer = load_tokenizer(config.tokenizer)
+    check_options(config)
+    sources = _sources(config)
+    tokenizer = load_tokenizer(config.tokenizer, config.engine)
+    if tokenizer.fallback_reason:
+        print(f"note: the fast tokenizer is not used: {tokenizer.fallback_reason}", file=sys.stderr)
     if config.append_eod and tokenizer.eod_id is None:
         raise UserError(
             f"tokenizer {config.tokenizer!r} has no end-of-document token, so --append-eod cannot work; "
             "name one as eos_token in its tokenizer_config.json, or leave --append-eod out"
         )
-    prefixes = [output_prefix(config.output_prefix, key) for key in config.json_keys]
-    _check_outputs(prefixes, config.overwrite)
-    dtype = best_dtype(tokenizer.vocab_size)
-    totals = [Counts() for _ in prefixes]
-    progress = _Progress(config.log_interval)
-    records = (record for file in files for record in read_raw(file))
-    results = ordered_map(
-        _encode_chunk,
-        _chunks(records),
-        config.workers,
-        _initialize_worker,
-        (config.tokenizer, config.json_keys, config.append_eod),
-    )
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(IndexedDatasetWriter(prefix, dtype)) for prefix in prefixes]
-        stack.enter_context(contextlib.closing(results))  # closed first: no worker outlives the writers
-        for chunk in results:
-            for writer, total, encoded in zip(writers, totals, chunk, strict=True):
-                writer.add_documents(encoded.tokens, encoded.sizes)
-                total.add(encoded.counts)
-            progress.add(chunk[0].counts)
-        for key, total in zip(config.json_keys, totals, strict=True):
-            if total.documents == 0:
-                raise UserError(
-                    f"{', '.join(config.inputs)}: no document has tokens under {key!r} "
-                    f"({total.empty_documents} are empty); check the input"
-                )
-        for prefix in prefixes:  # a manifest must never describe other files than its own
-            with explained_write_errors(Path(f"{prefix}.json")):
-                Path(f"{prefix}.json").unlink(missing_ok=True)
-    if config.log_interval:
-        progress.report()
-    manifests = {}
-    for prefix, key, total in zip(prefixes, config.json_keys, totals, strict=True):
-        manifests[prefix] = _manifest(config, key, total, dtype, tokenizer, files)
-        write_json(Path(f"{prefix}.json"), manifests[prefix])
+    prefixes = [output_prefix(config.prefix, key) for key in config.json_keys]
+    if config.shard is not None and not config.restart:
+        complete = _complete_shard(config, prefixes, tokenizer, sources)
+        if complete is not None:
+            return complete
+    ledger = Ledger(config.prefix, _job(config, tokenizer, sources), len(prefixes), config.restart)
+    with contextlib.closing(ledger):
+        if not ledger.state.all_read:
+            try:
+                _check_outputs(prefixes, config.overwrite)
+            except UserError:
+                if not ledger.resumed:
+                    ledger.remove()
+                raise
+        if ledger.resumed:
+            _introduce_resume(ledger.state, sources)
+        run = _Run(config, sources, ledger, tokenizer)
+        with Outputs(
+            prefixes, reject_path(config.prefix), best_dtype(tokenizer.vocab_size), run.state
+        ) as out:
+            try:
+                if not run.state.all_read:
+                    run.read_all(out)
+                _check_found_something(config, run.state)
+                checksums = out.publish()
+            except BaseException:
+                run.keep_or_discard(out)
+                raise
+        manifests = {}
+        for number, prefix in enumerate(prefixes):
+            manifests[prefix] = _manifest(config, run.state, number, tokenizer, checksums[prefix])
+            write_manifest(prefix, manifests[prefix])
+        ledger.remove()
     return manifests
 
 
-def _check_options(config: PreprocessConfig) -> None:
-    if config.workers < 1:
-        raise UserError(f"--workers is {config.workers}; give 1 or more")
-    if config.log_interval < 0:
-        raise UserError(f"--log-interval is {config.log_interval}; give 0 or more")
-    if not config.json_keys or len(set(config.json_keys)) != len(config.json_keys):
-        raise UserError(f"--json-keys is {' '.join(config.json_keys)!r}; give one or more different keys")
-    for key in config.json_keys:
-        if "/" in key:
-            raise UserError(f"--json-keys: {key!r} cannot be part of a file name; rename the key")
+class _Run:
+    """Reading from where the ledger's state is to the end."""
+
+    def __init__(
+        self, config: PreprocessConfig, sources: list[Source], ledger: Ledger, tokenizer: Tokenizer
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._config, self._sources, self._ledger = config, sources, ledger
+        self.state = ledger.state  # always after a whole task
+        self._documents_by_source: dict[int, list[int]] = {}
+        if self.state.source_documents:
+            self._documents_by_source[self.state.position.source] = self.state.source_documents
+        self._on_disk = self.state
+
+    def read_all(self, out: Outputs) -> None:
+        config, progress = self._config, ProgressLines(self._config.log_interval)
+        results = ordered_map(
+            encode_task,
+            _tasks(self._sources, config.selection.columns, self.state.position),
+            config.workers,
+            initialize_worker,
+            (
+                config.tokenizer,
+                "auto" if self._tokenizer.engine == "gigatoken" else "reference",
+                config.selection,
+                config.append_eod,
+            ),
+        )
+        next_commit = time.monotonic() + config.commit_interval_s
+        with contextlib.closing(results):
+            for task, encoded in results:
+                self.state = self._after(task, encoded, out)
+                progress.show(self.state)
+                if time.monotonic() >= next_commit:
+                    self._commit(out)
+                    next_commit = time.monotonic() + config.commit_interval_s
+        self.state.all_read = True
+        self._commit(out)
+        if config.log_interval:
+            progress.report(self.state)
+
+    def keep_or_discard(self, out: Outputs) -> None:
+        """Before an exception ends the run: keep what was done, or leave nothing if nothing was."""
+        if self.state is not self._on_disk:
+            with contextlib.suppress(UserError):  # a full disk: what the ledger has is still good
+                self._commit(out)
+        nothing_found = self.state.all_read and not all(counts.documents for counts in self.state.counts)
+        if nothing_found:
+            out.publish_rejected()  # they say why
+        if nothing_found or self._on_disk.position == Position():
+            out.discard()
+            self._ledger.remove()
+
+    def _commit(self, out: Outputs) -> None:
+        out.sync()
+        self._ledger.commit(self.state)
+        self._on_disk = self.state
+
+    def _after(self, task: Task, encoded: list[EncodedChunk], out: Outputs) -> State:
+        """Writes what a task gave and returns the state after it; the state before it stays as it is."""
+        before = self.state
+        state = before.copy()
+        for source, chunk in zip(task.chunk_sources, encoded, strict=True):
+            if chunk.rejected and self._config.on_bad_line == "error":
+                raise UserError(
+                    f"{chunk.rejected[0].message} (or pass --on-bad-line skip to leave out such records and "
+                    "list them in a file)"
+                )
+            out.add(chunk.outputs, chunk.rejected)
+            for counts, output in zip(state.counts, chunk.outputs, strict=True):
+                counts.add(output.counts)
+            for name, count in chunk.dropped.items():
+                state.dropped[name] = state.dropped.get(name, 0) + count
+            state.rejected += len(chunk.rejected)
+            documents = self._documents_by_source.get(source, [0] * len(chunk.outputs))
+            self._documents_by_source[source] = [
+                count + output.counts.documents
+                for count, output in zip(documents, chunk.outputs, strict=True)
+            ]
+        for index, sha256 in task.finished:
+            source_ = self._sources[index]
+            documents = self._documents_by_source.pop(index, [0] * len(state.counts))
+            state.finished.append(FinishedSource(source_.name, source_.size_bytes, sha256, documents))
+        state.position = task.position
+        state.source_documents = self._documents_by_source.get(task.position.source, [])
+        state.writers = out.positions
+        state.rejected_bytes = out.rejected_bytes
+        return state
+
+
+def _tasks(sources: Sequence[Source], columns: tuple[str, ...], start: Position) -> Iterator[Task]:
+    chunks: list[Chunk] = []
+    owners: list[int] = []
+    finished: list[tuple[int, str | None]] = []
+    size_bytes = 0
+    for index in range(start.source, len(sources)):
+        reader = SourceReader(sources[index], columns, start.records if index == start.source else 0)
+        for chunk in reader:
+            chunks.append(chunk)
+            owners.append(index)
+            size_bytes += len(chunk.data)
+            if size_bytes >= CHUNK_BYTES or len(chunks) >= _TASK_CHUNKS:
+                position = Position(index, chunk.first + chunk.count - 1)
+                yield Task(tuple(chunks), tuple(owners), position, tuple(finished))
+                chunks, owners, finished, size_bytes = [], [], [], 0
+        finished.append((index, reader.sha256))
+    yield Task(tuple(chunks), tuple(owners), Position(len(sources), 0), tuple(finished))
+
+
+def _sources(config: PreprocessConfig) -> list[Source]:
+    if bool(config.inputs) == bool(config.dataset):
+        raise UserError("give the text once: --input, or --dataset")
+    if config.dataset:
+        sources = [dataset_source(config.dataset, config.dataset_config, config.dataset_split)]
+    else:
+        sources = file_sources(config.inputs)
+    return sources if config.shard is None else shard_of(sources, *config.shard)
+
+
+def _job(config: PreprocessConfig, tokenizer: Tokenizer, sources: list[Source]) -> dict[str, Any]:
+    """Everything that decides the output, to recognise unfinished work of the same call."""
+    return {
+        "tokenizer": tokenizer.fingerprint,
+        "end-of-document_id": tokenizer.eod_id if config.append_eod else None,
+        "json_keys": config.json_keys,
+        "subset_key": config.subset_key,
+        "kept_subsets": sorted(config.keep_subsets),
+        "dropped_subsets": sorted(config.drop_subsets),
+        "shard": config.shard,
+        "inputs": [
+            [source.name, source.size_bytes, source.mtime_ns, source.config, source.split]
+            for source in sources
+        ],
+    }
+
+
+def _complete_shard(
+    config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, sources: list[Source]
+) -> dict[str, Manifest] | None:
+    """The manifests of a shard that an earlier call completed; ``None`` where there is something to do."""
+    if ledger_path(config.prefix).exists():
+        return None
+    manifests = {}
+    for prefix, key in zip(prefixes, config.json_keys, strict=True):
+        manifest = read_manifest(prefix)
+        if manifest is None or not (bin_path(prefix).exists() and idx_path(prefix).exists()):
+            return None
+        same = (
+            manifest.tokenizer.fingerprint == tokenizer.fingerprint
+            and (manifest.json_key, manifest.append_eod) == (key, config.append_eod)
+            and manifest.keep_subsets == sorted(config.keep_subsets)
+            and manifest.drop_subsets == sorted(config.drop_subsets)
+            and [(s.path, s.size_bytes) for s in manifest.sources]
+            == [(s.name, s.size_bytes) for s in sources]
+        )
+        if not same:
+            return None  # and the usual refusal to overwrite follows
+        manifests[prefix] = manifest
+    return manifests
+
+
+def _introduce_resume(state: State, sources: list[Source]) -> None:
+    at = (
+        "everything was read"
+        if state.all_read or state.position.source == len(sources)
+        else f"at record {state.position.records + 1} of {sources[state.position.source].name}"
+    )
+    print(
+        f"going on after {state.counts[0].documents} documents of an unfinished run ({at})",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _check_found_something(config: PreprocessConfig, state: State) -> None:
+    for key, counts in zip(config.json_keys, state.counts, strict=True):
+        if counts.documents == 0:
+            raise UserError(
+                f"{config.dataset or ', '.join(config.inputs)}: no document has tokens under {key!r} "
+                f"({counts.empty_documents} are empty, {sum(state.dropped.values())} dropped because of their "
+                f"subset, {state.rejected} bad); check the input"
+            )
+    seen = {*state.counts[0].subsets, *state.dropped}
+    for name in (*config.keep_subsets, *config.drop_subsets):
+        if name not in seen:
+            print(f"warning: no record was of subset {name!r}; is it spelled so?", file=sys.stderr)
 
 
 def _check_outputs(prefixes: list[str], overwrite: bool) -> None:
     for prefix in prefixes:
-        for path in (bin_path(prefix), idx_path(prefix), Path(f"{prefix}.json")):
-            if path.exists() and not overwrite:
+        for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)):
+            with explained_write_errors(path):  # a key can make a name too long
+                exists = path.exists()
+            if exists and not overwrite:
                 raise UserError(f"{path}: exists; choose another --output-prefix or pass --overwrite")
 
 
 def _manifest(
-    config: PreprocessConfig,
-    key: str,
-    counts: Counts,
-    dtype: np.dtype[Any],
-    tokenizer: Tokenizer,
-    files: list[Path],
-) -> dict[str, Any]:
-    return {
-        "documents": counts.documents,
-        "tokens": counts.tokens,
-        "empty_documents": counts.empty_documents,
-        "bytes_text": counts.bytes_text,
-        "words": counts.words,
-        "dtype": dtype.name,
-        "json_key": key,
-        "append_eod": config.append_eod,
-        "tokenizer": {
-            "name": tokenizer.name,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "eod_id": tokenizer.eod_id,
-        },
-        "inputs": [{"path": str(file), "size_bytes": file.stat().st_size} for file in files],
-        "version": megatron_lpa.__version__,
-    }
+    config: PreprocessConfig, state: State, number: int, tokenizer: Tokenizer, checksums: Checksums
+) -> Manifest:
+    counts = state.counts[number]
+    return Manifest(
+        documents=counts.documents,
+        tokens=counts.tokens,
+        empty_documents=counts.empty_documents,
+        dropped_documents=sum(state.dropped.values()),
+        rejected_documents=state.rejected,
+        bytes_text=counts.bytes_text,
+        words=counts.words,
+        dtype=best_dtype(tokenizer.vocab_size).name,
+        json_key=config.json_keys[number],
+        append_eod=config.append_eod,
+        tokenizer=TokenizerRecord(
+            tokenizer.name, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod_id
+        ),
+        checksums=checksums,
+        sources=[
+            SourceRecord(source.path, source.size_bytes, source.sha256, source.documents[number])
+            for source in state.finished
+        ],
+        subsets={name: SubsetCount(*count) for name, count in sorted(counts.subsets.items())},
+        keep_subsets=sorted(config.keep_subsets),
+        drop_subsets=sorted(config.drop_subsets),
+        version=megatron_lpa.__version__,
+    )

@@ -37,20 +37,20 @@ def micro_batch_indices(
 def evaluation_indices(
     num_samples: int, micro_batch_size: int, dp_rank: int, dp_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Reads samples 0 to ``num_samples`` in order, each exactly once over all processes.
+    """Reads positions 0 to ``num_samples`` of the plain order, each exactly once over all processes.
 
     Every process gets the same number of batches of the same size, so that collectives match; where the
     samples run out, the last one is repeated with weight 0. To evaluate ``n`` global batches at most, give
-    ``min(dataset.num_samples, n * global_batch_size)``.
+    ``min(split.num_samples, n * global_batch_size)``.
 
     Yields:
-        indices int64 ``(micro_batch_size,)`` and weights float32 ``(micro_batch_size,)``, 1 where the sample
+        positions int64 ``(micro_batch_size,)`` and weights float32 ``(micro_batch_size,)``, 1 where the sample
         counts and 0 where it pads. Sum losses times weights and weights over all processes, then divide.
     """
     assert num_samples >= 1 and micro_batch_size >= 1 and 0 <= dp_rank < dp_size
     per_micro_step = micro_batch_size * dp_size
     for start in range(0, num_samples, per_micro_step):
         first = start + dp_rank * micro_batch_size
-        indices = np.arange(first, first + micro_batch_size, dtype=np.int64)
-        weights = (indices < num_samples).astype(np.float32)
-        yield np.minimum(indices, num_samples - 1), weights
+        positions = np.arange(first, first + micro_batch_size, dtype=np.int64)
+        weights = (positions < num_samples).astype(np.float32)
+        yield np.minimum(positions, num_samples - 1), weights

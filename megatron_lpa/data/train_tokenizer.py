@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_lpa.data.files import explained_write_errors
-from megatron_lpa.data.text import read_texts
+from megatron_lpa.data.records import read_texts
 from megatron_lpa.errors import UserError
 
 EOD_TOKEN = "<|endoftext|>"
@@ -29,7 +29,7 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: str, json_ke
     same files. The folder appears whole or not at all.
 
     Args:
-        inputs: files, folders and glob patterns; see ``text.py``.
+        inputs: files, folders and glob patterns; see ``sources.py``.
         vocab_size: tokens wanted, 257 or more.
         output: folder to create.
         json_key: key of the JSON lines to train on.

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,16 @@ class SampleOrder:
 
     Args:
         seed: the run's seed.
-        samples_per_epoch: samples of the training split.
+        samples_per_epoch: samples of the training split that can be read before any comes again.
         samples_per_step: the global batch size; steps, and so the length and the schedule, count in it.
+        data: what tells the data from other data: hashes of contents, ranges of documents, weights; no
+            paths and no dates.
     """
 
     seed: int
     samples_per_epoch: int
     samples_per_step: int
+    data: dict[str, Any] = field(default_factory=dict)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_lpa.data.batches import load_batch
-from megatron_lpa.data.gpt_dataset import GPTDataset
 from megatron_lpa.data.sampler import evaluation_indices
+from megatron_lpa.data.samples import Samples
 from megatron_lpa.errors import UserError
 from megatron_lpa.train.state import Run, agree_to_go_on
 
@@ -32,8 +32,8 @@ class SplitLoss:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def evaluate_split(run: Run, dataset: GPTDataset, max_samples: int | None = None) -> SplitLoss | None:
-    """Evaluate samples in the order of the text, each exactly once; every rank calls it.
+def evaluate_split(run: Run, split: Samples, max_samples: int | None = None) -> SplitLoss | None:
+    """Evaluate samples in their plain order, each exactly once; every rank calls it.
 
     Returns:
         The loss; or None when any rank was asked to stop meanwhile.
@@ -42,14 +42,14 @@ def evaluate_split(run: Run, dataset: GPTDataset, max_samples: int | None = None
         UserError: on all ranks, when any rank cannot read its data.
     """
     engine, config, groups = run.engine, run.config, run.engine.groups
-    samples = dataset.num_samples if max_samples is None else min(max_samples, dataset.num_samples)
+    samples = split.num_samples if max_samples is None else min(max_samples, split.num_samples)
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for indices, weights in evaluation_indices(
+    for positions, weights in evaluation_indices(
         samples, config.train.micro_batch_size, groups.dp_rank, groups.dp_size
     ):
         batch, problem = None, None
         try:
-            batch = load_batch(dataset, indices, config.model.vocab_size)
+            batch = load_batch(split, split.in_order(positions), config.model.vocab_size)
         except (UserError, OSError) as error:
             problem = str(error)
         if not agree_to_go_on(run, problem):

@@ -75,10 +75,10 @@ def _read_batches(run: Run) -> tuple[list[torch.Tensor], list[int], str | None]:
         groups.dp_rank,
         groups.dp_size,
     )
-    dataset = run.splits.train
+    samples = run.splits.train
     try:
-        indices = dataset.shuffled(np.concatenate(positions))
-        ids = torch.from_numpy(load_batch(dataset, indices, run.config.model.vocab_size))
+        indices = samples.shuffled(np.concatenate(positions))
+        ids = torch.from_numpy(load_batch(samples, indices, run.config.model.vocab_size))
     except (UserError, OSError) as error:
         return [], [], str(error)
     return list(ids.split(train.micro_batch_size)), [int(chunk[0]) for chunk in positions], None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_lpa.config import ModelConfig, OptimConfig, TrainConfig
+from megatron_lpa.config.validation import planned_steps
 from megatron_lpa.errors import UserError
 
 
@@ -17,10 +18,9 @@ def total_steps(train: TrainConfig, model: ModelConfig, samples_per_epoch: int) 
     lengths = [value for value in (train.steps, train.tokens, train.epochs) if value is not None]
     if len(lengths) != 1:
         raise UserError("set exactly one of train.steps, train.tokens and train.epochs")
-    if train.steps is not None:
-        return train.steps
-    if train.tokens is not None:
-        return math.ceil(train.tokens / (train.global_batch_size * model.sequence_length))
+    steps = planned_steps(train, model)
+    if steps is not None:
+        return steps
     assert train.epochs is not None
     return math.ceil(train.epochs * samples_per_epoch / train.global_batch_size)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_lpa.config import RunConfig, load_config, save_config
 from megatron_lpa.config.compare import differences
-from megatron_lpa.data.gpt_dataset import Splits, open_splits
+from megatron_lpa.data.splits import Splits
 from megatron_lpa.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.checkpoint import complete_checkpoints, load_checkpoint, remove_incomplete
@@ -28,6 +27,7 @@ from megatron_lpa.train.callbacks.checkpoints import Checkpoints
 from megatron_lpa.train.callbacks.evaluation import Evaluation
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.callbacks.sinks import Console, MetricsFile, TensorBoard, WandB
+from megatron_lpa.train.data import check_tokenizer, open_data
 from megatron_lpa.train.loop import train
 from megatron_lpa.train.schedule import total_steps
 from megatron_lpa.train.state import Run
@@ -56,8 +56,8 @@ def run_training(config: RunConfig) -> int:
 def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
     assert config.logging.name is not None
     folder = Path(config.logging.run_dir) / config.logging.name
-    splits: Splits = together(lambda: _open_data(config), groups)
-    lock = together(lambda: _own_folder(folder, config, groups), groups)
+    splits: Splits = together(lambda: open_data(config), groups)
+    lock = together(lambda: _own_folder(folder, config, splits, groups), groups)
     steps = total_steps(config.train, config.model, splits.train.num_samples)
     checkpoint = together(lambda: [_choose_checkpoint(config, folder)], groups)[0]
     # Every rank continues from what rank 0 found, however fresh its own view of the folder is.
@@ -73,37 +73,15 @@ def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
     return run
 
 
-def _open_data(config: RunConfig) -> Splits:
-    """The splits, after a look at what preprocessing recorded of their tokenizer.
-
-    Raises:
-        UserError: missing or damaged data, or data of a tokenizer with more ids than the model knows.
-    """
-    splits = open_splits(config.data, config.model.sequence_length, config.train.seed)
-    for dataset in (splits.train, splits.valid, splits.test):
-        manifest = Path(f"{dataset.indexed.prefix}.json") if dataset is not None else None
-        if manifest is None or not manifest.is_file():
-            continue  # written by another tool: each batch is checked
-        try:
-            vocab_size = int(json.loads(manifest.read_text())["tokenizer"]["vocab_size"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{manifest}: not a manifest of tools/preprocess_data.py: {error!r}") from error
-        if vocab_size > config.model.vocab_size:
-            raise UserError(
-                f"{manifest}: the tokenizer of this data has {vocab_size} ids, but model.vocab_size is "
-                f"{config.model.vocab_size}; preprocess with the model's tokenizer, or set model.vocab_size"
-            )
-    return splits
-
-
-def _own_folder(folder: Path, config: RunConfig, groups: ParallelGroups) -> IO[str] | None:
+def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: ParallelGroups) -> IO[str] | None:
     """Make the run folder ours and keep a copy of the tokenizer in it.
 
     Returns:
         The open lock file, on rank 0. The lock goes with the process, however it ends.
 
     Raises:
-        UserError: another run is writing the folder, or the tokenizer cannot be used.
+        UserError: another run is writing the folder, or the tokenizer cannot be used with
+            this data and model.
     """
     if groups.rank != 0:
         return None
@@ -117,12 +95,7 @@ def _own_folder(folder: Path, config: RunConfig, groups: ParallelGroups) -> IO[s
     except BlockingIOError:
         raise UserError(f"{folder}: another run is writing here; choose another logging.name") from None
     if config.data.tokenizer is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise UserError(
-                f"data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} ids, but model.vocab_size is "
-                f"{config.model.vocab_size}; set model.vocab_size to at least that"
-            )
+        check_tokenizer(load_tokenizer(config.data.tokenizer), splits, config)
         save_tokenizer(config.data.tokenizer, folder / "tokenizer")
     return lock
 

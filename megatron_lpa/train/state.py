@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_lpa.config import RunConfig
-from megatron_lpa.data.gpt_dataset import Splits
+from megatron_lpa.data.splits import Splits
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.manifest import Progress, SampleOrder
 from megatron_lpa.errors import UserError
@@ -57,8 +57,8 @@ class Run:
     @property
     def order(self) -> SampleOrder:
         """What the order of training samples depends on."""
-        train = self.config.train
-        return SampleOrder(train.seed, self.splits.train.num_samples, train.global_batch_size)
+        train, samples = self.config.train, self.splits.train
+        return SampleOrder(train.seed, samples.num_samples, train.global_batch_size, samples.facts())
 
     @property
     def checkpoints(self) -> Path:

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 from launching import SMALL, Launch, launch
 
-from megatron_lpa.data.indexed import IndexedDatasetWriter
+from megatron_lpa.data.indexed_writer import IndexedDatasetWriter
+from megatron_lpa.data.manifest import Checksums, Manifest, TokenizerRecord, write_manifest
+
+
+def manifest(fingerprint: str, vocab_size: int) -> Manifest:
+    """Of 50 documents of 41 tokens, made with a tokenizer of this fingerprint."""
+    tokenizer = TokenizerRecord(f"tokenizer-{fingerprint[0]}", fingerprint, vocab_size, None)
+    return Manifest(
+        documents=50, tokens=2050, empty_documents=0, dropped_documents=0, rejected_documents=0,
+        bytes_text=1, words=1, dtype="uint16", json_key="text", append_eod=True, tokenizer=tokenizer,
+        checksums=Checksums([], []), sources=[],
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +42,10 @@ def folder(tmp_path_factory) -> Path:
         path = folder / (name + suffix)
         path.write_bytes(path.read_bytes()[:-6])
     write("recorded", 50, 40, 97)
-    (folder / "recorded.json").write_text('{"tokenizer": {"vocab_size": 32000}}')
+    write_manifest(folder / "recorded", manifest("1" * 64, vocab_size=32000))
+    for name, mark in (("made_by_one", "1"), ("made_by_two", "2")):
+        write(name, 50, 40, 97)
+        write_manifest(folder / name, manifest(mark * 64, vocab_size=97))
     with IndexedDatasetWriter(folder / "odd_valid", np.uint16) as writer:  # one odd id, which rank 1 reads
         ids = np.arange(200) % 97
         ids[3 * 16] = 500
@@ -47,6 +61,7 @@ CASES = {
     "missing dataset": (DATA[2:], ["--data.prefix", "nowhere"], ["nowhere.idx", "preprocess_data.py"]),
     "missing bin": (DATA[2:], ["--data.prefix", "no_bin"], ["no_bin.bin"]),
     "truncated bin": (DATA[2:], ["--data.prefix", "truncated_bin"], ["truncated_bin.bin"]),
+    "no folder for the index": (DATA, ["--data.cache_dir", "good.bin/x"], ["good.bin/x", "data.cache_dir"]),
     "truncated idx": (DATA[2:], ["--data.prefix", "truncated_idx"], ["truncated_idx.idx"]),
     "wrong magic": (DATA[2:], ["--data.prefix", "wrong_magic"], ["wrong_magic.idx"]),
     "id beyond the vocabulary": (DATA[2:], ["--data.prefix", "foreign"], ["foreign", "96", "vocab_size"]),
@@ -55,6 +70,18 @@ CASES = {
         ["odd_valid", "500"],
     ),
     "data of a larger tokenizer": (DATA[2:], ["--data.prefix", "recorded"], ["recorded.json", "32000", "97"]),
+    "data of two tokenizers": (
+        ["--train.eval_interval", "0"], ["--data.blend", '{"made_by_one": 1, "made_by_two": 2}'],
+        ["made_by_one.json", "made_by_two.json", "tokenizer-1", "tokenizer-2"],
+    ),
+    "too few tokens": (
+        DATA, ["--train.steps", "null", "--train.tokens", "51e9"],
+        ["train.tokens is 51,000,000,000", "good", "2,048 there", "data.allow_repeats"],
+    ),
+    "too few tokens in a blend": (
+        [], ["--data.blend", '{"good": 0.75, "foreign": 0.25}', "--train.steps", "null", "--train.tokens", "1e5"],
+        ["good (75.0000% of the samples)", "foreign (25.0000% of the samples)", "short"],
+    ),
     "missing tokenizer": (DATA, ["--data.tokenizer", "/nowhere/tokenizer.json"], ["/nowhere/tokenizer.json"]),
     "shorter than one sequence": (DATA[2:], ["--data.prefix", "short"], ["short", "11", "17"]),
     "heads and TP": (DATA, ["--parallel.tensor_parallel_size", "2", "--model.num_heads", "1", "--model.head_dim", "32"],
@@ -90,6 +117,22 @@ def test_a_checkpoint_of_another_model_is_refused(folder):
     finished = launch([*SMALL, *DATA, *few, "--model.num_layers", "3"], 1, folder)
     assert finished.codes == [1]
     assert "model.num_layers was 2, is 3" in finished.errors[0]
+
+
+def test_a_checkpoint_of_other_data_is_refused(folder):
+    """The same number of samples, but other text: only the hash of the contents tells."""
+    few = [*DATA[2:], "--train.steps", "1", "--logging.name", "ours"]
+    assert launch([*SMALL, *few, "--data.prefix", "good"], 1, folder).codes == [0]
+    # Elsewhere, with another date, it is the same data.
+    for suffix in (".bin", ".idx"):
+        (folder / f"moved{suffix}").write_bytes((folder / f"good{suffix}").read_bytes())
+    assert launch([*SMALL, *few, "--data.prefix", "moved"], 1, folder).codes == [0]
+    text = bytearray((folder / "moved.bin").read_bytes())
+    text[:2] = text[2:4]
+    (folder / "moved.bin").write_bytes(text)
+    finished = launch([*SMALL, *few, "--data.prefix", "moved"], 1, folder)
+    assert finished.codes == [1]
+    assert "order.data.contents was" in finished.errors[0] and "order.seed" not in finished.errors[0]
 
 
 def test_metrics_that_cannot_be_written_end_the_run_on_all_ranks(folder):

@@ -16,7 +16,7 @@ from launching import SMALL, Launch, launch, records
 from support.world import free_port
 
 from megatron_lpa.config import load_config
-from megatron_lpa.data.indexed import IndexedDatasetWriter
+from megatron_lpa.data.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.engine.manifest import Progress, complete_checkpoints, read_manifest
 
 
@@ -126,6 +126,35 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_resuming_is_exact(
     expected = [(r["step"], r["loss"], r["grad_norm"]) for r in records(folder / "runs" / whole, "train")]
     assert [(r["step"], r["loss"], r["grad_norm"]) for r in records(run, "train")] == expected
     assert records(run, "test")[0]["loss"] == records(folder / "runs" / whole, "test")[0]["loss"]
+
+
+def test_a_blend_goes_on_exactly_with_another_micro_batch_size(folder):
+    with IndexedDatasetWriter(folder / "more.v2", np.uint16) as writer:
+        for number in range(60):
+            writer.add_document((np.arange(50) * (number % 5 + 1) % 97).astype(np.uint16))
+    blend = [
+        "--data.prefix",
+        "null",
+        "--data.blend",
+        '{"data": 0.7, "more.v2": 0.3}',
+        "--optim.decay_steps",
+        "8",
+    ]
+    whole = launch(arguments("blend-whole", *blend), 2, folder)
+    assert whole.codes == [0, 0], whole.stderr
+    assert "note: the run reads" in whole.stdout[0] and "more.v2 (30.0000% of the samples)" in whole.stdout[0]
+    assert launch(arguments("blend", *blend, "--train.steps", "4"), 2, folder).codes == [0, 0]
+    resumed = launch(arguments("blend", *blend, "--train.micro_batch_size", "4"), 2, folder)
+    assert resumed.codes == [0, 0], resumed.stderr
+    for kind in ("train", "valid"):
+        expected = {r["step"]: r["loss"] for r in records(folder / "runs" / "blend-whole", kind)}
+        actual = {r["step"]: r["loss"] for r in records(folder / "runs" / "blend", kind)}
+        assert actual == pytest.approx(expected, rel=1e-5)
+    # Another weight is another order of samples.
+    heavier = [*blend[:3], '{"data": 0.8, "more.v2": 0.2}', *blend[4:], "--train.steps", "9"]
+    refused = launch(arguments("blend", *heavier), 2, folder)
+    assert refused.codes == [1, 1]
+    assert len(refused.errors) == 1 and "weight was 7/10, is 4/5" in refused.errors[0]
 
 
 def test_a_complete_run_started_again_only_tests_again(folder, undisturbed):

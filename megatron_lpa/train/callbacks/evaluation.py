@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_lpa.data.gpt_dataset import GPTDataset
+from megatron_lpa.data.samples import Samples
 from megatron_lpa.train.callbacks.base import Callback, StepReport
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.evaluation import evaluate_split
@@ -30,8 +30,8 @@ class Evaluation(Callback):
         if not run.stopped_by and run.splits.test is not None:
             self._evaluate(run, run.splits.test, "test", None)
 
-    def _evaluate(self, run: Run, dataset: GPTDataset, kind: str, max_samples: int | None) -> None:
-        result = evaluate_split(run, dataset, max_samples)
+    def _evaluate(self, run: Run, split: Samples, kind: str, max_samples: int | None) -> None:
+        result = evaluate_split(run, split, max_samples)
         if result is None:  # asked to stop: the loop does so next
             return
         record = {

@@ -123,6 +123,9 @@ def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         (["--model.norm", "batchnorm"], ["model.norm", "'batchnorm'", "layernorm, rmsnorm"]),
         (["--optim.lr", "nan"], ["optim.lr", "'nan'", "a number"]),
         (["--model.dropout", ".inf"], ["model.dropout", "a number"]),
+        (["--data.blend", "corpus"], ["data.blend", "'corpus'", '{"data/a": 0.7']),
+        (["--data.blend", '{"a": "much"}'], ["data.blend", "much", "names and numbers"]),
+        (["--data.blend.a", "1"], ["unknown option --data.blend.a"]),
         (["--config", "absent.yaml"], ["absent.yaml", "No such file"]),
     ],
 )
@@ -170,6 +173,21 @@ def test_a_saved_config_reloads_to_an_equal_object(tmp_path: Path, name: str) ->
     assert config.logging.name == name.replace("/", "-")
     save_config(config, tmp_path / "run" / "config.yaml")
     assert load_config(["--config", str(tmp_path / "run" / "config.yaml")]) == config
+
+
+def test_a_blend_is_read_from_the_command_line_and_from_yaml_and_saved(tmp_path: Path) -> None:
+    expected = {"data/pile.v2_text_document": 0.3, "b": 7.0, "12": 1e-3}
+    given = '{"data/pile.v2_text_document": 0.3, "b": 7, "12": 1e-3}'
+    path = write(tmp_path, f"data: {{prefix: null, blend: {given}}}")
+    for argv in (["--data.blend", given], [f"--data.blend={given}"], ["--config", path]):
+        config = load_config(argv)
+        assert config.data.blend == expected
+        assert all(isinstance(weight, float) for weight in config.data.blend.values())
+        save_config(config, tmp_path / "saved.yaml")
+        assert load_config(["--config", str(tmp_path / "saved.yaml")]) == config
+    # A later source replaces the blend; it does not mix with it.
+    assert load_config(["--config", path, "--data.blend", "{c: 1}"]).data.blend == {"c": 1.0}
+    assert load_config(["--config", path, "--data.blend", "null"]).data.blend is None
 
 
 @pytest.mark.parametrize("text", ["8e-4", "off", "123", "null", "~", "a: b", "<<", "été # 1", "1:30", "1_0"])

@@ -52,7 +52,26 @@ def test_a_good_config_passes_without_warnings() -> None:
         ),
         (["--data.train_prefix=other"], ["data.prefix pile", "data.train_prefix other", "exclude"]),
         (["--data.valid_prefix=other"], ["data.valid_prefix is other", "data.train_prefix"]),
-        (["--data.prefix=null"], ["data.prefix", "data.train_prefix", "both empty"]),
+        (["--data.prefix=null"], ["data.prefix, data.blend and data.train_prefix", "all empty"]),
+        (["--data.blend={b: 1}"], ["data.prefix pile", "data.blend {'b': 1.0}", "exclude each other"]),
+        (["--data.prefix=null", "--data.blend={}"], ["data.blend is {}", "at least one"]),
+        (
+            ["--data.prefix=null", "--data.blend={a: 1, b: 0}"],
+            ["data.blend gives b the weight 0.0", "above 0"],
+        ),
+        (["--data.prefix=null", "--data.blend={a: .nan}"], ["data.blend gives a the weight nan"]),
+        (["--data.prefix=null", "--data.blend={a: -1}"], ["data.blend gives a the weight -1.0"]),
+        (
+            ["--data.prefix=null", "--data.blend={a: 1}", "--data.valid_prefix=v"],
+            ["data.valid_prefix is v", "data.train_prefix is empty"],
+        ),
+        (
+            ["--data.prefix=null", "--data.blend={a: 1}", "--train.epochs=2"],
+            ["train.epochs is 2.0", "data.blend", "train.tokens"],
+        ),
+        (["--data.document_seed=-1"], ["data.document_seed is -1"]),
+        (["--data.document_seed=9223372036854775808"], ["data.document_seed", "2**63"]),
+        (["--data.index_timeout_s=0"], ["data.index_timeout_s is 0", "above 0"]),
         (["--data.split=9,1"], ["data.split is '9,1'", "969,30,1"]),
         (["--data.split=0,1,1"], ["data.split", "first above 0"]),
         (["--data.split=9,-1,1"], ["data.split", "negative"]),
@@ -152,6 +171,7 @@ def test_suspicious_runs_are_warned_about() -> None:
     assert warnings_of("--data.split=9,0,1", "--train.eval_interval=0") == []
     (warning,) = warnings_of("--data.prefix=null", "--data.train_prefix=t")
     assert "data.valid_prefix" in warning
+    assert warnings_of("--data.prefix=null", "--data.blend={a: 2, b/c.d: 1}") == []
 
 
 def test_nan_in_a_hand_built_config_is_refused() -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from megatron_lpa.data.files import PartialFile
-from megatron_lpa.data.indexed import IndexedDataset, IndexedDatasetWriter, best_dtype
+from megatron_lpa.data.indexed import IndexedDataset, best_dtype
+from megatron_lpa.data.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.errors import UserError
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [65499, 0]]
@@ -200,7 +201,7 @@ def test_an_exception_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) ->
 def test_files_appear_only_at_the_end(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "d", np.uint16) as writer:
         writer.add_document(np.arange(10))
-        assert [path.name for path in tmp_path.iterdir()] == ["d.bin.partial"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin.partial", "d.sizes.partial"]
         with pytest.raises(UserError, match=r"d\.idx: no such file"):
             IndexedDataset(tmp_path / "d")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "d.idx"]
@@ -233,3 +234,20 @@ def test_two_writers_of_one_dataset_exclude_each_other(tmp_path: Path) -> None:
         ):
             pass
     assert IndexedDataset(tmp_path / "d").document(0).tolist() == [1, 2, 3]
+
+
+def test_the_raw_index_in_pieces(tmp_path: Path, megatron: ModuleType) -> None:
+    builder = megatron.IndexedDatasetBuilder(str(tmp_path / "d.bin"), dtype=np.int32)
+    builder.add_document([1, 2, 3, 4, 5], [2, 3])
+    builder.add_document([], [])
+    builder.add_document([6], [1])
+    builder.finalize(str(tmp_path / "d.idx"))
+    dataset = IndexedDataset(tmp_path / "d")
+    assert dataset.num_sequences == 3
+    assert dataset.sequence_sizes(0, 3).tolist() == [2, 3, 1]
+    assert dataset.sequence_sizes(1, 2).tolist() == [3] and dataset.sequence_sizes(3, 3).tolist() == []
+    assert dataset.document_indices(0, 4).tolist() == [0, 2, 2, 3]
+    assert dataset.document_indices(1, 2).tolist() == [2]
+    for call in (lambda: dataset.sequence_sizes(0, 4), lambda: dataset.document_indices(-1, 2)):
+        with pytest.raises(IndexError):
+            call()

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import hashlib
 import json
 import os
+import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
 import zstandard
 from transformers import PreTrainedTokenizerFast
 
+from megatron_lpa.data import preprocess as preprocess_module
 from megatron_lpa.data.indexed import IndexedDataset
-from megatron_lpa.data.preprocess import PreprocessConfig, preprocess
+from megatron_lpa.data.manifest import read_manifest
+from megatron_lpa.data.preprocess import preprocess
+from megatron_lpa.data.preprocess_config import PreprocessConfig
 from megatron_lpa.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -48,7 +56,7 @@ def corpus(prose: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_documents_are_the_texts_in_order_with_counts(corpus: Path, bpe_folder: Path, tmp_path: Path) -> None:
     manifests = preprocess(
-        PreprocessConfig((str(corpus),), f"{tmp_path}/out", str(bpe_folder), append_eod=True, log_interval=0)
+        PreprocessConfig(f"{tmp_path}/out", str(bpe_folder), (str(corpus),), append_eod=True, log_interval=0)
     )
     prefix = f"{tmp_path}/out_text_document"
     texts = [text for line in corpus.read_text().splitlines() if (text := json.loads(line)["text"])]
@@ -57,14 +65,24 @@ def test_documents_are_the_texts_in_order_with_counts(corpus: Path, bpe_folder: 
     dataset = IndexedDataset(prefix)
     assert [dataset.document(i).tolist() for i in range(dataset.num_documents)] == expected
     manifest = json.loads(Path(f"{prefix}.json").read_text())
-    assert manifests == {prefix: manifest}
+    assert manifests == {prefix: read_manifest(prefix)}
     assert manifest["documents"] == len(texts) and manifest["empty_documents"] == 2
     assert manifest["tokens"] == dataset.num_tokens
     assert manifest["bytes_text"] == sum(len(text.encode()) for text in texts)
     assert manifest["words"] == sum(len(text.split()) for text in texts)
     assert (manifest["dtype"], manifest["append_eod"]) == ("uint16", True)
     assert manifest["tokenizer"]["vocab_size"] == 600
-    assert manifest["inputs"] == [{"path": str(corpus), "size_bytes": corpus.stat().st_size}]
+    assert manifest["sources"] == [
+        {
+            "path": str(corpus),
+            "size_bytes": corpus.stat().st_size,
+            "sha256": hashlib.sha256(corpus.read_bytes()).hexdigest(),
+            "documents": len(texts),
+        }
+    ]
+    for ending in ("bin", "idx"):
+        digest = hashlib.sha256(Path(f"{prefix}.{ending}").read_bytes()).hexdigest()
+        assert manifest["checksums"][ending] == [digest]
 
 
 def test_output_does_not_depend_on_workers_or_compression(
@@ -79,7 +97,7 @@ def test_output_does_not_depend_on_workers_or_compression(
     ):
         preprocess(
             PreprocessConfig(
-                (str(path),), f"{tmp_path}/{number}", str(bpe_folder), workers=workers, log_interval=0
+                f"{tmp_path}/{number}", str(bpe_folder), (str(path),), workers=workers, log_interval=0
             )
         )
         results.append(outputs(tmp_path, f"{number}_text_document.[bi]*"))
@@ -166,46 +184,210 @@ def alive(pid: int) -> bool:
 @pytest.fixture(scope="module")
 def long_corpus(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("long") / "long.jsonl"
-    path.write_bytes(corpus.read_bytes() * 40)
+    path.write_bytes(corpus.read_bytes() * 30)
     return path
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks at processes through Linux's /proc")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_leaves_nothing_that_looks_whole_and_no_process(
-    long_corpus: Path, corpus: Path, bpe_folder: Path, tmp_path: Path, how: signal.Signals
+@pytest.fixture(scope="module")
+def undisturbed(long_corpus: Path, bpe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what an undisturbed run makes of the long corpus, its last lines bad."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with long_corpus.open("ab") as stream:
+        stream.write(b'{"text": 1}\nnot JSON \xff\n{"text": "last"}\n')
+    assert run_tool(*job(long_corpus, bpe_folder, folder)).returncode == 3
+    return folder
+
+
+def job(corpus: Path, tokenizer: Path, folder: Path) -> list[str]:
+    arguments = ["--input", str(corpus), "--tokenizer", str(tokenizer), "--output-prefix", str(folder / "x")]
+    arguments += ["--workers", "2", "--append-eod", "--on-bad-line", "skip", "--engine", "reference"]
+    return [*arguments, "--commit-interval", "0.01", "--log-interval", "1"]
+
+
+linux = pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="looks at processes through Linux's /proc"
+)
+
+
+@linux
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(
+    long_corpus: Path, bpe_folder: Path, undisturbed: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
-    arguments = ["--tokenizer", str(bpe_folder), "--output-prefix", str(tmp_path / "x"), "--workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, str(TOOL), "--input", str(long_corpus), *arguments, "--log-interval", "1"],
-        stderr=subprocess.PIPE,
-    )
+    moments = random.Random(how)
+    command = [sys.executable, str(TOOL), *job(long_corpus, bpe_folder, tmp_path)]
+    documents_before, kills = 0, 6
+    for _ in range(kills):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        found = re.match(r"going on after (\d+) documents", first)
+        if found:  # nothing that the ledger held is done again
+            assert int(found[1]) >= documents_before
+            documents_before = int(found[1])
+        if moments.random() < 0.7:
+            process.stderr.readline()  # more tokens are written
+        workers = children(process.pid)
+        time.sleep(moments.uniform(0, 0.2))
+        process.send_signal(how)
+        assert "Traceback" not in first + process.stderr.read()
+        assert process.wait(timeout=60) not in (0, 1, 3), "finished before it was killed"
+        if not (tmp_path / "x_text_document.json").exists():
+            with pytest.raises(UserError):  # nothing half-written looks whole
+                IndexedDataset(tmp_path / "x_text_document")
+        wait_for(lambda: not any(alive(pid) for pid in workers), "workers outlived the run")  # noqa: B023
+    assert documents_before > 0
+    assert run_tool(*command[2:]).returncode == 3
+    compare_folders(tmp_path, undisturbed)
+    rejected = [json.loads(line) for line in (tmp_path / "x.rejected.jsonl").read_text().splitlines()]
+    assert [entry["line"] for entry in rejected] == [
+        len(long_corpus.read_bytes().splitlines()) - 2,
+        len(long_corpus.read_bytes().splitlines()) - 1,
+    ]
+    assert rejected[0]["record"] == '{"text": 1}' and "record_base64" in rejected[1]
+
+
+def compare_folders(folder: Path, expected: Path) -> None:
+    names = sorted(path.name for path in expected.iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name in names:
+        assert (folder / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_between_any_two_system_calls_of_publication_is_recovered(
+    corpus: Path, bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rename, removal and flush to disk in turn is the last thing that a run does."""
+
+    def config(folder: Path) -> PreprocessConfig:
+        return PreprocessConfig(
+            f"{folder}/x",
+            str(bpe_folder),
+            (str(source),),
+            json_keys=("text", "other"),
+            engine="reference",
+            log_interval=0,
+            on_bad_line="skip",
+            overwrite=True,
+        )
+
+    records = [{"text": f"document {i}", "other": f"{i} is a number"} for i in range(50)]
+    source = write_jsonl(tmp_path / "in.jsonl", [*records, {"text": "no other"}])
+    (tmp_path / "expected").mkdir()
+    monkeypatch.setattr(preprocess_module, "ordered_map", in_this_process)
+    preprocess(config(tmp_path / "expected"))
+    real = {name: getattr(os, name) for name in ("replace", "unlink", "rename", "fsync")}
+    for last_call in range(200):
+        folder = tmp_path / str(last_call)
+        folder.mkdir()
+        calls = 0
+
+        def counted(name: str) -> Callable[..., object]:
+            def call(*arguments: object, **options: object) -> object:
+                nonlocal calls
+                calls += 1
+                if calls > last_call:  # noqa: B023 - used within the same turn
+                    raise Killed
+                return real[name](*arguments, **options)
+
+            return call
+
+        for name in real:
+            monkeypatch.setattr(os, name, counted(name))
+        try:
+            preprocess(config(folder))
+            finished = True
+        except Killed:
+            finished = False
+        for name, function in real.items():
+            monkeypatch.setattr(os, name, function)
+        if not finished:
+            preprocess(config(folder))
+        compare_folders(folder, tmp_path / "expected")
+        if finished:
+            break
+    assert finished and last_call > 15
+
+
+def in_this_process(
+    function: Callable[[Any], Any], items: Iterable[Any], workers: int, initialize: Any, arguments: Any
+) -> Iterator[Any]:
+    initialize(*arguments)
+    yield from map(function, items)
+
+
+def test_unfinished_work_of_another_call_is_neither_mixed_in_nor_lost(
+    long_corpus: Path, bpe_folder: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    arguments = job(long_corpus, bpe_folder, tmp_path)
+    process = subprocess.Popen([sys.executable, str(TOOL), *arguments], stderr=subprocess.PIPE)
     assert process.stderr is not None
-    assert b"documents/s" in process.stderr.readline()  # tokens are being written
-    workers = children(process.pid)
-    assert len(workers) >= 2 and list(tmp_path.glob("*.partial"))
-    process.send_signal(how)
-    process.stderr.close()
-    assert process.wait(timeout=30) != 0
-    assert [path.name for path in tmp_path.iterdir() if not path.name.endswith(".partial")] == []
-    if how == signal.SIGTERM:
-        assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match=r"no such file"):
-        IndexedDataset(tmp_path / "x_text_document")
-    wait_for(lambda: not any(alive(pid) for pid in workers), "workers outlived the run")
-    # What the dead run left is no obstacle to the next.
-    again = run_tool("--input", corpus, *arguments)
-    assert again.returncode == 0, again.stderr
-    assert not list(tmp_path.glob("*.partial"))
-    IndexedDataset(tmp_path / "x_text_document")
+    for _ in range(3):
+        process.stderr.readline()
+    process.terminate()
+    process.communicate()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "x.ledger.partial" in before
+    for change, message in (
+        (["--json-keys", "body"], "json keys was 'text' and not 'body'"),
+        (["--drop-subsets", "Github"], "dropped subsets was '0 long' and not '1 long'"),
+        (["--input", str(bpe_folder / "../text.jsonl")], "inputs was"),
+    ):
+        refused = run_tool(*arguments, *change)
+        assert refused.returncode == 1 and message in refused.stderr and "--restart" in refused.stderr
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert run_tool(*arguments, "--restart").returncode == 3
+    compare_folders(tmp_path, undisturbed)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks at processes through Linux's /proc")
+def test_shards_give_what_one_run_gives(prose: list[str], bpe_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(5):
+        records = [{"text": text} for text in prose[number * 10 : number * 10 + 10]]
+        write_jsonl(tmp_path / f"in/{number}.jsonl", records)
+    config = PreprocessConfig(f"{tmp_path}/x", str(bpe_folder), (f"{tmp_path}/in",), log_interval=0)
+    (whole,) = preprocess(config).values()
+    parts = []
+    for shard in range(3):
+        parts += preprocess(dataclasses.replace(config, shard=(shard, 3))).values()
+    for ending in ("bin",):
+        names = [f"x.shard-{shard:05d}-of-00003_text_document.{ending}" for shard in range(3)]
+        joined = b"".join((tmp_path / name).read_bytes() for name in names)
+        assert joined == (tmp_path / f"x_text_document.{ending}").read_bytes()
+    assert sum(part.documents for part in parts) == whole.documents == 50
+    assert [source for part in parts for source in part.sources] == whole.sources
+
+
+def test_subsets_are_counted_kept_and_dropped(bpe_folder: Path, tmp_path: Path) -> None:
+    records = [{"text": "word " * i, "meta": {"pile_set_name": "AB"[i % 2]}} for i in range(1, 9)]
+    write_jsonl(tmp_path / "in.jsonl", records)
+    arguments = ["--input", tmp_path / "in.jsonl", "--tokenizer", bpe_folder, "--append-eod", "--workers", 1]
+    assert run_tool(*arguments, "--output-prefix", tmp_path / "x").returncode == 0
+    manifest = read_manifest(tmp_path / "x_text_document")
+    assert manifest is not None
+    dataset = IndexedDataset(tmp_path / "x_text_document")
+    sizes = [len(dataset.document(i)) for i in range(8)]
+    assert {name: (count.documents, count.tokens) for name, count in manifest.subsets.items()} == {
+        "A": (4, sum(sizes[1::2])),
+        "B": (4, sum(sizes[0::2])),
+    }
+    kept = run_tool(*arguments, "--output-prefix", tmp_path / "k", "--keep-subsets", "A", "C")
+    assert kept.returncode == 0 and "4 dropped by subset" in kept.stdout
+    assert "warning: no record was of subset 'C'" in kept.stderr
+    dropped = run_tool(*arguments, "--output-prefix", tmp_path / "d", "--drop-subsets", "B")
+    assert dropped.returncode == 0
+    assert outputs(tmp_path, "k_*.bin") == outputs(tmp_path, "d_*.bin")
+
+
+@linux
 def test_a_dead_worker_ends_the_run_instead_of_hanging_it(
-    long_corpus: Path, bpe_folder: Path, tmp_path: Path
+    long_corpus: Path, bpe_folder: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, str(TOOL), "--input", str(long_corpus), "--tokenizer", str(bpe_folder)]
-    command += ["--output-prefix", str(tmp_path / "x"), "--workers", "2", "--log-interval", "1"]
+    command = [sys.executable, str(TOOL), *job(long_corpus, bpe_folder, tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     process.stderr.readline()
@@ -213,7 +395,8 @@ def test_a_dead_worker_ends_the_run_instead_of_hanging_it(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "error: a worker process died" in errors
-    assert list(tmp_path.iterdir()) == []
+    assert run_tool(*job(long_corpus, bpe_folder, tmp_path)).returncode == 3
+    compare_folders(tmp_path, undisturbed)
 
 
 def test_no_room_on_the_disk_is_said_plainly(corpus: Path, bpe_folder: Path, tmp_path: Path) -> None:
@@ -256,9 +439,18 @@ def test_options_that_cannot_work_are_refused_before_any_work(
 
 def test_input_without_any_token_is_refused(bpe_folder: Path, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}] * 3)
-    with pytest.raises(UserError, match=r"no document has tokens under 'text' \(3 are empty\)"):
-        preprocess(PreprocessConfig((str(path),), f"{tmp_path}/x", str(bpe_folder)))
+    with pytest.raises(
+        UserError,
+        match=r"no document has tokens under 'text' \(3 are empty, 0 dropped because of their subset, 0 bad\)",
+    ):
+        preprocess(PreprocessConfig(f"{tmp_path}/x", str(bpe_folder), (str(path),)))
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    write_jsonl(tmp_path / "a.jsonl", [{"text": i} for i in range(3)])
+    config = PreprocessConfig(f"{tmp_path}/x", str(bpe_folder), (str(path),), on_bad_line="skip")
+    with pytest.raises(UserError, match=r"0 are empty, 0 dropped because of their subset, 3 bad"):
+        preprocess(config)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "x.rejected.jsonl"]
+    assert len((tmp_path / "x.rejected.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_tokenizer_can_be_trained_and_used_from_the_command_line(corpus: Path, tmp_path: Path) -> None:

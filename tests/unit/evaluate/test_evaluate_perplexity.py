@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from megatron_lpa.data.gpt_dataset import GPTDataset
 from megatron_lpa.data.indexed import IndexedDataset
-from megatron_lpa.data.preprocess import PreprocessConfig, preprocess
+from megatron_lpa.data.preprocess import preprocess
+from megatron_lpa.data.preprocess_config import PreprocessConfig
 from megatron_lpa.data.tokenizer import Tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.perplexity import TextLoss, count_text, ids_of_texts, measure
@@ -38,7 +39,7 @@ def text_file(documents: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 def dataset(text_file: Path, tokenizer_folder: Path) -> IndexedDataset:
     prefix = str(text_file.with_name("data"))
     preprocess(
-        PreprocessConfig((str(text_file),), prefix, str(tokenizer_folder), append_eod=True, log_interval=0)
+        PreprocessConfig(prefix, str(tokenizer_folder), (str(text_file),), append_eod=True, log_interval=0)
     )
     return IndexedDataset(f"{prefix}_text_document")
 

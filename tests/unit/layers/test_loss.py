@@ -38,6 +38,19 @@ def test_padded_ids_take_no_part():
     torch.testing.assert_close(vocab_parallel_cross_entropy(logits, labels, SINGLE, 7)[0], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_padded_ids_get_no_gradient_and_no_probability(dtype):
+    logits = torch.randn(2, 3, 10).to(dtype)
+    logits[..., 7:] = 1e4
+    logits.requires_grad_()
+    labels = torch.randint(7, (2, 3))
+    vocab_parallel_cross_entropy(logits, labels, SINGLE, 7).sum().backward()
+    assert logits.grad[..., 7:].abs().max() == 0
+    # softmax - one-hot sums to 0 over the real ids: all probability is theirs.
+    assert logits.grad[..., :7].double().sum(dim=-1).abs().max() < (2e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert mask_padded_ids(logits, 7, 0).softmax(dim=-1)[..., 7:].abs().max() == 0
+
+
 def test_masking_a_shard_counts_from_its_first_id():
     shard = torch.zeros(1, 4)
     assert mask_padded_ids(shard, vocab_size=10, first_id=4).isinf().sum() == 0

@@ -1,0 +1,60 @@
+"""Datasets that the package ``datasets`` reads: from the Hugging Face hub, or from a local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_lpa.data.sources import Source
+from megatron_lpa.errors import UserError
+
+
+def dataset_source(name: str, config: str | None, split: str) -> Source:
+    """A source for one split of a dataset.
+
+    Args:
+        name: a hub name, a folder that ``datasets`` can load, or one that its ``save_to_disk`` wrote.
+        config: configuration of the dataset, where it has several.
+        split: which split to read, as ``train``.
+    """
+    return Source(name, "dataset", config=config, split=split)
+
+
+def record_batches(source: Source, columns: tuple[str, ...], rows: int) -> Iterator[Any]:
+    """Streams ``pyarrow.RecordBatch`` of at most ``rows`` rows with those of ``columns`` that exist.
+
+    Raises:
+        UserError: ``datasets`` cannot give this dataset.
+    """
+    import datasets  # here: it takes a second, which reading files should not pay
+
+    try:
+        dataset = _open(datasets, source)
+        names = dataset.column_names
+        if names is not None:  # a stream may not know its columns
+            dataset = dataset.select_columns([name for name in columns if name in names])
+        for table in dataset.with_format("arrow").iter(batch_size=rows):
+            yield from table.to_batches()
+    except UserError:
+        raise
+    except Exception as error:  # datasets and the hub's client raise errors of many libraries
+        raise UserError(
+            f"dataset {source.name!r}, split {source.split!r}: {type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0][:300]}; check the name, --dataset-config and --dataset-split, "
+            "and for a name on the hub the network"
+        ) from error
+
+
+def _open(datasets: Any, source: Source) -> Any:
+    if (Path(source.name) / "dataset_dict.json").is_file() or (Path(source.name) / "state.json").is_file():
+        saved = datasets.load_from_disk(source.name)
+        if isinstance(saved, datasets.DatasetDict):
+            if source.split not in saved:
+                raise UserError(
+                    f"{source.name}: no split {source.split!r}; it has {', '.join(saved)}: choose with "
+                    "--dataset-split"
+                )
+            saved = saved[source.split]
+        return saved
+    return datasets.load_dataset(source.name, source.config, split=source.split, streaming=True)

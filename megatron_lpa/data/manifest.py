@@ -1,0 +1,145 @@
+"""What is known of a dataset besides its tokens: ``<prefix>.json``, beside ``<prefix>.bin`` and ``.idx``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_lpa.data.checksums import BLOCK_BYTES
+from megatron_lpa.data.files import write_json
+from megatron_lpa.errors import UserError
+
+FORMAT = 2
+_REPAIR = "preprocess the text again, or remove the file to do without what it says"
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that made the ids. ``fingerprint`` is the SHA-256 of its model file, in hex."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    eod_id: int | None
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """One input file. ``sha256`` is of the file as it lies on disk; ``None`` for a dataset from a hub."""
+
+    path: str
+    size_bytes: int
+    sha256: str | None
+    documents: int
+
+
+@dataclass(frozen=True)
+class SubsetCount:
+    """What one named subset (``meta.pile_set_name`` in the Pile) gave."""
+
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Checksums:
+    """Hex SHA-256 of every ``block_bytes`` of the two files, in order."""
+
+    bin: list[str]
+    idx: list[str]
+    block_bytes: int = BLOCK_BYTES
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of one dataset.
+
+    Args:
+        documents: documents in the dataset.
+        tokens: tokens in the dataset, end-of-document tokens included.
+        empty_documents: left out because they had no tokens.
+        dropped_documents: left out because of their subset.
+        rejected_documents: left out because their record was bad; the reject file has each.
+        bytes_text: UTF-8 bytes of the documents kept.
+        words: blank-separated words of the documents kept.
+        dtype: of the ids, ``uint16`` or ``int32``.
+        json_key: the key whose text was tokenized.
+        append_eod: whether every document ends with the end-of-document token.
+        tokenizer: what made the ids.
+        checksums: of the two files.
+        sources: the input files, in order.
+        subsets: counts by named subset; empty where records name none.
+        keep_subsets: the only subsets kept; empty where all were.
+        drop_subsets: the subsets left out.
+        version: of megatron_lpa.
+    """
+
+    documents: int
+    tokens: int
+    empty_documents: int
+    dropped_documents: int
+    rejected_documents: int
+    bytes_text: int
+    words: int
+    dtype: str
+    json_key: str
+    append_eod: bool
+    tokenizer: TokenizerRecord
+    checksums: Checksums
+    sources: list[SourceRecord]
+    subsets: dict[str, SubsetCount] = field(default_factory=dict)
+    keep_subsets: list[str] = field(default_factory=list)
+    drop_subsets: list[str] = field(default_factory=list)
+    version: str = ""
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.json")
+
+
+def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
+    """Writes ``<prefix>.json``, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    write_json(manifest_path(prefix), {"format": FORMAT, **asdict(manifest)})
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """The record of a dataset; ``None`` where there is none, as beside data that other tools wrote.
+
+    Raises:
+        UserError: the file is damaged, or of another format.
+    """
+    path = manifest_path(prefix)
+    try:
+        content: Any = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); {_REPAIR}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path}: not a dataset manifest of format {FORMAT}; {_REPAIR}")
+    try:
+        return _from_json(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: a damaged manifest ({error!r}); {_REPAIR}") from error
+
+
+def _from_json(content: dict[str, Any]) -> Manifest:
+    values = {key: value for key, value in content.items() if key != "format"}
+    for name in ("documents", "tokens", "bytes_text", "words"):
+        if not isinstance(values[name], int) or values[name] < 0:
+            raise ValueError(f"{name} is {values[name]!r}")
+    values["tokenizer"] = TokenizerRecord(**values["tokenizer"])
+    if not isinstance(values["tokenizer"].vocab_size, int):
+        raise ValueError(f"tokenizer.vocab_size is {values['tokenizer'].vocab_size!r}")
+    values["checksums"] = Checksums(**values["checksums"])
+    values["sources"] = [SourceRecord(**source) for source in values["sources"]]
+    values["subsets"] = {name: SubsetCount(**count) for name, count in values["subsets"].items()}
+    return Manifest(**values)

@@ -1,0 +1,170 @@
+"""Where raw text comes from: files, folders, patterns, and datasets that the package ``datasets`` reads."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn, TypeVar
+
+from megatron_lpa.errors import UserError
+
+LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
+SUFFIXES = (*LINES, ".parquet", ".txt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One thing to read from start to end.
+
+    Args:
+        name: the path, or the name of a dataset for ``datasets``.
+        kind: ``lines`` of JSON, a ``text`` file that is one document, ``parquet``, or ``dataset``.
+        size_bytes: on disk; 0 for a dataset.
+        mtime_ns: when the file was last changed; 0 for a dataset.
+        config: configuration of a dataset.
+        split: split of a dataset.
+    """
+
+    name: str
+    kind: Literal["lines", "text", "parquet", "dataset"]
+    size_bytes: int = 0
+    mtime_ns: int = 0
+    config: str | None = None
+    split: str | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.name)
+
+
+def resolve_inputs(inputs: Sequence[str]) -> list[Path]:
+    """The files that paths, folders and glob patterns name, in the order given, each expanded and sorted.
+
+    Folders are searched to any depth, links to folders included, for the endings in ``SUFFIXES``, in either
+    case. Passed over there are hidden files, files of a tokenizer, and what preprocessing writes.
+
+    Raises:
+        UserError: nothing matches, an ending is unknown, a file is named twice, a name is not UTF-8, a folder
+            cannot be read, or a link in it leads nowhere.
+    """
+    files: list[Path] = []
+    for name in inputs:
+        if not name.strip():
+            raise UserError(f"an input is {name!r}, an empty name; give a file, a folder or a pattern")
+        path = Path(name)
+        if _is_dir(path):
+            found = sorted(_texts_of_folder(path))
+            if not found:
+                raise UserError(f"{name}: no text in this folder; known endings: {', '.join(SUFFIXES)}")
+        elif path.is_file():
+            found = [path]
+        else:
+            found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
+            if not found:
+                raise UserError(
+                    f"{name}: no such file, and no file matches it; check the path or the pattern"
+                )
+        files += found
+    seen: set[Path] = set()
+    for file in files:
+        if not _ends_as_text(file):
+            raise UserError(f"{file}: unknown ending; known: {', '.join(SUFFIXES)}")
+        if not _is_utf8(str(file)):
+            raise UserError(f"{str(file)!r}: a name that is not UTF-8, which no record could keep; rename it")
+        if file.resolve() in seen:
+            raise UserError(f"{file}: named twice, so its text would be there twice; name it once")
+        seen.add(file.resolve())
+    return files
+
+
+def file_sources(inputs: Sequence[str]) -> list[Source]:
+    """What :func:`resolve_inputs` finds, with what is known of each file.
+
+    Raises:
+        UserError: as :func:`resolve_inputs`, or a file cannot be read.
+    """
+    sources = []
+    for path in resolve_inputs(inputs):
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        sources.append(Source(str(path), _kind(path), status.st_size, status.st_mtime_ns))
+    return sources
+
+
+def shard_of(items: Sequence[Item], shard: int, num_shards: int) -> list[Item]:
+    """Neighbouring items for one of ``num_shards`` tasks, counted from 0; all shards in order give all items.
+
+    Raises:
+        UserError: there is no such shard, or there are fewer items than shards.
+    """
+    if num_shards < 1 or not 0 <= shard < num_shards:
+        raise UserError(f"shard {shard} of {num_shards}: shards count from 0; give 0/{num_shards} or above")
+    if num_shards > len(items):
+        raise UserError(
+            f"{num_shards} shards, but only {len(items)} input files; give at most one shard per file"
+        )
+    return list(items[shard * len(items) // num_shards : (shard + 1) * len(items) // num_shards])
+
+
+def _kind(path: Path) -> Literal["lines", "text", "parquet"]:
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return "parquet"
+    return "text" if name.endswith(".txt") else "lines"
+
+
+def _ends_as_text(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # a name that is too long, or a folder above it that is closed to us
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _texts_of_folder(folder: Path) -> Iterator[Path]:
+    """The files of text in a folder and those inside it. ``Path.rglob`` would pass over links and closed folders."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
+
+    visited: set[Path] = set()  # links can lead in a circle
+    for name, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = Path(name).resolve()
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
+        for path in (Path(name, file) for file in files):
+            if not _is_text_of_folder(path):
+                continue
+            if path.is_symlink() and not path.exists():
+                raise UserError(f"{path}: a link that leads nowhere; mend or remove it")
+            if path.is_file():
+                yield path
+
+
+def _is_text_of_folder(path: Path) -> bool:
+    if path.name.startswith(".") or not _ends_as_text(path):
+        return False
+    if path.name in _TOKENIZER_FILES or path.name.endswith(".rejected.jsonl"):
+        return False
+    return not (path.suffix == ".json" and path.with_suffix(".idx").exists())  # a dataset's manifest

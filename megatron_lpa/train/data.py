@@ -1,0 +1,115 @@
+"""The data of a run: opened, long enough, and of the model's tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+
+from megatron_lpa.config import RunConfig
+from megatron_lpa.data.manifest import manifest_path, read_manifest
+from megatron_lpa.data.samples import Samples
+from megatron_lpa.data.splits import Splits, open_splits
+from megatron_lpa.data.tokenizer import Tokenizer
+from megatron_lpa.errors import UserError
+from megatron_lpa.train.schedule import total_steps
+
+
+def open_data(config: RunConfig) -> Splits:
+    """The splits of a run, with notes on what will be read how often.
+
+    Raises:
+        UserError: missing or damaged data, data of another tokenizer, or fewer tokens than ``train.tokens``.
+    """
+    splits = open_splits(config.data, config.model.sequence_length, config.train.seed)
+    _check_manifests(splits, config.model.vocab_size)
+    steps = total_steps(config.train, config.model, splits.train.num_samples)
+    samples = steps * config.train.global_batch_size
+    if config.train.tokens is not None and not config.data.allow_repeats:
+        _refuse_repeats(config.train.tokens, samples, splits.train)
+    return replace(splits, notes=splits.notes + tuple(_reading_notes(samples, splits.train)))
+
+
+def check_tokenizer(tokenizer: Tokenizer, splits: Splits, config: RunConfig) -> None:
+    """Compare ``data.tokenizer`` with the model and with what made the data.
+
+    Raises:
+        UserError: it has more ids than the model, or it is not the tokenizer of a dataset.
+    """
+    given = f"data.tokenizer={config.data.tokenizer}"
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{given} has {tokenizer.vocab_size} ids, but model.vocab_size is {config.model.vocab_size}; set "
+            "model.vocab_size to at least that"
+        )
+    for prefix in splits.prefixes:
+        manifest = read_manifest(prefix)
+        if manifest is not None and manifest.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"{given} has the fingerprint {tokenizer.fingerprint[:16]}, but {manifest_path(prefix)} says that "
+                f"this data was made with {manifest.tokenizer.name}, {manifest.tokenizer.fingerprint[:16]}; give "
+                "the tokenizer that the data was made with, or preprocess the data with this one"
+            )
+
+
+def _check_manifests(splits: Splits, vocab_size: int) -> None:
+    """One tokenizer for all data, with no more ids than the model.
+
+    Data without a manifest was written by another tool: the ids of each batch are checked.
+    """
+    first: tuple[str, str] | None = None
+    for prefix in splits.prefixes:
+        manifest = read_manifest(prefix)
+        if manifest is None:
+            continue
+        path, tokenizer = manifest_path(prefix), manifest.tokenizer
+        if tokenizer.vocab_size > vocab_size:
+            raise UserError(
+                f"{path}: the tokenizer of this data has {tokenizer.vocab_size} ids, but model.vocab_size is "
+                f"{vocab_size}; preprocess with the model's tokenizer, or set model.vocab_size"
+            )
+        described = f"{tokenizer.name} ({tokenizer.fingerprint[:16]})"
+        if first is not None and first[0] != tokenizer.fingerprint:
+            raise UserError(
+                f"{path}: made with the tokenizer {described}, but {first[1]}; the same id would mean "
+                "different text: preprocess one of them again with the other's tokenizer"
+            )
+        first = first or (tokenizer.fingerprint, f"{path} with {described}")
+
+
+def _refuse_repeats(tokens: int, samples: int, train: Samples) -> None:
+    """Raise where ``samples`` samples are more than some dataset holds of its share."""
+    length = train.sequence_length
+    short = [
+        f"{prefix}{_share(weight)}: {needed * length:,} needed, {held * length:,} there, "
+        f"{(needed - held) * length:,} short"
+        for prefix, weight, held in train.parts
+        if (needed := _ceil(samples * weight)) > held
+    ]
+    if short:
+        raise UserError(
+            f"train.tokens is {tokens:,}, but the training data has too few tokens to be read once: "
+            f"{'; '.join(short)}. Lower train.tokens to {train.num_samples * length:,}, add data, or set "
+            "data.allow_repeats to true to read it more than once"
+        )
+
+
+def _reading_notes(samples: int, train: Samples) -> list[str]:
+    """What is read more than once, and how a blend is read."""
+    parts = train.parts
+    epochs = [float(samples * weight / held) for _, weight, held in parts]
+    if len(parts) == 1:
+        prefix = parts[0][0]
+        return [f"the run reads {prefix} {epochs[0]:.2f} times"] if samples > parts[0][2] else []
+    described = [
+        f"{prefix}{_share(weight)} {times:.2f} times"
+        for (prefix, weight, _), times in zip(parts, epochs, strict=True)
+    ]
+    return [f"the run reads {', '.join(described)}"]
+
+
+def _share(weight: Fraction) -> str:
+    return "" if weight == 1 else f" ({float(weight):.4%} of the samples)"
+
+
+def _ceil(value: Fraction) -> int:
+    return -(-value.numerator // value.denominator)

@@ -1,0 +1,81 @@
+#!/usr/bin/env python
+"""Merges token datasets into one, in the order given: ``<output-prefix>.{bin,idx,json}``.
+
+    python tools/merge_datasets.py --input data/a_text_document data/b_text_document --output-prefix data/ab
+    python tools/merge_datasets.py --input 'shards/pile.*_text_document.idx' --expect 30 --output-prefix data/pile
+
+The .bin and .idx are byte for byte what preprocessing everything at once would have written. A pattern in
+quotes is sorted naturally (2 before 10); one that the shell expands is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from megatron_lpa.data.indexed import IndexedDataset
+from megatron_lpa.data.merge import merge
+from megatron_lpa.errors import UserError
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PREFIX",
+        help="datasets or glob patterns, with or without .idx, .bin or .json at the end",
+    )
+    parser.add_argument("--output-prefix", required=True, metavar="PATH", help="without an ending")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="do not compare the inputs with the checksums in their manifests",
+    )
+    parser.add_argument(
+        "--expect", type=int, metavar="N", help="refuse another number of inputs, as when a shard is missing"
+    )
+    parser.add_argument(
+        "--allow-missing-manifests",
+        action="store_true",
+        help="merge although only some inputs have a manifest; the output then has none",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Merge; 0, or 1 with a message for what the user can mend."""
+    arguments = parse_arguments(argv)
+    # A polite kill unwinds the stack, which removes unfinished files.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        manifest = merge(
+            arguments.input,
+            arguments.output_prefix,
+            overwrite=arguments.overwrite,
+            verify=not arguments.no_verify,
+            expect=arguments.expect,
+            allow_missing_manifests=arguments.allow_missing_manifests,
+        )
+        merged = IndexedDataset(arguments.output_prefix, check=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; only a finished merge has an .idx", file=sys.stderr)
+        return 130
+    print(
+        f"{arguments.output_prefix}: {merged.num_documents} documents, {merged.num_tokens} tokens "
+        f"({merged.dtype.name})" + ("" if manifest else "; no manifest, as not all inputs have one")
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
