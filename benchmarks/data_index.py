@@ -23,9 +23,9 @@ import numpy as np
 
 from benchmarks.machine import describe_machine, versions_of, warn_if_busy, write_result
 from megatron_lpa.config.run import DataConfig
-from megatron_lpa.data.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION
-from megatron_lpa.data.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.data.splits import open_splits
+from megatron_lpa.data.storage.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION
+from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
 
 HELP = "how long a run waits for its data: the sample index made, found again, and read"
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from megatron_lpa.data.files import explained_write_errors
+from megatron_lpa.data.storage.files import explained_write_errors
 
 BUSY_LOAD = 0.5
 

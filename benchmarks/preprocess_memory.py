@@ -19,8 +19,8 @@ from benchmarks.preprocess import open_case
 from benchmarks.processes import run_command
 from benchmarks.sample_text import repeated, speeches, write_json_lines
 from benchmarks.sample_tokenizers import train_sample_tokenizers
-from megatron_lpa.data.manifest import read_manifest
-from megatron_lpa.data.records import read_texts
+from megatron_lpa.data.preparation.records import read_texts
+from megatron_lpa.data.storage.manifest import read_manifest
 from megatron_lpa.errors import UserError
 
 HELP = "peak memory of preprocessing a large file"

@@ -16,7 +16,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from megatron_lpa.data.indexed import IndexedDataset
+from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.perplexity import TextLoss, ids_of_texts, measure
 from megatron_lpa.evaluate.trained import load_run, required_tokenizer

@@ -20,10 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.data.document_view import DocumentView, view_document
-from megatron_lpa.data.inspection import summarize
-from megatron_lpa.data.inspection_report import length_figure, summary_json, summary_text
-from megatron_lpa.data.verification import Verification, verify
+from megatron_lpa.data.inspection.document_view import DocumentView, view_document
+from megatron_lpa.data.inspection.report import length_figure, summary_json, summary_text
+from megatron_lpa.data.inspection.statistics import summarize
+from megatron_lpa.data.inspection.verification import Verification, verify
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.curves import save_png
 

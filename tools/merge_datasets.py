@@ -15,8 +15,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from megatron_lpa.data.indexed import IndexedDataset
-from megatron_lpa.data.merge import merge
+from megatron_lpa.data.preparation.merge import merge
+from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.errors import UserError
 
 

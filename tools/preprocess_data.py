@@ -14,10 +14,10 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_lpa.data.preprocess import preprocess
-from megatron_lpa.data.preprocess_config import PreprocessConfig, reject_path
-from megatron_lpa.data.records import PILE_SUBSET
-from megatron_lpa.data.shards import merge_if_last
+from megatron_lpa.data.preparation.preprocess import preprocess
+from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig, reject_path
+from megatron_lpa.data.preparation.records import PILE_SUBSET
+from megatron_lpa.data.preparation.shards import merge_if_last
 from megatron_lpa.errors import UserError
 
 _SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer")

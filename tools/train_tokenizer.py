@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_lpa.data.train_tokenizer import train_tokenizer
+from megatron_lpa.data.preparation.train_tokenizer import train_tokenizer
 from megatron_lpa.errors import UserError
 
 

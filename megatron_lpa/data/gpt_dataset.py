@@ -11,9 +11,9 @@ import numpy as np
 from megatron_lpa.data.document_order import DocumentOrder
 from megatron_lpa.data.identity import contents_digest
 from megatron_lpa.data.index_cache import SampleIndex
-from megatron_lpa.data.indexed import IndexedDataset
 from megatron_lpa.data.packing import PackedDocuments
 from megatron_lpa.data.permutation import permuted
+from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.errors import UserError
 
 DocumentRange = tuple[int, int]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from megatron_lpa.data.indexed import bin_path, idx_path
+from megatron_lpa.data.storage.indexed import bin_path, idx_path
 from megatron_lpa.errors import UserError
 
 _END_BYTES = 1 << 20

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_lpa.data.document_order import MAX_DOCUMENTS, DocumentOrder
-from megatron_lpa.data.indexed import HEADER, IndexedDataset, idx_path
+from megatron_lpa.data.storage.indexed import HEADER, IndexedDataset, idx_path
 from megatron_lpa.errors import UserError
 
 _BLOCK_DOCUMENTS = 1 << 17  # per step; its few arrays stay in a core's cache

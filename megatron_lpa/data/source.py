@@ -13,8 +13,8 @@ from megatron_lpa.data.document_order import DocumentOrder
 from megatron_lpa.data.gpt_dataset import DocumentRange, GPTDataset, ShuffledDocuments
 from megatron_lpa.data.identity import index_state
 from megatron_lpa.data.index_cache import IndexCache, Report, SampleIndex, default_folders
-from megatron_lpa.data.indexed import IndexedDataset
 from megatron_lpa.data.packing import read_document_sizes, sample_starts
+from megatron_lpa.data.storage.indexed import IndexedDataset
 
 _QUICK_DOCUMENTS = 1 << 20  # the files of so many are checked in milliseconds, so nothing about it is kept
 _SLOW_DOCUMENTS = 10_000_000

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_lpa.data.tokenizer import Tokenizer
+from megatron_lpa.data.tokenizers.loading import Tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.layers.loss import mask_padded_ids
 from megatron_lpa.model.transformer import Decoder

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_lpa.data.records import read_texts
-from megatron_lpa.data.tokenizer import Tokenizer
+from megatron_lpa.data.preparation.records import read_texts
+from megatron_lpa.data.tokenizers.loading import Tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.transformer import Decoder
 
@@ -178,7 +178,7 @@ def ids_of_texts(inputs: Sequence[str], tokenizer: Tokenizer, key: str = "text")
     documents directly. Empty documents are left out.
 
     Raises:
-        UserError: files that cannot be read; see ``data/records.py``.
+        UserError: files that cannot be read; see ``data/preparation/records.py``.
     """
     eod = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
     pieces = [np.array(found + eod) for text in read_texts(inputs, key) if (found := tokenizer.encode(text))]

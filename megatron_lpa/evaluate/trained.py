@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_lpa.config import RunConfig, load_config
-from megatron_lpa.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
 from megatron_lpa.engine.manifest import MANIFEST, complete_checkpoints, read_manifest, verify_files
 from megatron_lpa.engine.weights_reader import load_decoder
 from megatron_lpa.errors import UserError

@@ -6,10 +6,10 @@ from dataclasses import replace
 from fractions import Fraction
 
 from megatron_lpa.config import RunConfig
-from megatron_lpa.data.manifest import manifest_path, read_manifest
 from megatron_lpa.data.samples import Samples
 from megatron_lpa.data.splits import Splits, open_splits
-from megatron_lpa.data.tokenizer import Tokenizer
+from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
+from megatron_lpa.data.tokenizers.loading import Tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.train.schedule import total_steps
 

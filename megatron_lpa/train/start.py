@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_lpa.config import RunConfig, load_config, save_config
 from megatron_lpa.config.compare import differences
 from megatron_lpa.data.splits import Splits
-from megatron_lpa.data.tokenizer import load_tokenizer, save_tokenizer
+from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.checkpoint import complete_checkpoints, load_checkpoint, remove_incomplete
 from megatron_lpa.engine.ds_config import read_zero_knobs

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from launching import SMALL, Launch, launch
 
-from megatron_lpa.data.indexed_writer import IndexedDatasetWriter
-from megatron_lpa.data.manifest import Checksums, Manifest, TokenizerRecord, write_manifest
+from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
+from megatron_lpa.data.storage.manifest import Checksums, Manifest, TokenizerRecord, write_manifest
 
 
 def manifest(fingerprint: str, vocab_size: int) -> Manifest:

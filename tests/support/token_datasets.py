@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lpa.data.checksums import block_digests
-from megatron_lpa.data.indexed_writer import IndexedDatasetWriter
-from megatron_lpa.data.manifest import (
+from megatron_lpa.data.storage.checksums import block_digests
+from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
+from megatron_lpa.data.storage.manifest import (
     Checksums,
     Manifest,
     SourceRecord,

@@ -10,7 +10,7 @@ from pydoc_data.topics import topics
 import pytest
 import sentencepiece
 
-from megatron_lpa.data.train_tokenizer import train_tokenizer
+from megatron_lpa.data.preparation.train_tokenizer import train_tokenizer
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, object]]) -> Path:

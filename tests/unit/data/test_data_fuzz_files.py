@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from test_data_fuzz_oracle import Bench, mutated, reproducible, time_limit
 
-from megatron_lpa.data.document_view import view_document
-from megatron_lpa.data.indexed import HEADER, MAGIC, IndexedDataset
-from megatron_lpa.data.inspection import summarize
-from megatron_lpa.data.inspection_report import summary_json, summary_text
-from megatron_lpa.data.manifest import Manifest, read_manifest
-from megatron_lpa.data.merge import merge
-from megatron_lpa.data.preprocess import preprocess
-from megatron_lpa.data.verification import verify
+from megatron_lpa.data.inspection.document_view import view_document
+from megatron_lpa.data.inspection.report import summary_json, summary_text
+from megatron_lpa.data.inspection.statistics import summarize
+from megatron_lpa.data.inspection.verification import verify
+from megatron_lpa.data.preparation.merge import merge
+from megatron_lpa.data.preparation.preprocess import preprocess
+from megatron_lpa.data.storage.indexed import HEADER, MAGIC, IndexedDataset
+from megatron_lpa.data.storage.manifest import Manifest, read_manifest
 from megatron_lpa.errors import UserError
 
 pytestmark = pytest.mark.timeout(300)

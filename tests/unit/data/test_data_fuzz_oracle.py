@@ -25,13 +25,13 @@ import pytest
 import tokenizers
 import zstandard
 
-from megatron_lpa.data import encode as encode_module
-from megatron_lpa.data import preprocess as preprocess_module
-from megatron_lpa.data import readers
-from megatron_lpa.data.indexed import IndexedDataset
-from megatron_lpa.data.preprocess import preprocess
-from megatron_lpa.data.preprocess_config import PreprocessConfig
-from megatron_lpa.data.tokenizer import load_tokenizer
+from megatron_lpa.data.preparation import encode as encode_module
+from megatron_lpa.data.preparation import preprocess as preprocess_module
+from megatron_lpa.data.preparation import readers
+from megatron_lpa.data.preparation.preprocess import preprocess
+from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig
+from megatron_lpa.data.storage.indexed import IndexedDataset
+from megatron_lpa.data.tokenizers.loading import load_tokenizer
 from megatron_lpa.errors import UserError
 
 CASE_SECONDS = 10  # of this process's own time, so that a busy machine does not count

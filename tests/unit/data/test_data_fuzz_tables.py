@@ -18,8 +18,8 @@ import pytest
 from pyarrow import parquet
 from test_data_fuzz_oracle import Bench, Record, mutated, reproducible, time_limit
 
-from megatron_lpa.data.preprocess import preprocess
-from megatron_lpa.data.sources import resolve_inputs
+from megatron_lpa.data.preparation.preprocess import preprocess
+from megatron_lpa.data.preparation.sources import resolve_inputs
 from megatron_lpa.errors import UserError
 
 pytestmark = pytest.mark.timeout(300)
@@ -187,7 +187,7 @@ ODD_NAMES += [
 
 
 def texts(bench: Bench, *inputs: str) -> list[list[int]]:
-    from megatron_lpa.data.indexed import IndexedDataset
+    from megatron_lpa.data.storage.indexed import IndexedDataset
 
     with time_limit():
         preprocess(bench.config(inputs, overwrite=True))

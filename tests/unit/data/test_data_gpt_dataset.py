@@ -10,9 +10,9 @@ import pytest
 from megatron_lpa.config.run import DataConfig
 from megatron_lpa.data.batches import load_batch
 from megatron_lpa.data.gpt_dataset import GPTDataset
-from megatron_lpa.data.indexed import IndexedDataset
-from megatron_lpa.data.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.data.splits import open_splits, split_documents
+from megatron_lpa.data.storage.indexed import IndexedDataset
+from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.errors import UserError
 
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from support.token_datasets import EOD, random_documents, write_dataset
 
-from megatron_lpa.data import inspection
-from megatron_lpa.data.document_view import view_document
-from megatron_lpa.data.indexed import IndexedDataset, best_dtype
-from megatron_lpa.data.indexed_writer import write_index
-from megatron_lpa.data.inspection import LengthCounter, summarize
-from megatron_lpa.data.inspection_report import length_figure, summary_json, summary_text
-from megatron_lpa.data.manifest import TokenizerRecord
-from megatron_lpa.data.tokenizer import load_tokenizer
+from megatron_lpa.data.inspection import statistics as inspection
+from megatron_lpa.data.inspection.document_view import view_document
+from megatron_lpa.data.inspection.report import length_figure, summary_json, summary_text
+from megatron_lpa.data.inspection.statistics import LengthCounter, summarize
+from megatron_lpa.data.storage.indexed import IndexedDataset, best_dtype
+from megatron_lpa.data.storage.indexed_writer import write_index
+from megatron_lpa.data.storage.manifest import TokenizerRecord
+from megatron_lpa.data.tokenizers.loading import load_tokenizer
 from megatron_lpa.errors import UserError
 
 LENGTHS = {

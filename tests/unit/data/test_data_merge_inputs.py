@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from support.token_datasets import TOKENIZER, random_documents, write_dataset
 
-from megatron_lpa.data.indexed import IndexedDataset
-from megatron_lpa.data.manifest import Manifest, manifest_path
-from megatron_lpa.data.merge import merge
-from megatron_lpa.data.merge_inputs import natural_key, resolve_prefixes
+from megatron_lpa.data.preparation.merge import merge
+from megatron_lpa.data.preparation.merge_inputs import natural_key, resolve_prefixes
+from megatron_lpa.data.storage.indexed import IndexedDataset
+from megatron_lpa.data.storage.manifest import Manifest, manifest_path
 from megatron_lpa.errors import UserError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_lpa.data.ordered_pool import ordered_map
+from megatron_lpa.data.preparation.ordered_pool import ordered_map
 from megatron_lpa.errors import UserError
 
 _offset = 0

@@ -10,9 +10,9 @@ import pytest
 
 from megatron_lpa.data import packing
 from megatron_lpa.data.document_order import DocumentOrder
-from megatron_lpa.data.indexed import IndexedDataset
-from megatron_lpa.data.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.data.packing import PackedDocuments, read_document_sizes, sample_starts
+from megatron_lpa.data.storage.indexed import IndexedDataset
+from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.errors import UserError
 
 

@@ -23,11 +23,11 @@ import sentencepiece
 import zstandard
 from transformers import PreTrainedTokenizerFast
 
-from megatron_lpa.data import preprocess as preprocess_module
-from megatron_lpa.data.indexed import IndexedDataset
-from megatron_lpa.data.manifest import read_manifest
-from megatron_lpa.data.preprocess import preprocess
-from megatron_lpa.data.preprocess_config import PreprocessConfig
+from megatron_lpa.data.preparation import preprocess as preprocess_module
+from megatron_lpa.data.preparation.preprocess import preprocess
+from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig
+from megatron_lpa.data.storage.indexed import IndexedDataset
+from megatron_lpa.data.storage.manifest import read_manifest
 from megatron_lpa.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -465,7 +465,7 @@ def test_a_tokenizer_can_be_trained_and_used_from_the_command_line(corpus: Path,
 
 def test_workers_do_not_pay_for_torch() -> None:
     code = (
-        "import sys, megatron_lpa.data.preprocess, megatron_lpa.data.batches, megatron_lpa.data.sampler, "
-        "megatron_lpa.data.train_tokenizer; sys.exit('torch' in sys.modules)"
+        "import sys, megatron_lpa.data.preparation.preprocess, megatron_lpa.data.batches, megatron_lpa.data.sampler, "
+        "megatron_lpa.data.preparation.train_tokenizer; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

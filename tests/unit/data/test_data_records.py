@@ -16,11 +16,11 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from megatron_lpa.data import readers
-from megatron_lpa.data.hub_datasets import dataset_source
-from megatron_lpa.data.readers import SourceReader
-from megatron_lpa.data.records import Selection, parse_chunk, read_texts
-from megatron_lpa.data.sources import file_sources, resolve_inputs, shard_of
+from megatron_lpa.data.preparation import readers
+from megatron_lpa.data.preparation.hub_datasets import dataset_source
+from megatron_lpa.data.preparation.readers import SourceReader
+from megatron_lpa.data.preparation.records import Selection, parse_chunk, read_texts
+from megatron_lpa.data.preparation.sources import file_sources, resolve_inputs, shard_of
 from megatron_lpa.errors import UserError
 
 TEXTS = [

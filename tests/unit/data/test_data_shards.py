@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lpa.data.manifest import read_manifest
-from megatron_lpa.data.preprocess import preprocess
-from megatron_lpa.data.preprocess_config import PreprocessConfig
-from megatron_lpa.data.shards import merge_if_last
+from megatron_lpa.data.preparation.preprocess import preprocess
+from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig
+from megatron_lpa.data.preparation.shards import merge_if_last
+from megatron_lpa.data.storage.manifest import read_manifest
 from megatron_lpa.errors import UserError
 
 

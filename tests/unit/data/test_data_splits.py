@@ -15,9 +15,9 @@ from megatron_lpa.config.run import DataConfig
 from megatron_lpa.data import source
 from megatron_lpa.data.blend import Blend
 from megatron_lpa.data.gpt_dataset import GPTDataset
-from megatron_lpa.data.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.data.samples import Samples
 from megatron_lpa.data.splits import Splits, exact_weights, open_splits, split_documents
+from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.errors import UserError
 
 LENGTHS = np.random.default_rng(0).integers(1, 30, size=400)

@@ -16,12 +16,12 @@ import tokenizers
 from test_data_tokenizer_texts import LLAMA3_PATTERN, breaking_texts, random_texts
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, trainers
 
-from megatron_lpa.data import fast_tokenizer
-from megatron_lpa.data.fast_tokenizer import FastTokenizer, first_difference
-from megatron_lpa.data.tokenizer import load_tokenizer
-from megatron_lpa.data.tokenizer_base import Tokenizer
-from megatron_lpa.data.tokenizer_gigatoken import GigatokenEngine, build_from_json
-from megatron_lpa.data.tokenizer_probe import probe_texts
+from megatron_lpa.data.tokenizers import fast as fast_tokenizer
+from megatron_lpa.data.tokenizers.base import Tokenizer
+from megatron_lpa.data.tokenizers.fast import FastTokenizer, first_difference
+from megatron_lpa.data.tokenizers.gigatoken_engine import GigatokenEngine, build_from_json
+from megatron_lpa.data.tokenizers.loading import load_tokenizer
+from megatron_lpa.data.tokenizers.probe import probe_texts
 from megatron_lpa.errors import UserError
 
 

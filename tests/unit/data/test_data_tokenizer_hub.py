@@ -11,8 +11,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-from megatron_lpa.data import tokenizer_hub
-from megatron_lpa.data.tokenizer import load_tokenizer
+from megatron_lpa.data.tokenizers import hub as tokenizer_hub
+from megatron_lpa.data.tokenizers.loading import load_tokenizer
 from megatron_lpa.errors import UserError
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from megatron_lpa.data.tokenizer_gigatoken import finder
-from megatron_lpa.data.tokenizer_probe import probe_texts
+from megatron_lpa.data.tokenizers.gigatoken_engine import finder
+from megatron_lpa.data.tokenizers.probe import probe_texts
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

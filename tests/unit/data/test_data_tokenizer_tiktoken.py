@@ -11,9 +11,9 @@ import tiktoken
 import tokenizers
 from test_data_tokenizer_texts import GPT2_BYTES, breaking_texts, random_texts
 
-from megatron_lpa.data.fast_tokenizer import FastTokenizer
-from megatron_lpa.data.tokenizer import load_tokenizer, save_tokenizer
-from megatron_lpa.data.tokenizer_tiktoken import TiktokenTokenizer
+from megatron_lpa.data.tokenizers.fast import FastTokenizer
+from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
+from megatron_lpa.data.tokenizers.tiktoken_ranks import TiktokenTokenizer
 from megatron_lpa.errors import UserError
 
 OLD_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from support.token_datasets import EOD, VOCAB_SIZE, random_documents, write_dataset
 
-from megatron_lpa.data import index_check, token_check
-from megatron_lpa.data.indexed import HEADER, IndexedDataset
-from megatron_lpa.data.problems import Problem
-from megatron_lpa.data.verification import verify
+from megatron_lpa.data.inspection import index_check, token_check
+from megatron_lpa.data.inspection.problems import Problem
+from megatron_lpa.data.inspection.verification import verify
+from megatron_lpa.data.storage.indexed import HEADER, IndexedDataset
 from megatron_lpa.errors import UserError
 
 BLOCK = 256

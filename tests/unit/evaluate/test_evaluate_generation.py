@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from megatron_lpa.config import ModelConfig
-from megatron_lpa.data.tokenizer import Tokenizer
+from megatron_lpa.data.tokenizers.loading import Tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.generation import Sampling, generate_ids, generate_text
 from megatron_lpa.model.transformer import Decoder

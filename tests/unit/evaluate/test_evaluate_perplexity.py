@@ -15,10 +15,10 @@ import torch
 from torch.nn import functional
 
 from megatron_lpa.data.gpt_dataset import GPTDataset
-from megatron_lpa.data.indexed import IndexedDataset
-from megatron_lpa.data.preprocess import preprocess
-from megatron_lpa.data.preprocess_config import PreprocessConfig
-from megatron_lpa.data.tokenizer import Tokenizer
+from megatron_lpa.data.preparation.preprocess import preprocess
+from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig
+from megatron_lpa.data.storage.indexed import IndexedDataset
+from megatron_lpa.data.tokenizers.loading import Tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.perplexity import TextLoss, count_text, ids_of_texts, measure
 from megatron_lpa.model.transformer import Decoder

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lpa.data.tokenizer import save_tokenizer
+from megatron_lpa.data.tokenizers.loading import save_tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.trained import load_run, required_tokenizer
 from megatron_lpa.model.transformer import Decoder

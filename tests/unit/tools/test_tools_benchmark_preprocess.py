@@ -14,7 +14,7 @@ import orjson
 import pytest
 import zstandard
 
-from megatron_lpa.data.indexed_writer import IndexedDatasetWriter
+from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.errors import UserError
 
 pytest.importorskip("megatron.core")

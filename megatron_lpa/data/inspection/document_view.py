@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lpa.data.indexed import IndexedDataset
-from megatron_lpa.data.manifest import Manifest, manifest_path, read_manifest
-from megatron_lpa.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_lpa.data.storage.indexed import IndexedDataset
+from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
+from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
 from megatron_lpa.errors import UserError
 
 

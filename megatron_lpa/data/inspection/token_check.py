@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lpa.data.block_check import BlockComparison
-from megatron_lpa.data.byte_progress import ByteProgress
-from megatron_lpa.data.indexed import IndexedDataset, bin_path
-from megatron_lpa.data.problems import ProblemLog
+from megatron_lpa.data.inspection.problems import ProblemLog
+from megatron_lpa.data.storage.block_check import BlockComparison
+from megatron_lpa.data.storage.byte_progress import ByteProgress
+from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path
 from megatron_lpa.errors import UserError
 
 _READ_BYTES = 1 << 22  # a multiple of every item size

@@ -15,7 +15,7 @@ from typing import IO, Any, Literal
 
 import zstandard
 
-from megatron_lpa.data.sources import Source
+from megatron_lpa.data.preparation.sources import Source
 from megatron_lpa.errors import UserError
 
 CHUNK_BYTES = 1 << 20
@@ -147,7 +147,7 @@ class SourceReader:
             ) from error
 
     def _dataset_chunks(self) -> Iterator[Chunk]:
-        from megatron_lpa.data.hub_datasets import record_batches
+        from megatron_lpa.data.preparation.hub_datasets import record_batches
 
         yield from self._row_chunks(record_batches(self.source, self._columns, _ROWS))
 

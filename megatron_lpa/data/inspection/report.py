@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from megatron_lpa.data.inspection import LengthStatistics, Part, Summary
+from megatron_lpa.data.inspection.statistics import LengthStatistics, Part, Summary
 
 _BAR_COLUMNS = 40
 _NAME_COLUMNS = 60

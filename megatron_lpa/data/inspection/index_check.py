@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lpa.data.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, bin_path, idx_path
-from megatron_lpa.data.problems import ProblemLog
+from megatron_lpa.data.inspection.problems import ProblemLog
+from megatron_lpa.data.storage.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, bin_path, idx_path
 
 _BLOCK = 1 << 20  # index entries per step
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}

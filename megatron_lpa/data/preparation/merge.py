@@ -8,14 +8,20 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 import megatron_lpa
-from megatron_lpa.data.block_check import BlockComparison
-from megatron_lpa.data.byte_progress import ByteProgress
-from megatron_lpa.data.checksums import BlockHasher
-from megatron_lpa.data.files import PARTIAL_SUFFIX, PartialFile, explained_write_errors
-from megatron_lpa.data.indexed import HEADER, bin_path, idx_path
-from megatron_lpa.data.indexed_writer import publish_dataset, write_index
-from megatron_lpa.data.manifest import Checksums, Manifest, SubsetCount, manifest_path, write_manifest
-from megatron_lpa.data.merge_inputs import MergeInput, check_alike, damaged, read_input, resolve_prefixes
+from megatron_lpa.data.preparation.merge_inputs import (
+    MergeInput,
+    check_alike,
+    damaged,
+    read_input,
+    resolve_prefixes,
+)
+from megatron_lpa.data.storage.block_check import BlockComparison
+from megatron_lpa.data.storage.byte_progress import ByteProgress
+from megatron_lpa.data.storage.checksums import BlockHasher
+from megatron_lpa.data.storage.files import PARTIAL_SUFFIX, PartialFile, explained_write_errors
+from megatron_lpa.data.storage.indexed import HEADER, bin_path, idx_path
+from megatron_lpa.data.storage.indexed_writer import publish_dataset, write_index
+from megatron_lpa.data.storage.manifest import Checksums, Manifest, SubsetCount, manifest_path, write_manifest
 from megatron_lpa.errors import UserError
 
 _COPY_BYTES = 1 << 22

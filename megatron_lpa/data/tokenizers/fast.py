@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_lpa.data.tokenizer_base import Tokenizer, is_panic, shortened
-from megatron_lpa.data.tokenizer_gigatoken import (
+from megatron_lpa.data.tokenizers.base import Tokenizer, is_panic, shortened
+from megatron_lpa.data.tokenizers.gigatoken_engine import (
     GigatokenEngine,
     build_from_json,
     build_from_ranks,
@@ -16,9 +16,9 @@ from megatron_lpa.data.tokenizer_gigatoken import (
     finder,
     refusal,
 )
-from megatron_lpa.data.tokenizer_probe import probe_texts
-from megatron_lpa.data.tokenizer_reference import HuggingFaceTokenizer, SentencePieceTokenizer
-from megatron_lpa.data.tokenizer_tiktoken import GIGATOKEN_SCHEMES, TiktokenTokenizer
+from megatron_lpa.data.tokenizers.probe import probe_texts
+from megatron_lpa.data.tokenizers.reference import HuggingFaceTokenizer, SentencePieceTokenizer
+from megatron_lpa.data.tokenizers.tiktoken_ranks import GIGATOKEN_SCHEMES, TiktokenTokenizer
 from megatron_lpa.errors import UserError
 
 Engine = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]

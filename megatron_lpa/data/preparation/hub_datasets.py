@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.data.sources import Source
+from megatron_lpa.data.preparation.sources import Source
 from megatron_lpa.errors import UserError
 
 

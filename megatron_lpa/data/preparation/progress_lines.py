@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from megatron_lpa.data.ledger import State
+from megatron_lpa.data.preparation.ledger import State
 
 
 class ProgressLines:

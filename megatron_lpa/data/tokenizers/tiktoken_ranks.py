@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 import tiktoken
 
-from megatron_lpa.data.tokenizer_base import find_eod, is_panic, read_bytes, read_json, shortened, to_arrays
+from megatron_lpa.data.tokenizers.base import find_eod, is_panic, read_bytes, read_json, shortened, to_arrays
 from megatron_lpa.errors import UserError
 
 _R50K = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

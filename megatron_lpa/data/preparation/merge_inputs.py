@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lpa.data.block_check import check_checksums, wrong_blocks
-from megatron_lpa.data.files import PARTIAL_SUFFIX
-from megatron_lpa.data.indexed import IndexedDataset, bin_path, idx_path
-from megatron_lpa.data.manifest import Manifest, manifest_path, read_manifest
+from megatron_lpa.data.storage.block_check import check_checksums, wrong_blocks
+from megatron_lpa.data.storage.files import PARTIAL_SUFFIX
+from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
+from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
 from megatron_lpa.errors import UserError
 
 _ENDINGS = (".idx", ".bin", ".json")

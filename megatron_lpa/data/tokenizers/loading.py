@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from megatron_lpa.data.tokenizer_base import EOD_NAMES, Tokenizer
-from megatron_lpa.data.tokenizer_hub import hub_files
-from megatron_lpa.data.tokenizer_reference import HuggingFaceTokenizer, SentencePieceTokenizer
-from megatron_lpa.data.tokenizer_tiktoken import TiktokenTokenizer, config_files
+from megatron_lpa.data.tokenizers.base import EOD_NAMES, Tokenizer
+from megatron_lpa.data.tokenizers.hub import hub_files
+from megatron_lpa.data.tokenizers.reference import HuggingFaceTokenizer, SentencePieceTokenizer
+from megatron_lpa.data.tokenizers.tiktoken_ranks import TiktokenTokenizer, config_files
 from megatron_lpa.errors import UserError
 
 __all__ = ["EOD_NAMES", "Tokenizer", "load_tokenizer", "save_tokenizer"]
@@ -34,7 +34,7 @@ def load_tokenizer(
     if engine == "reference":
         return reference
     # Imported here: only preprocessing pays for gigatoken.
-    from megatron_lpa.data.fast_tokenizer import accelerate
+    from megatron_lpa.data.tokenizers.fast import accelerate
 
     return accelerate(reference, probed)
 

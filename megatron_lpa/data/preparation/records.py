@@ -15,8 +15,8 @@ from typing import Any
 
 import orjson
 
-from megatron_lpa.data.readers import Chunk, SourceReader
-from megatron_lpa.data.sources import file_sources
+from megatron_lpa.data.preparation.readers import Chunk, SourceReader
+from megatron_lpa.data.preparation.sources import file_sources
 from megatron_lpa.errors import UserError
 
 PILE_SUBSET = "meta.pile_set_name"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from megatron_lpa.data.files import PartialFile, WrittenElsewhere
-from megatron_lpa.data.indexed import IndexedDataset, idx_path
-from megatron_lpa.data.ledger import ledger_path
-from megatron_lpa.data.manifest import Manifest, manifest_path, read_manifest
-from megatron_lpa.data.merge import merge
-from megatron_lpa.data.preprocess_config import PreprocessConfig, output_prefix
+from megatron_lpa.data.preparation.ledger import ledger_path
+from megatron_lpa.data.preparation.merge import merge
+from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig, output_prefix
+from megatron_lpa.data.storage.files import PartialFile, WrittenElsewhere
+from megatron_lpa.data.storage.indexed import IndexedDataset, idx_path
+from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
 
 
 def merge_if_last(config: PreprocessConfig) -> dict[str, Manifest] | str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_lpa.data.records import PILE_SUBSET, Selection
+from megatron_lpa.data.preparation.records import PILE_SUBSET, Selection
 from megatron_lpa.errors import UserError
 
 

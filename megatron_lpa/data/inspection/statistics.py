@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_lpa.data.indexed import IndexedDataset, bin_path, idx_path
-from megatron_lpa.data.manifest import Manifest, read_manifest
+from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
+from megatron_lpa.data.storage.manifest import Manifest, read_manifest
 
 _BLOCK = 1 << 20  # documents in memory at a time
 # Documents up to this length are counted by length, longer ones are listed: both stay small, and exact.

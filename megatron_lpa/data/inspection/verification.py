@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lpa.data.block_check import check_checksums, wrong_blocks
-from megatron_lpa.data.index_check import check_index
-from megatron_lpa.data.indexed import IndexedDataset, bin_path, idx_path
-from megatron_lpa.data.manifest import Manifest, manifest_path, read_manifest
-from megatron_lpa.data.problems import Problem, ProblemLog
-from megatron_lpa.data.token_check import TokenExpectations, check_tokens, log_block
+from megatron_lpa.data.inspection.index_check import check_index
+from megatron_lpa.data.inspection.problems import Problem, ProblemLog
+from megatron_lpa.data.inspection.token_check import TokenExpectations, check_tokens, log_block
+from megatron_lpa.data.storage.block_check import check_checksums, wrong_blocks
+from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
+from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
 from megatron_lpa.errors import UserError
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from megatron_lpa.data.tokenizer_base import find_eod, is_panic, read_bytes, to_arrays
+from megatron_lpa.data.tokenizers.base import find_eod, is_panic, read_bytes, to_arrays
 from megatron_lpa.errors import UserError
 
 

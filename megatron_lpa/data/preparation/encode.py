@@ -7,10 +7,10 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_lpa.data.indexed import best_dtype
-from megatron_lpa.data.readers import Chunk
-from megatron_lpa.data.records import Documents, Rejection, Selection, parse_chunk
-from megatron_lpa.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_lpa.data.preparation.readers import Chunk
+from megatron_lpa.data.preparation.records import Documents, Rejection, Selection, parse_chunk
+from megatron_lpa.data.storage.indexed import best_dtype
+from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
 
 # What str.split() takes for a blank; U+3000 is the last.
 _BLANK = np.array([chr(point).isspace() for point in range(0x3002)])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lpa.data.checksums import BlockHasher, block_digests
-from megatron_lpa.data.manifest import Manifest, manifest_path
+from megatron_lpa.data.storage.checksums import BlockHasher, block_digests
+from megatron_lpa.data.storage.manifest import Manifest, manifest_path
 from megatron_lpa.errors import UserError
 
 

@@ -13,12 +13,23 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import megatron_lpa
-from megatron_lpa.data.encode import EncodedChunk, Position, Task, encode_task, initialize_worker
-from megatron_lpa.data.files import explained_write_errors
-from megatron_lpa.data.hub_datasets import dataset_source
-from megatron_lpa.data.indexed import best_dtype, bin_path, idx_path
-from megatron_lpa.data.ledger import FinishedSource, Ledger, State, ledger_path
-from megatron_lpa.data.manifest import (
+from megatron_lpa.data.preparation.encode import EncodedChunk, Position, Task, encode_task, initialize_worker
+from megatron_lpa.data.preparation.hub_datasets import dataset_source
+from megatron_lpa.data.preparation.ledger import FinishedSource, Ledger, State, ledger_path
+from megatron_lpa.data.preparation.ordered_pool import ordered_map
+from megatron_lpa.data.preparation.outputs import Outputs
+from megatron_lpa.data.preparation.preprocess_config import (
+    PreprocessConfig,
+    check_options,
+    output_prefix,
+    reject_path,
+)
+from megatron_lpa.data.preparation.progress_lines import ProgressLines
+from megatron_lpa.data.preparation.readers import CHUNK_BYTES, Chunk, SourceReader
+from megatron_lpa.data.preparation.sources import Source, file_sources, shard_of
+from megatron_lpa.data.storage.files import explained_write_errors
+from megatron_lpa.data.storage.indexed import best_dtype, bin_path, idx_path
+from megatron_lpa.data.storage.manifest import (
     Checksums,
     Manifest,
     SourceRecord,
@@ -28,13 +39,7 @@ from megatron_lpa.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_lpa.data.ordered_pool import ordered_map
-from megatron_lpa.data.outputs import Outputs
-from megatron_lpa.data.preprocess_config import PreprocessConfig, check_options, output_prefix, reject_path
-from megatron_lpa.data.progress_lines import ProgressLines
-from megatron_lpa.data.readers import CHUNK_BYTES, Chunk, SourceReader
-from megatron_lpa.data.sources import Source, file_sources, shard_of
-from megatron_lpa.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
 from megatron_lpa.errors import UserError
 
 _TASK_CHUNKS = 64  # at most, where files are small
