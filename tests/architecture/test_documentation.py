@@ -86,6 +86,12 @@ def test_commands_exist_and_take_these_options(page: Path) -> None:
             arguments = words[words.index("megatron_lpa.pretrain") + 1 :]
             if "--help" not in arguments:
                 load_config(arguments)  # names, types and presets; a UserError fails the test
+        elif program == "sbatch" or program.startswith("slurm/"):
+            script = next(number for number, word in enumerate(words) if word.startswith("slurm/"))
+            assert (ROOT / words[script]).is_file(), words
+            assert "tools/preprocess_data.py" in (ROOT / words[script]).read_text()  # which takes the rest
+            own = options_of(ROOT / "tools" / "preprocess_data.py")
+            assert [w for w in words[script + 1 :] if w.startswith("--") and w not in own] == []
         else:
             assert program in ("make", ".", "pip", "python"), words
 

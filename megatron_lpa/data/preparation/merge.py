@@ -19,7 +19,7 @@ from megatron_lpa.data.storage.block_check import BlockComparison
 from megatron_lpa.data.storage.byte_progress import ByteProgress
 from megatron_lpa.data.storage.checksums import BlockHasher
 from megatron_lpa.data.storage.files import PARTIAL_SUFFIX, PartialFile, explained_write_errors
-from megatron_lpa.data.storage.indexed import HEADER, bin_path, idx_path
+from megatron_lpa.data.storage.indexed import HEADER, bin_path, check_output_prefix, idx_path
 from megatron_lpa.data.storage.indexed_writer import publish_dataset, write_index
 from megatron_lpa.data.storage.manifest import Checksums, Manifest, SubsetCount, manifest_path, write_manifest
 from megatron_lpa.errors import UserError
@@ -62,6 +62,7 @@ def merge(
         raise UserError(
             f"{output_prefix}: give the prefix without its ending: {output_prefix.rpartition('.')[0]}"
         )
+    check_output_prefix(output_prefix, "--output-prefix")
     prefixes = resolve_prefixes(inputs, output_prefix)
     if expect is not None and len(prefixes) != expect:
         raise UserError(

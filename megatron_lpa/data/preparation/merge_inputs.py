@@ -59,6 +59,15 @@ def resolve_prefixes(names: Sequence[str], output_prefix: str) -> list[str]:
         UserError: a pattern matches nothing or an unfinished dataset, a dataset is named twice, or the
             output is among the inputs.
     """
+    try:
+        return _resolved(names, output_prefix)
+    except (OSError, RuntimeError) as error:  # before Python 3.13 a loop of links is a RuntimeError
+        raise UserError(
+            f"{', '.join(names)[:300]}: cannot be looked up ({error}); check the paths"
+        ) from error
+
+
+def _resolved(names: Sequence[str], output_prefix: str) -> list[str]:
     prefixes = [prefix for name in names for prefix in _expand(name, output_prefix)]
     seen: dict[Path, str] = {}
     for prefix in prefixes:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_lpa.data.preparation.records import PILE_SUBSET, Selection
+from megatron_lpa.data.storage.indexed import check_output_prefix
 from megatron_lpa.errors import UserError
 
 
@@ -88,12 +89,7 @@ def check_options(config: PreprocessConfig) -> None:
         raise UserError(f"--workers is {config.workers}; give 1 or more")
     if config.log_interval < 0:
         raise UserError(f"--log-interval is {config.log_interval}; give 0 or more")
-    name = Path(config.output_prefix).name
-    if not name or config.output_prefix.endswith("/") or name in (".", ".."):
-        raise UserError(
-            f"--output-prefix is {config.output_prefix!r}, which lacks the beginning of a file name; "
-            "give for example data/corpus"
-        )
+    check_output_prefix(config.output_prefix, "--output-prefix")
     if not config.json_keys or len(set(config.json_keys)) != len(config.json_keys):
         raise UserError(f"--json-keys is {' '.join(config.json_keys)!r}; give one or more different keys")
     for key in config.json_keys:

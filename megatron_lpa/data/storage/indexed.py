@@ -67,6 +67,14 @@ class IndexedDataset:
     def __init__(self, prefix: str | Path, check: bool = True) -> None:
         self.prefix = str(prefix)
         self._bin_path, self._idx_path = bin_path(prefix), idx_path(prefix)
+        try:
+            self._open(check)
+        except OSError as error:
+            raise UserError(
+                f"{self.prefix}: cannot be read ({error.strerror or error}); check the path and its permissions"
+            ) from error
+
+    def _open(self, check: bool) -> None:
         for path in (self._idx_path, self._bin_path):
             if not path.is_file():
                 raise UserError(_missing(self.prefix, path))
@@ -234,6 +242,25 @@ class IndexedDataset:
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start}:{stop} of {self.num_tokens} in {self.prefix}")
         return self._tokens[start:stop]
+
+
+def check_output_prefix(prefix: str, option: str) -> None:
+    """Refuses what cannot be the beginning of file names.
+
+    Raises:
+        UserError: it is empty, ends as a folder does, or cannot be looked up.
+    """
+    name = Path(prefix).name
+    if not name or prefix.endswith("/") or name in (".", ".."):
+        raise UserError(
+            f"{option} is {prefix!r}, which lacks the beginning of a file name; give for example data/corpus"
+        )
+    try:
+        idx_path(prefix).exists()
+    except OSError as error:
+        raise UserError(
+            f"{option} is {prefix!r}, which cannot be used ({error.strerror or error})"
+        ) from error
 
 
 def _missing(prefix: str, path: Path) -> str:

@@ -132,14 +132,62 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
 
 def _from_json(content: dict[str, Any]) -> Manifest:
+    """Raises KeyError, TypeError or ValueError where anything is not as :func:`write_manifest` writes it."""
     values = {key: value for key, value in content.items() if key != "format"}
-    for name in ("documents", "tokens", "bytes_text", "words"):
-        if not isinstance(values[name], int) or values[name] < 0:
-            raise ValueError(f"{name} is {values[name]!r}")
     values["tokenizer"] = TokenizerRecord(**values["tokenizer"])
-    if not isinstance(values["tokenizer"].vocab_size, int):
-        raise ValueError(f"tokenizer.vocab_size is {values['tokenizer'].vocab_size!r}")
     values["checksums"] = Checksums(**values["checksums"])
     values["sources"] = [SourceRecord(**source) for source in values["sources"]]
     values["subsets"] = {name: SubsetCount(**count) for name, count in values["subsets"].items()}
-    return Manifest(**values)
+    manifest = Manifest(**values)
+    _check_values(manifest)
+    return manifest
+
+
+def _check_values(manifest: Manifest) -> None:
+    counts = ("documents", "tokens", "empty_documents", "dropped_documents", "rejected_documents")
+    for name in (*counts, "bytes_text", "words"):
+        _whole(getattr(manifest, name), name)
+    for name in ("dtype", "json_key", "version"):
+        _text(getattr(manifest, name), name)
+    if not isinstance(manifest.append_eod, bool):
+        raise ValueError(f"append_eod is {manifest.append_eod!r}")
+    tokenizer = manifest.tokenizer
+    _text(tokenizer.name, "tokenizer.name")
+    _text(tokenizer.fingerprint, "tokenizer.fingerprint")
+    _whole(tokenizer.vocab_size, "tokenizer.vocab_size")
+    if tokenizer.eod_id is not None:
+        _whole(tokenizer.eod_id, "tokenizer.eod_id")
+    for source in manifest.sources:
+        _text(source.path, "sources.path")
+        _whole(source.size_bytes, "sources.size_bytes")
+        _whole(source.documents, "sources.documents")
+        if source.sha256 is not None:
+            _text(source.sha256, "sources.sha256")
+    for name, count in manifest.subsets.items():
+        _text(name, "subsets")
+        _whole(count.documents, f"subsets.{name}.documents")
+        _whole(count.tokens, f"subsets.{name}.tokens")
+    for name in ("keep_subsets", "drop_subsets"):
+        subsets = getattr(manifest, name)
+        if not isinstance(subsets, list):
+            raise ValueError(f"{name} is {subsets!r}")
+        for subset in subsets:
+            _text(subset, name)
+    checksums = manifest.checksums
+    if _whole(checksums.block_bytes, "checksums.block_bytes") == 0:
+        raise ValueError("checksums.block_bytes is 0")
+    for name, digests in (("bin", checksums.bin), ("idx", checksums.idx)):
+        if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
+            raise ValueError(f"checksums.{name} is not a list of digests")
+
+
+def _whole(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise ValueError(f"{name} is {value!r}")
+    return value
+
+
+def _text(value: object, name: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r}")
+    value.encode()  # half a surrogate pair could not be written again
