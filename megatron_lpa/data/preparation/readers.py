@@ -21,7 +21,7 @@ from megatron_lpa.errors import UserError
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_BYTES = 1 << 28  # a longer line is hardly text, and would not fit the memory promised
 _READ_BYTES = 1 << 18  # compressed bytes at a time; text expands to a few times that
-_ZSTD_READ_BYTES = 1 << 14
+_ZSTD_READ_BYTES = 1 << 16
 _ROWS = 1000  # rows of a table at a time
 _ZSTD_MAX_WINDOW_BYTES = 1 << 31  # what `zstd --long=31` needs
 
