@@ -4,6 +4,7 @@
     python tools/merge_datasets.py --input data/a_text_document data/b_text_document --output-prefix data/ab
     python tools/merge_datasets.py --input 'shards/pile.*_text_document.idx' --expect 30 --output-prefix data/pile
 
+Exit code 3 means that the merge is complete, but bad records were left out when the inputs were made.
 The .bin and .idx are byte for byte what preprocessing everything at once would have written. A pattern in
 quotes is sorted naturally (2 before 10); one that the shell expands is not.
 """
@@ -46,6 +47,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="merge although only some inputs have a manifest; the output then has none",
     )
+    parser.add_argument(
+        "--allow-same-sources",
+        action="store_true",
+        help="merge although two inputs were made from one file, as for two of its subsets",
+    )
     return parser.parse_args(argv)
 
 
@@ -62,6 +68,7 @@ def main(argv: Sequence[str]) -> int:
             verify=not arguments.no_verify,
             expect=arguments.expect,
             allow_missing_manifests=arguments.allow_missing_manifests,
+            allow_same_sources=arguments.allow_same_sources,
         )
         merged = IndexedDataset(arguments.output_prefix, check=False)
     except UserError as error:
@@ -74,6 +81,11 @@ def main(argv: Sequence[str]) -> int:
         f"{arguments.output_prefix}: {merged.num_documents} documents, {merged.num_tokens} tokens "
         f"({merged.dtype.name})" + ("" if manifest else "; no manifest, as not all inputs have one")
     )
+    if manifest is not None and manifest.rejected_documents:
+        print(
+            f"warning: {manifest.rejected_documents} bad records were left out of the inputs", file=sys.stderr
+        )
+        return 3
     return 0
 
 

@@ -2,7 +2,7 @@
 """Tokenizes text into Megatron .bin/.idx files: ``<output-prefix>_<key>_document.{bin,idx,json}``.
 
 Killed or interrupted, the same call goes on where it was. Exit code 3 means that the outputs are complete
-but bad records were left out (``--on-bad-line skip``).
+but bad records were left out (``--on-bad-line skip``), or a subset to keep or drop was never seen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_lpa.data.preparation.preprocess import preprocess
+from megatron_lpa.data.preparation.preprocess import missing_subsets, preprocess
 from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig, reject_path
 from megatron_lpa.data.preparation.records import PILE_SUBSET
 from megatron_lpa.data.preparation.shards import merge_if_last
@@ -181,9 +181,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; the same call goes on where this one was", file=sys.stderr)
         return 130
-    if isinstance(merged, str):
-        print(f"not merged: {merged}")
-    else:
+    if isinstance(merged, dict):
         manifests |= merged
     for prefix, manifest in manifests.items():
         print(
@@ -191,10 +189,15 @@ def main() -> int:
             f"{manifest.empty_documents} empty documents left out"
             + (f", {manifest.dropped_documents} dropped by subset" if manifest.dropped_documents else "")
         )
-    rejected = next(iter(manifests.values())).rejected_documents
+    if isinstance(merged, str):
+        print(f"not merged: {merged}")
+    rejected = max(manifest.rejected_documents for manifest in manifests.values())
     if rejected:
-        print(f"warning: {rejected} bad records left out; see {reject_path(config.prefix)}", file=sys.stderr)
-    return 3 if rejected else 0
+        where = reject_path(
+            config.output_prefix if config.shard is None else f"{config.output_prefix}.shard-*"
+        )
+        print(f"warning: {rejected} bad records left out; see {where}", file=sys.stderr)
+    return 3 if rejected or (config.shard is None and missing_subsets(config, manifests)) else 0
 
 
 if __name__ == "__main__":

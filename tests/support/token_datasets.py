@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,8 +58,13 @@ def manifest_of(
             block_bytes,
         ),
         sources=[
-            SourceRecord(f"{name}.a.jsonl", 10, "a" * 64, half),
-            SourceRecord(f"{name}.b.jsonl", 20, "b" * 64, len(documents) - half),
+            SourceRecord(f"{name}.a.jsonl", 10, hashlib.sha256(f"{prefix} a".encode()).hexdigest(), half),
+            SourceRecord(
+                f"{name}.b.jsonl",
+                20,
+                hashlib.sha256(f"{prefix} b".encode()).hexdigest(),
+                len(documents) - half,
+            ),
         ],
         subsets={
             "Pile-CC": SubsetCount(half, sum(tokens[:half])),

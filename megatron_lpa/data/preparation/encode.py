@@ -11,6 +11,7 @@ from megatron_lpa.data.preparation.readers import Chunk
 from megatron_lpa.data.preparation.records import Documents, Rejection, Selection, parse_chunk
 from megatron_lpa.data.storage.indexed import best_dtype
 from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
+from megatron_lpa.errors import UserError
 
 # What str.split() takes for a blank; U+3000 is the last.
 _BLANK = np.array([chr(point).isspace() for point in range(0x3002)])
@@ -20,7 +21,7 @@ _BLANK = np.array([chr(point).isspace() for point in range(0x3002)])
 class Counts:
     """Totals of one output. Text counts are of the kept documents; words are runs of non-blanks.
 
-    ``subsets`` holds [documents, tokens] by the name of the subset.
+    ``subsets`` holds (documents, tokens) by the name of the subset.
     """
 
     documents: int = 0
@@ -28,7 +29,7 @@ class Counts:
     empty_documents: int = 0
     bytes_text: int = 0
     words: int = 0
-    subsets: dict[str, list[int]] = field(default_factory=dict)
+    subsets: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def add(self, other: Counts) -> None:
         self.documents += other.documents
@@ -37,9 +38,8 @@ class Counts:
         self.bytes_text += other.bytes_text
         self.words += other.words
         for name, (documents, tokens) in other.subsets.items():
-            total = self.subsets.setdefault(name, [0, 0])
-            total[0] += documents
-            total[1] += tokens
+            documents_before, tokens_before = self.subsets.get(name, (0, 0))
+            self.subsets[name] = (documents_before + documents, tokens_before + tokens)
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,8 @@ class Encoder:
         counts = Counts(len(sizes), len(tokens), empty, bytes_text, words)
         for name, size in zip(subsets, sizes.tolist(), strict=True):
             if name is not None:
-                total = counts.subsets.setdefault(name, [0, 0])
-                total[0] += 1
-                total[1] += size
+                documents_before, tokens_before = counts.subsets.get(name, (0, 0))
+                counts.subsets[name] = (documents_before + 1, tokens_before + size)
         return EncodedDocuments(tokens, sizes, counts)
 
 
@@ -145,11 +144,18 @@ _encoder: Encoder | None = None  # set once in each worker process, never in the
 
 
 def initialize_worker(
-    tokenizer: str, engine: Literal["auto", "reference"], selection: Selection, append_eod: bool
+    name: str, fingerprint: str, engine: Literal["auto", "reference"], selection: Selection, append_eod: bool
 ) -> None:
-    """Loads what :func:`encode_task` needs, once per process."""
+    """Loads what :func:`encode_task` needs, once per process.
+
+    Raises:
+        UserError: the tokenizer is not the one of ``fingerprint``.
+    """
     global _encoder
-    _encoder = Encoder(load_tokenizer(tokenizer, engine, probed=True), selection, append_eod)
+    tokenizer = load_tokenizer(name, engine, probed=True)
+    if tokenizer.fingerprint != fingerprint:
+        raise UserError(f"tokenizer {name!r}: changed while it was in use; start again with one of the two")
+    _encoder = Encoder(tokenizer, selection, append_eod)
 
 
 def encode_task(task: Task) -> tuple[Task, list[EncodedChunk]]:

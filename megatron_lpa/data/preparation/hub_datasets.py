@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,24 @@ def dataset_source(name: str, config: str | None, split: str) -> Source:
         config: configuration of the dataset, where it has several.
         split: which split to read, as ``train``.
     """
-    return Source(name, "dataset", config=config, split=split)
+    return Source(name, "dataset", config=config, split=split, revision=_revision(name))
+
+
+def _revision(name: str) -> str | None:
+    """What tells one state of the dataset from another; ``None`` where the hub cannot be asked."""
+    folder = Path(name)
+    if folder.exists():
+        digest = hashlib.sha256()
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            status = path.stat()
+            digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
+    except Exception:  # the client raises errors of many libraries; reading will say what is wrong
+        return None
 
 
 def record_batches(source: Source, columns: tuple[str, ...], rows: int) -> Iterator[Any]:
@@ -56,5 +74,12 @@ def _open(datasets: Any, source: Source) -> Any:
                     "--dataset-split"
                 )
             saved = saved[source.split]
+        elif saved.split is not None and str(saved.split) != source.split:
+            raise UserError(
+                f"{source.name}: holds the split {saved.split}, not {source.split!r}; choose with --dataset-split"
+            )
         return saved
-    return datasets.load_dataset(source.name, source.config, split=source.split, streaming=True)
+    revision = None if Path(source.name).exists() else source.revision
+    return datasets.load_dataset(
+        source.name, source.config, split=source.split, streaming=True, revision=revision
+    )

@@ -9,7 +9,6 @@ Every line ends with a digest of itself and of all before it: a wrong count woul
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +32,9 @@ class FinishedSource:
     size_bytes: int
     sha256: str | None
     documents: list[int]
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
 
 
 @dataclass
@@ -65,7 +67,7 @@ class State:
         """A state that can be changed without changing this one."""
         return replace(
             self,
-            counts=[copy.deepcopy(counts) for counts in self.counts],
+            counts=[replace(counts, subsets=dict(counts.subsets)) for counts in self.counts],
             dropped=dict(self.dropped),
             finished=list(self.finished),
         )
@@ -92,6 +94,7 @@ class Ledger:
         partial = ledger_path(output_prefix)
         lines = [] if restart else _whole_lines(partial)
         self._digest = hashlib.sha256()
+        self._broken = False
         self.state = State([WriterPosition()] * outputs, [Counts() for _ in range(outputs)])
         self._logged = self.state
         kept_bytes = 0
@@ -110,7 +113,7 @@ class Ledger:
     def commit(self, state: State) -> None:
         """Adds ``state``, which has to be on disk already."""
         self._append(_news(self._logged, state))
-        self._logged = state
+        self._logged = state.copy()
 
     def remove(self) -> None:
         self._file.discard()
@@ -120,8 +123,12 @@ class Ledger:
         self._file.close()
 
     def _append(self, line: dict[str, Any]) -> None:
+        if self._broken:  # a line that came only half to disk must stay the last
+            raise UserError(f"{self._file.partial_path}: could not be written before")
+        self._broken = True
         self._file.write(_with_digest(line, self._digest))
         self._file.finish()
+        self._broken = False
 
 
 def _with_digest(content: dict[str, Any], digest: Any) -> bytes:
@@ -169,20 +176,25 @@ def _check_same_job(path: Path, header: bytes, job: dict[str, Any]) -> None:
     job = json.loads(json.dumps(job))  # tuples as lists, as they come back
     for key in sorted(job.keys() | earlier_job.keys()):
         if job.get(key) != earlier_job.get(key):
-            was, now = earlier_job.get(key), job.get(key)
-            if isinstance(was, list) and isinstance(now, list):
-                was, now = _first_difference(was, now)
             raise UserError(
-                f"{path}: unfinished work of another call, where {key.replace('_', ' ')} was {was!r} and not "
-                f"{now!r}; {_RESTART}"
+                f"{path}: unfinished work of another call: {_difference(key, earlier_job.get(key), job.get(key))}; "
+                f"{_RESTART}"
             )
 
 
-def _first_difference(was: list[Any], now: list[Any]) -> tuple[Any, Any]:
-    for old, new in zip(was, now, strict=False):
-        if old != new:
-            return old, new
-    return f"{len(was)} long", f"{len(now)} long"
+def _difference(key: str, was: Any, now: Any) -> str:
+    """What differs, in words. Inputs are lists whose first three entries are name, size and date."""
+    name = key.replace("_", " ")
+    if key == "inputs" and isinstance(was, list) and isinstance(now, list):
+        for old, new in zip(was, now, strict=False):
+            if old[0] != new[0]:
+                return f"the input {old[0]} was where {new[0]} is now"
+            if old != new:
+                return f"the input {old[0]} changed ({old[1]} bytes before, {new[1]} now, or another date)"
+        return f"there were {len(was)} inputs, and now {len(now)}"
+    if isinstance(was, list) and isinstance(now, list):
+        was, now = ", ".join(map(str, was)) or "none", ", ".join(map(str, now)) or "none"
+    return f"{name} was {was}, and now {now}"
 
 
 def _news(before: State, after: State) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -35,6 +36,7 @@ def merge(
     verify: bool = True,
     expect: int | None = None,
     allow_missing_manifests: bool = False,
+    allow_same_sources: bool = False,
 ) -> Manifest | None:
     """Writes ``<output_prefix>.bin``, ``.idx`` and ``.json`` from whole datasets, in order.
 
@@ -49,6 +51,7 @@ def merge(
         verify: compare every input with the block checksums in its manifest while reading it.
         expect: how many datasets the inputs have to be.
         allow_missing_manifests: merge although some inputs have a manifest and some have none.
+        allow_same_sources: merge although two inputs were made from one file, as for two of its subsets.
 
     Returns:
         The manifest of the output; ``None``, and none is written, where an input has none: what is not
@@ -71,7 +74,7 @@ def merge(
         )
     _check_output(output_prefix, overwrite)
     parts = [read_input(prefix, verify) for prefix in prefixes]
-    check_alike(parts, allow_missing_manifests)
+    check_alike(parts, allow_missing_manifests, allow_same_sources)
     _check_room(output_prefix, parts)
     checksums = _write(output_prefix, parts, verify)
     manifests = [part.manifest for part in parts if part.manifest is not None]
@@ -188,6 +191,10 @@ def _document_indices(parts: Sequence[MergeInput]) -> Iterator[np.ndarray]:
     yield np.array([sequences_before], dtype="<i8")
 
 
+def _common(selections: Sequence[list[str]]) -> list[str]:
+    return selections[0] if all(selection == selections[0] for selection in selections) else []
+
+
 def _merged(manifests: Sequence[Manifest], checksums: Checksums) -> Manifest:
     first = manifests[0]
     subsets: dict[str, SubsetCount] = {}
@@ -209,6 +216,9 @@ def _merged(manifests: Sequence[Manifest], checksums: Checksums) -> Manifest:
         tokenizer=first.tokenizer,
         checksums=checksums,
         sources=[source for manifest in manifests for source in manifest.sources],
-        subsets=subsets,
+        subsets=dict(sorted(subsets.items())),
+        keep_subsets=_common([manifest.keep_subsets for manifest in manifests]),
+        dropped_subsets=dict(sum((Counter(manifest.dropped_subsets) for manifest in manifests), Counter())),
+        drop_subsets=_common([manifest.drop_subsets for manifest in manifests]),
         version=megatron_lpa.__version__,
     )

@@ -155,10 +155,13 @@ def damaged(path: Path, block: int, block_bytes: int, size_bytes: int) -> UserEr
     )
 
 
-def check_alike(inputs: Sequence[MergeInput], allow_missing_manifests: bool) -> None:
+def check_alike(
+    inputs: Sequence[MergeInput], allow_missing_manifests: bool, allow_same_sources: bool = False
+) -> None:
     """
     Raises:
-        UserError: the datasets differ in how they were made, or only some have a manifest.
+        UserError: the datasets differ in how they were made, only some have a manifest, or two come from
+            the same file.
     """
     first = inputs[0]
     for other in inputs[1:]:
@@ -177,6 +180,21 @@ def check_alike(inputs: Sequence[MergeInput], allow_missing_manifests: bool) -> 
         )
     for other in described[1:]:
         _check_same_making(described[0], other)
+    if not allow_same_sources:
+        _check_different_sources(described)
+
+
+def _check_different_sources(inputs: Sequence[MergeInput]) -> None:
+    seen: dict[Any, str] = {}
+    for input in inputs:
+        assert input.manifest is not None
+        for source in input.manifest.sources:
+            key = source.sha256 or (source.path, source.config, source.split)
+            if source.documents and seen.setdefault(key, input.prefix) != input.prefix:
+                raise UserError(
+                    f"{input.prefix}: was made from {source.path}, and so was {seen[key]}: its documents would be "
+                    "there twice; leave one out, or pass --allow-same-sources, as for two subsets of one file"
+                )
 
 
 def _check_same_making(first: MergeInput, other: MergeInput) -> None:

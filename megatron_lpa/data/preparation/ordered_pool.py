@@ -15,15 +15,29 @@ from typing import Any, TypeVar
 
 from megatron_lpa.errors import UserError
 
+MAX_PENDING_BYTES = 1 << 26
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+_problem: BaseException | None = None  # what kept this worker process from starting well
+
+
 def _start_worker(initialize: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    global _problem
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    initialize(*arguments)
+    try:
+        initialize(*arguments)
+    except Exception as error:  # raised here it would be lost, and only "a worker died" be known
+        _problem = error
+
+
+def _call(function: Callable[[Item], Result], item: Item) -> Result:
+    if _problem is not None:
+        raise _problem
+    return function(item)
 
 
 def _die_with_parent() -> None:
@@ -34,16 +48,29 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
+def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+    """Submits with Ctrl-C held back: a process that starts inherits that, and leaves Ctrl-C to its parent."""
+    if threading.current_thread() is not threading.main_thread():
+        return pool.submit(_call, function, item)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_call, function, item)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def ordered_map(
     function: Callable[[Item], Result],
     items: Iterable[Item],
     workers: int,
     initialize: Callable[..., None],
     arguments: tuple[Any, ...],
+    size_bytes: Callable[[Item], int] = lambda item: 0,
 ) -> Generator[Result, None, None]:
     """Yields ``function(item)`` for every item, in order, computed by ``workers`` processes.
 
-    Items are drawn only as results are taken, so at most ``2 * workers + 2`` are in memory. Processes are
+    Items are drawn only as results are taken, so at most ``2 * workers + 2`` are in memory, and of large ones
+    no more than fit ``MAX_PENDING_BYTES``, but always one. Processes are
     spawned, not forked: tokenizers and readers own threads that a fork would break.
 
     Args:
@@ -52,6 +79,7 @@ def ordered_map(
         workers: processes, 1 or more.
         initialize: called once in every process with ``arguments``.
         arguments: picklable arguments of ``initialize``.
+        size_bytes: how large an item is.
 
     Raises:
         UserError: a worker raised it, or a worker died.
@@ -60,14 +88,23 @@ def ordered_map(
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_worker, (initialize, arguments)
     )
-    pending: deque[Future[Result]] = deque()
+    pending: deque[tuple[Future[Result], int]] = deque()
+    pending_bytes = 0
     try:
         for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) >= 2 * workers + 2:
-                yield pending.popleft().result()
+            size = size_bytes(item)
+            while pending and (
+                len(pending) >= 2 * workers + 2
+                or pending_bytes + size > max(MAX_PENDING_BYTES, workers << 22)
+            ):
+                future, done_bytes = pending.popleft()
+                pending_bytes -= done_bytes
+                yield future.result()
+            pending.append((_submit(pool, function, item), size))
+            pending_bytes += size
+            del item
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process died, most likely for want of memory; use fewer --workers or more memory"

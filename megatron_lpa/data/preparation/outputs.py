@@ -14,7 +14,7 @@ from megatron_lpa.data.preparation.encode import EncodedDocuments
 from megatron_lpa.data.preparation.ledger import State
 from megatron_lpa.data.preparation.records import Rejection
 from megatron_lpa.data.storage.checksums import block_digests
-from megatron_lpa.data.storage.files import PARTIAL_SUFFIX, PartialFile, explained_write_errors
+from megatron_lpa.data.storage.files import PARTIAL_SUFFIX, PartialFile, explained_write_errors, fsync_folder
 from megatron_lpa.data.storage.indexed import bin_path, idx_path
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter, WriterPosition, sizes_path
 from megatron_lpa.data.storage.manifest import Checksums, manifest_path
@@ -46,6 +46,7 @@ class Outputs:
         self._rejects: PartialFile | None = None
         self._published: dict[str, Checksums] = {}
         self._keep_unfinished = True
+        self._names_on_disk = False
 
     def __enter__(self) -> Outputs:
         try:
@@ -114,6 +115,9 @@ class Outputs:
             writer.sync()
         if self._rejects is not None:
             self._rejects.finish()
+        if not self._names_on_disk:  # or a power cut could leave the ledger and not what it tells of
+            fsync_folder(self._reject_path.absolute().parent)
+            self._names_on_disk = True
 
     def publish(self) -> dict[str, Checksums]:
         """Gives all files their names, after taking away manifests that would describe others.

@@ -7,9 +7,13 @@ are the same as without the kill.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple
+from importlib.metadata import version
 from typing import Any
 
 import megatron_lpa
@@ -39,9 +43,11 @@ from megatron_lpa.data.storage.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_lpa.data.tokenizers.fast import WrongIdsError
 from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
 from megatron_lpa.errors import UserError
 
+_MAX_SUBSETS = 10_000
 _TASK_CHUNKS = 64  # at most, where files are small
 
 
@@ -60,7 +66,8 @@ def preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
         UserError: bad input, tokenizer or options, existing output, a full disk, or a dead worker.
     """
     check_options(config)
-    sources = _sources(config)
+    all_sources = _sources(config)
+    sources = all_sources if config.shard is None else shard_of(all_sources, *config.shard)
     tokenizer = load_tokenizer(config.tokenizer, config.engine)
     if tokenizer.fallback_reason:
         print(f"note: the fast tokenizer is not used: {tokenizer.fallback_reason}", file=sys.stderr)
@@ -70,11 +77,12 @@ def preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
             "name one as eos_token in its tokenizer_config.json, or leave --append-eod out"
         )
     prefixes = [output_prefix(config.prefix, key) for key in config.json_keys]
+    job = _job(config, tokenizer, all_sources)
     if config.shard is not None and not config.restart:
-        complete = _complete_shard(config, prefixes, tokenizer, sources)
+        complete = _complete_shard(config, prefixes, job)
         if complete is not None:
             return complete
-    ledger = Ledger(config.prefix, _job(config, tokenizer, sources), len(prefixes), config.restart)
+    ledger = Ledger(config.prefix, {**job, "shard": config.shard}, len(prefixes), config.restart)
     with contextlib.closing(ledger):
         if not ledger.state.all_read:
             try:
@@ -94,12 +102,12 @@ def preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
                     run.read_all(out)
                 _check_found_something(config, run.state)
                 checksums = out.publish()
-            except BaseException:
-                run.keep_or_discard(out)
+            except BaseException as error:
+                run.keep_or_discard(out, error)
                 raise
         manifests = {}
         for number, prefix in enumerate(prefixes):
-            manifests[prefix] = _manifest(config, run.state, number, tokenizer, checksums[prefix])
+            manifests[prefix] = _manifest(config, run.state, number, tokenizer, checksums[prefix], job)
             write_manifest(prefix, manifests[prefix])
         ledger.remove()
     return manifests
@@ -120,7 +128,7 @@ class _Run:
         self._on_disk = self.state
 
     def read_all(self, out: Outputs) -> None:
-        config, progress = self._config, ProgressLines(self._config.log_interval)
+        config, progress = self._config, ProgressLines(self._config.log_interval, self.state)
         results = ordered_map(
             encode_task,
             _tasks(self._sources, config.selection.columns, self.state.position),
@@ -128,10 +136,12 @@ class _Run:
             initialize_worker,
             (
                 config.tokenizer,
+                self._tokenizer.fingerprint,
                 "auto" if self._tokenizer.engine == "gigatoken" else "reference",
                 config.selection,
                 config.append_eod,
             ),
+            lambda task: sum(len(chunk.data) for chunk in task.chunks),
         )
         next_commit = time.monotonic() + config.commit_interval_s
         with contextlib.closing(results):
@@ -146,8 +156,12 @@ class _Run:
         if config.log_interval:
             progress.report(self.state)
 
-    def keep_or_discard(self, out: Outputs) -> None:
+    def keep_or_discard(self, out: Outputs, error: BaseException) -> None:
         """Before an exception ends the run: keep what was done, or leave nothing if nothing was."""
+        if isinstance(error, WrongIdsError):  # nobody knows since when
+            out.discard()
+            self._ledger.remove()
+            return
         if self.state is not self._on_disk:
             with contextlib.suppress(UserError):  # a full disk: what the ledger has is still good
                 self._commit(out)
@@ -170,12 +184,17 @@ class _Run:
         for source, chunk in zip(task.chunk_sources, encoded, strict=True):
             if chunk.rejected and self._config.on_bad_line == "error":
                 raise UserError(
-                    f"{chunk.rejected[0].message} (or pass --on-bad-line skip to leave out such records and "
-                    "list them in a file)"
+                    f"{chunk.rejected[0].message} (or pass --on-bad-line skip, which goes on from here, leaves out "
+                    "such records and lists them in a file; a changed input file starts anew)"
                 )
             out.add(chunk.outputs, chunk.rejected)
             for counts, output in zip(state.counts, chunk.outputs, strict=True):
                 counts.add(output.counts)
+                if len(counts.subsets) + len(state.dropped) > _MAX_SUBSETS:
+                    raise UserError(
+                        f"more than {_MAX_SUBSETS} different names of subsets under {self._config.subset_key!r}; choose "
+                        "another --subset-key"
+                    )
             for name, count in chunk.dropped.items():
                 state.dropped[name] = state.dropped.get(name, 0) + count
             state.rejected += len(chunk.rejected)
@@ -187,7 +206,17 @@ class _Run:
         for index, sha256 in task.finished:
             source_ = self._sources[index]
             documents = self._documents_by_source.pop(index, [0] * len(state.counts))
-            state.finished.append(FinishedSource(source_.name, source_.size_bytes, sha256, documents))
+            state.finished.append(
+                FinishedSource(
+                    source_.name,
+                    source_.size_bytes,
+                    sha256,
+                    documents,
+                    source_.config,
+                    source_.split,
+                    source_.revision,
+                )
+            )
         state.position = task.position
         state.source_documents = self._documents_by_source.get(task.position.source, [])
         state.writers = out.positions
@@ -218,49 +247,41 @@ def _sources(config: PreprocessConfig) -> list[Source]:
     if bool(config.inputs) == bool(config.dataset):
         raise UserError("give the text once: --input, or --dataset")
     if config.dataset:
-        sources = [dataset_source(config.dataset, config.dataset_config, config.dataset_split)]
-    else:
-        sources = file_sources(config.inputs)
-    return sources if config.shard is None else shard_of(sources, *config.shard)
+        return [dataset_source(config.dataset, config.dataset_config, config.dataset_split)]
+    return file_sources(config.inputs)
 
 
 def _job(config: PreprocessConfig, tokenizer: Tokenizer, sources: list[Source]) -> dict[str, Any]:
-    """Everything that decides the output, to recognise unfinished work of the same call."""
+    """Everything that decides the output of all shards, to recognise unfinished work of the same call."""
+    libraries = ("tokenizers", "sentencepiece", "tiktoken")
     return {
+        "version": [megatron_lpa.__version__, *(f"{name} {version(name)}" for name in libraries)],
         "tokenizer": tokenizer.fingerprint,
         "end-of-document_id": tokenizer.eod_id if config.append_eod else None,
         "json_keys": config.json_keys,
         "subset_key": config.subset_key,
         "kept_subsets": sorted(config.keep_subsets),
         "dropped_subsets": sorted(config.drop_subsets),
-        "shard": config.shard,
-        "inputs": [
-            [source.name, source.size_bytes, source.mtime_ns, source.config, source.split]
-            for source in sources
-        ],
+        "inputs": [list(astuple(source)) for source in sources],
     }
 
 
+def _digest(job: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(job).encode()).hexdigest()
+
+
 def _complete_shard(
-    config: PreprocessConfig, prefixes: list[str], tokenizer: Tokenizer, sources: list[Source]
+    config: PreprocessConfig, prefixes: list[str], job: dict[str, Any]
 ) -> dict[str, Manifest] | None:
     """The manifests of a shard that an earlier call completed; ``None`` where there is something to do."""
     if ledger_path(config.prefix).exists():
         return None
     manifests = {}
-    for prefix, key in zip(prefixes, config.json_keys, strict=True):
+    for prefix in prefixes:
         manifest = read_manifest(prefix)
         if manifest is None or not (bin_path(prefix).exists() and idx_path(prefix).exists()):
             return None
-        same = (
-            manifest.tokenizer.fingerprint == tokenizer.fingerprint
-            and (manifest.json_key, manifest.append_eod) == (key, config.append_eod)
-            and manifest.keep_subsets == sorted(config.keep_subsets)
-            and manifest.drop_subsets == sorted(config.drop_subsets)
-            and [(s.path, s.size_bytes) for s in manifest.sources]
-            == [(s.name, s.size_bytes) for s in sources]
-        )
-        if not same:
+        if manifest.job != _digest(job):
             return None  # and the usual refusal to overwrite follows
         manifests[prefix] = manifest
     return manifests
@@ -286,11 +307,23 @@ def _check_found_something(config: PreprocessConfig, state: State) -> None:
                 f"{config.dataset or ', '.join(config.inputs)}: no document has tokens under {key!r} "
                 f"({counts.empty_documents} are empty, {sum(state.dropped.values())} dropped because of their "
                 f"subset, {state.rejected} bad); check the input"
+                + (
+                    f" and the names of subsets: {', '.join(sorted(state.dropped)[:30])}"
+                    if state.dropped
+                    else ""
+                )
             )
-    seen = {*state.counts[0].subsets, *state.dropped}
-    for name in (*config.keep_subsets, *config.drop_subsets):
-        if name not in seen:
-            print(f"warning: no record was of subset {name!r}; is it spelled so?", file=sys.stderr)
+
+
+def missing_subsets(config: PreprocessConfig, manifests: dict[str, Manifest]) -> list[str]:
+    """Subsets that were to be kept or dropped, but that no record was of; a warning is printed for each."""
+    seen = {
+        name for manifest in manifests.values() for name in (*manifest.subsets, *manifest.dropped_subsets)
+    }
+    missing = [name for name in (*config.keep_subsets, *config.drop_subsets) if name not in seen]
+    for name in missing:
+        print(f"warning: no record was of subset {name!r}; is it spelled so?", file=sys.stderr)
+    return missing
 
 
 def _check_outputs(prefixes: list[str], overwrite: bool) -> None:
@@ -303,7 +336,12 @@ def _check_outputs(prefixes: list[str], overwrite: bool) -> None:
 
 
 def _manifest(
-    config: PreprocessConfig, state: State, number: int, tokenizer: Tokenizer, checksums: Checksums
+    config: PreprocessConfig,
+    state: State,
+    number: int,
+    tokenizer: Tokenizer,
+    checksums: Checksums,
+    job: dict[str, Any],
 ) -> Manifest:
     counts = state.counts[number]
     return Manifest(
@@ -311,6 +349,7 @@ def _manifest(
         tokens=counts.tokens,
         empty_documents=counts.empty_documents,
         dropped_documents=sum(state.dropped.values()),
+        dropped_subsets=dict(sorted(state.dropped.items())),
         rejected_documents=state.rejected,
         bytes_text=counts.bytes_text,
         words=counts.words,
@@ -322,11 +361,13 @@ def _manifest(
         ),
         checksums=checksums,
         sources=[
-            SourceRecord(source.path, source.size_bytes, source.sha256, source.documents[number])
+            SourceRecord(**{**asdict(source), "documents": source.documents[number]})
             for source in state.finished
         ],
         subsets={name: SubsetCount(*count) for name, count in sorted(counts.subsets.items())},
         keep_subsets=sorted(config.keep_subsets),
         drop_subsets=sorted(config.drop_subsets),
+        job=None if config.shard is None else _digest(job),
+        shard=None if config.shard is None else list(config.shard),
         version=megatron_lpa.__version__,
     )

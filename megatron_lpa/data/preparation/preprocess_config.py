@@ -87,6 +87,8 @@ def check_options(config: PreprocessConfig) -> None:
     """
     if config.workers < 1:
         raise UserError(f"--workers is {config.workers}; give 1 or more")
+    if not 0 < config.commit_interval_s < float("inf"):
+        raise UserError(f"--commit-interval is {config.commit_interval_s}; give seconds above 0")
     if config.log_interval < 0:
         raise UserError(f"--log-interval is {config.log_interval}; give 0 or more")
     check_output_prefix(config.output_prefix, "--output-prefix")

@@ -11,23 +11,20 @@ from megatron_lpa.data.preparation.ledger import State
 class ProgressLines:
     """Prints a line whenever another ``interval`` documents are done; never when it is 0."""
 
-    def __init__(self, interval: int) -> None:
-        self._interval, self._next = interval, 0
-        self._start: tuple[float, int, int] | None = None
+    def __init__(self, interval: int, state: State) -> None:
+        counts = state.counts[0]
+        self._interval = interval
+        self._next = counts.documents + interval
+        self._start = (time.monotonic(), counts.documents, counts.bytes_text)
 
     def show(self, state: State) -> None:
         documents = state.counts[0].documents
-        if self._start is None:
-            self._start = (time.monotonic(), documents, state.counts[0].bytes_text)
-            self._next = documents + self._interval
         if self._interval and documents >= self._next:
             self._next = documents - documents % self._interval + self._interval
             self.report(state)
 
     def report(self, state: State) -> None:
         counts = state.counts[0]
-        if self._start is None:
-            return
         started, documents, bytes_text = self._start
         seconds = max(time.monotonic() - started, 1e-9)
         print(

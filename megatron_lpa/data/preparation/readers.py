@@ -6,8 +6,10 @@ and decompressing them, and finding the ends of lines. What a record means is ``
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -87,6 +89,25 @@ class SourceReader:
         except OSError as error:
             raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
 
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        """The file, which must be the one that was looked at before, and stay so to its end.
+
+        Raises:
+            UserError: it changed.
+        """
+        with self.source.path.open("rb") as stream:
+            self._check_unchanged(stream)
+            yield stream
+            self._check_unchanged(stream)
+
+    def _check_unchanged(self, stream: IO[bytes]) -> None:
+        status = os.fstat(stream.fileno())
+        if (status.st_size, status.st_mtime_ns) != (self.source.size_bytes, self.source.mtime_ns):
+            raise UserError(
+                f"{self.source.name}: changed while the run was under way; start again when it is complete"
+            )
+
     def _raw_blocks(self, stream: IO[bytes]) -> Iterator[bytes]:
         while data := stream.read(_READ_BYTES):
             self._hash.update(data)
@@ -98,14 +119,14 @@ class SourceReader:
                 f"{self.source.name}: {self.source.size_bytes} bytes, and a text file is one document of at "
                 f"most {MAX_RECORD_BYTES}; split it, or make JSON lines of it"
             )
-        with self.source.path.open("rb") as stream:
+        with self._opened() as stream:
             data = b"".join(self._raw_blocks(stream))
         if not self._skip:
             yield Chunk(self.source.name, "text", 1, 1, data)
 
     def _line_chunks(self) -> Iterator[Chunk]:
         line = 1
-        with self.source.path.open("rb") as stream:
+        with self._opened() as stream:
             blocks: Iterator[bytes] = self._raw_blocks(stream)
             ending = self.source.name.lower()
             if ending.endswith(".gz"):
@@ -124,12 +145,12 @@ class SourceReader:
         import pyarrow
         from pyarrow import parquet
 
-        with self.source.path.open("rb") as stream:
-            for _ in self._raw_blocks(stream):
-                pass
         try:
-            # Few writers put checksums into their pages; without one a flipped bit is just another text.
-            with parquet.ParquetFile(self.source.name, page_checksum_verification=True) as file:
+            with self._opened() as stream:
+                for _ in self._raw_blocks(stream):
+                    pass
+                # Few writers put checksums into their pages; without one a flipped bit is just another text.
+                file = parquet.ParquetFile(stream, page_checksum_verification=True)
                 known = file.schema_arrow.names
                 columns = [name for name in self._columns if name in known]
                 for name in columns:
@@ -138,8 +159,7 @@ class SourceReader:
                             f"{self.source.name}: the column {name!r} is there {known.count(name)} times; "
                             "rename all but one"
                         )
-                batches = file.iter_batches(batch_size=_ROWS, columns=columns)
-                yield from self._row_chunks(batches)
+                yield from self._row_chunks(file.iter_batches(batch_size=_ROWS, columns=columns))
         except pyarrow.ArrowException as error:
             raise UserError(
                 f"{self.source.name}: not a Parquet file that can be read ({_first_line(error)}); "
@@ -163,10 +183,14 @@ class SourceReader:
                 continue
             for start in range(0, batch.num_rows, step := _rows_per_chunk(batch)):
                 part = batch.slice(start, step)
+                number = first + passed_over + start
+                if part.nbytes > MAX_RECORD_BYTES:
+                    raise UserError(
+                        f"{self.source.name}:{number}: a row of more than {MAX_RECORD_BYTES} bytes; split it"
+                    )
                 sink = io.BytesIO()
                 with pyarrow.ipc.new_stream(sink, part.schema) as writer:
                     writer.write_batch(part)
-                number = first + passed_over + start
                 yield Chunk(self.source.name, "rows", number, part.num_rows, sink.getvalue())
 
 

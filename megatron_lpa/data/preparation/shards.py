@@ -11,6 +11,7 @@ from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig, ou
 from megatron_lpa.data.storage.files import PartialFile, WrittenElsewhere
 from megatron_lpa.data.storage.indexed import IndexedDataset, idx_path
 from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
+from megatron_lpa.errors import UserError
 
 
 def merge_if_last(config: PreprocessConfig) -> dict[str, Manifest] | str:
@@ -32,7 +33,7 @@ def merge_if_last(config: PreprocessConfig) -> dict[str, Manifest] | str:
     shards = [dataclasses.replace(config, shard=(number, num_shards)) for number in range(num_shards)]
     missing = [shard.prefix for shard in shards if not _complete(shard)]
     if missing:
-        return f"{len(missing)} of {num_shards} shards are still to be done, the first is {missing[0]}"
+        return f"shards still to be done: {len(missing)} of {num_shards}, the first is {missing[0]}"
     try:
         lock = PartialFile(Path(f"{config.output_prefix}.merge"))
     except WrittenElsewhere:
@@ -49,6 +50,7 @@ def _merged(config: PreprocessConfig, key: str, shards: list[PreprocessConfig]) 
     prefix = output_prefix(config.output_prefix, key)
     parts = [output_prefix(shard.prefix, key) for shard in shards]
     manifests = [manifest for part in parts if (manifest := read_manifest(part)) is not None]
+    _check_same_job(parts, manifests)
     tokens = sum(manifest.tokens for manifest in manifests)
     sources = [source for manifest in manifests for source in manifest.sources]
     overwrite = config.overwrite
@@ -61,6 +63,16 @@ def _merged(config: PreprocessConfig, key: str, shards: list[PreprocessConfig]) 
     done = merge(parts, prefix, overwrite=overwrite, expect=len(shards))
     assert done is not None  # every part has a manifest
     return done
+
+
+def _check_same_job(parts: list[str], manifests: list[Manifest]) -> None:
+    """A file that came or went between two tasks would be in no shard, or in two."""
+    for number, (part, manifest) in enumerate(zip(parts, manifests, strict=True)):
+        if manifest.shard != [number, len(parts)] or manifest.job != manifests[0].job:
+            raise UserError(
+                f"{part}: made from another list of input files, or with other options, than {parts[0]}; when all "
+                "files are there, repeat all shards with --overwrite"
+            )
 
 
 def _complete(shard: PreprocessConfig) -> bool:

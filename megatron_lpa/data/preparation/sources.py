@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,11 @@ from megatron_lpa.errors import UserError
 LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 SUFFIXES = (*LINES, ".parquet", ".txt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+# What a download leaves while it is under way, and text that only looks as if it were read.
+_UNREADABLE = (
+    *(".part", ".tmp", ".aria2", ".crdownload", ".incomplete", ".download"),
+    *(".ndjson", ".jsonlines", ".xz", ".bz2", ".lz4", ".txt.gz", ".txt.zst"),
+)
 Item = TypeVar("Item")
 
 
@@ -28,6 +34,7 @@ class Source:
         mtime_ns: when the file was last changed; 0 for a dataset.
         config: configuration of a dataset.
         split: split of a dataset.
+        revision: of a dataset: the hub's commit, or a hash over a local folder's files.
     """
 
     name: str
@@ -36,6 +43,7 @@ class Source:
     mtime_ns: int = 0
     config: str | None = None
     split: str | None = None
+    revision: str | None = None
 
     @property
     def path(self) -> Path:
@@ -70,15 +78,16 @@ def resolve_inputs(inputs: Sequence[str]) -> list[Path]:
                     f"{name}: no such file, and no file matches it; check the path or the pattern"
                 )
         files += found
-    seen: set[Path] = set()
+    seen: set[tuple[int, int]] = set()  # also a link of either kind is the same text
     for file in files:
         if not _ends_as_text(file):
             raise UserError(f"{file}: unknown ending; known: {', '.join(SUFFIXES)}")
         if not _is_utf8(str(file)):
             raise UserError(f"{str(file)!r}: a name that is not UTF-8, which no record could keep; rename it")
-        if file.resolve() in seen:
+        status = file.stat()
+        if (status.st_dev, status.st_ino) in seen:
             raise UserError(f"{file}: named twice, so its text would be there twice; name it once")
-        seen.add(file.resolve())
+        seen.add((status.st_dev, status.st_ino))
     return files
 
 
@@ -105,7 +114,9 @@ def shard_of(items: Sequence[Item], shard: int, num_shards: int) -> list[Item]:
         UserError: there is no such shard, or there are fewer items than shards.
     """
     if num_shards < 1 or not 0 <= shard < num_shards:
-        raise UserError(f"shard {shard} of {num_shards}: shards count from 0; give 0/{num_shards} or above")
+        raise UserError(
+            f"shard {shard} of {num_shards}: shards count from 0, so give 0/{num_shards} to {num_shards - 1}/{num_shards}"
+        )
     if num_shards > len(items):
         raise UserError(
             f"{num_shards} shards, but only {len(items)} input files; give at most one shard per file"
@@ -146,6 +157,7 @@ def _texts_of_folder(folder: Path) -> Iterator[Path]:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
 
     visited: set[Path] = set()  # links can lead in a circle
+    passed_over: list[Path] = []
     for name, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real = Path(name).resolve()
         if real in visited:
@@ -155,11 +167,24 @@ def _texts_of_folder(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
         for path in (Path(name, file) for file in files):
             if not _is_text_of_folder(path):
+                if path.name.lower().endswith(_UNREADABLE):
+                    raise UserError(
+                        f"{path}: unfinished, or text of a kind that cannot be read; finish, convert, rename or remove "
+                        f"it, or name the files to be read. Known endings: {', '.join(SUFFIXES)}"
+                    )
+                if not path.name.startswith(".") and not _ends_as_text(path):
+                    passed_over.append(path)
                 continue
             if path.is_symlink() and not path.exists():
                 raise UserError(f"{path}: a link that leads nowhere; mend or remove it")
             if path.is_file():
                 yield path
+    if passed_over:
+        print(
+            f"note: {len(passed_over)} files in {folder} are no text by their endings and are passed over, "
+            f"such as {passed_over[0].name}",
+            file=sys.stderr,
+        )
 
 
 def _is_text_of_folder(path: Path) -> bool:

@@ -65,9 +65,14 @@ class PartialFile:
     def __init__(self, path: Path, keep_bytes: int = 0) -> None:
         self.path = path
         self.partial_path = path.with_name(path.name + PARTIAL_SUFFIX)
+        self._lock_file: Path | None = None
         with explained_write_errors(self.partial_path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = self._open_locked(keep_bytes)
+            try:
+                descriptor = self._open_locked(keep_bytes)
+            except BaseException:
+                self._release()
+                raise
             os.lseek(descriptor, 0, os.SEEK_END)
             self._stream = os.fdopen(descriptor, "wb", buffering=1 << 20)
 
@@ -81,8 +86,8 @@ class PartialFile:
                 raise WrittenElsewhere(
                     f"{self.path}: another process is writing it; wait for that one or choose another name"
                 ) from None
-            except OSError:
-                pass  # a file system without locks: the name alone has to do
+            except OSError:  # a file system without locks
+                self._take_lock_file(descriptor)
             # Its last owner may have renamed or removed the file between our open and our lock;
             # truncating then would destroy a finished file.
             with contextlib.suppress(FileNotFoundError):
@@ -97,6 +102,27 @@ class PartialFile:
                     os.ftruncate(descriptor, keep_bytes)
                     return descriptor
             os.close(descriptor)
+
+    def _take_lock_file(self, descriptor: int) -> None:
+        """A file that only one process can create stands in for a lock; a killed process leaves it behind."""
+        if self._lock_file is not None:
+            return
+        lock = self.partial_path.with_name(f"{self.partial_path.name}.lock")
+        try:
+            with open(lock, "x") as stream:
+                stream.write(f"{os.uname().nodename} {os.getpid()}\n")
+        except FileExistsError:
+            os.close(descriptor)
+            raise WrittenElsewhere(
+                f"{self.path}: another process may be writing it, as this file system has no locks and {lock} "
+                "exists; it names the process: if that one is gone, remove the file"
+            ) from None
+        self._lock_file = lock
+
+    def _release(self) -> None:
+        if self._lock_file is not None:
+            self._lock_file.unlink(missing_ok=True)
+            self._lock_file = None
 
     def write(self, data: bytes | memoryview) -> None:
         with explained_write_errors(self.partial_path):
@@ -113,11 +139,13 @@ class PartialFile:
         with explained_write_errors(self.path):
             os.replace(self.partial_path, self.path)
             self._stream.close()
+            self._release()
 
     def close(self) -> None:
         """Leaves the unfinished file for a later process to go on with; harmless after ``publish``."""
         with contextlib.suppress(OSError):
             self._stream.close()
+        self._release()
 
     def discard(self) -> None:
         """Removes the unfinished file; harmless after ``publish``."""
@@ -127,6 +155,7 @@ class PartialFile:
         self.partial_path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # the last buffer may not fit a full disk
             self._stream.close()
+        self._release()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

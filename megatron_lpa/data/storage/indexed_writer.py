@@ -62,7 +62,7 @@ class IndexedDatasetWriter:
         self._start = position or WriterPosition()
         self.num_documents = self._start.sequences
         self.num_tokens = self._start.tokens
-        self.checksums: Checksums | None = None  # known once published
+        self._published = False
         self._bin: PartialFile | None = None
 
     def __enter__(self) -> IndexedDatasetWriter:
@@ -92,7 +92,7 @@ class IndexedDatasetWriter:
     def close(self, keep_unfinished: bool = False) -> None:
         """Ends the writing; unfinished files are removed, or kept for a later writer."""
         assert self._bin is not None, "use the writer in a with block"
-        if keep_unfinished and self.checksums is None:
+        if keep_unfinished and not self._published:
             self._bin.close()
             self._sizes.close()
         else:
@@ -169,9 +169,9 @@ class IndexedDatasetWriter:
             _one_sequence_each(self.num_documents),
             self.num_documents,
         )
-        self.checksums = Checksums(self._hasher.digests(), idx_digests)
         publish_dataset(self._bin, idx_file)
-        return self.checksums
+        self._published = True
+        return Checksums(self._hasher.digests(), idx_digests)
 
 
 def sizes_path(prefix: str | Path) -> Path:

@@ -27,12 +27,24 @@ class TokenizerRecord:
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """One input file. ``sha256`` is of the file as it lies on disk; ``None`` for a dataset from a hub."""
+    """One input file, or one split of a Hugging Face dataset.
+
+    Args:
+        path: of the file, or name of the dataset.
+        size_bytes: of the file; 0 for a dataset.
+        sha256: of the file as it lies on disk, in hex; ``None`` for a dataset.
+        documents: that it gave.
+        config, split, revision: of a dataset; the revision is the hub's commit, or a hash over the names, sizes and
+            dates of a local folder's files.
+    """
 
     path: str
     size_bytes: int
     sha256: str | None
     documents: int
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,10 @@ class Manifest:
         sources: the input files, in order.
         subsets: counts by named subset; empty where records name none.
         keep_subsets: the only subsets kept; empty where all were.
-        drop_subsets: the subsets left out.
+        drop_subsets: the subsets to be left out.
+        dropped_subsets: documents left out because of their subset, by its name.
+        job: of a shard, hex SHA-256 of everything that decides the output of all shards.
+        shard: of a shard, its number, from 0, and how many there are.
         version: of megatron_lpa.
     """
 
@@ -92,6 +107,9 @@ class Manifest:
     subsets: dict[str, SubsetCount] = field(default_factory=dict)
     keep_subsets: list[str] = field(default_factory=list)
     drop_subsets: list[str] = field(default_factory=list)
+    dropped_subsets: dict[str, int] = field(default_factory=dict)
+    job: str | None = None
+    shard: list[int] | None = None
     version: str = ""
 
 
@@ -161,8 +179,9 @@ def _check_values(manifest: Manifest) -> None:
         _text(source.path, "sources.path")
         _whole(source.size_bytes, "sources.size_bytes")
         _whole(source.documents, "sources.documents")
-        if source.sha256 is not None:
-            _text(source.sha256, "sources.sha256")
+        for name in ("sha256", "config", "split", "revision"):
+            if getattr(source, name) is not None:
+                _text(getattr(source, name), f"sources.{name}")
     for name, count in manifest.subsets.items():
         _text(name, "subsets")
         _whole(count.documents, f"subsets.{name}.documents")
@@ -173,6 +192,16 @@ def _check_values(manifest: Manifest) -> None:
             raise ValueError(f"{name} is {subsets!r}")
         for subset in subsets:
             _text(subset, name)
+    for name, count_ in manifest.dropped_subsets.items():
+        _text(name, "dropped_subsets")
+        _whole(count_, f"dropped_subsets.{name}")
+    if manifest.job is not None:
+        _text(manifest.job, "job")
+    if manifest.shard is not None:
+        if not isinstance(manifest.shard, list) or len(manifest.shard) != 2:
+            raise ValueError(f"shard is {manifest.shard!r}")
+        for number in manifest.shard:
+            _whole(number, "shard")
     checksums = manifest.checksums
     if _whole(checksums.block_bytes, "checksums.block_bytes") == 0:
         raise ValueError("checksums.block_bytes is 0")

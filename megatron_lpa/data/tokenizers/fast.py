@@ -29,6 +29,10 @@ CHECK_EVERY_CHARACTERS = 4 * 2**20
 CHECK_CHARACTERS = 2048
 
 
+class WrongIdsError(UserError):
+    """The fast engine was caught giving other ids than the reference."""
+
+
 class FastTokenizer:
     """Encodes with ``engine``, and with the reference the texts on which the two are known to differ.
 
@@ -117,10 +121,10 @@ class FastTokenizer:
             found = self._encode([text])[0]
         self.checks += 1
         if found.tolist() != self.reference.encode(text):
-            raise UserError(
+            raise WrongIdsError(
                 f"tokenizer {self.name!r}: gigatoken gives other ids than {self.reference.engine} for the text "
-                f"{shortened(text, 200)}; what has been written so far may be wrong too, so delete it and start "
-                "again with --engine reference"
+                f"{shortened(text, 200)}; what was written so far may be wrong too and is discarded; start again "
+                "with --engine reference"
             )
 
 

@@ -220,7 +220,12 @@ def time_limit(seconds: float = CASE_SECONDS) -> Iterator[None]:
 
 
 def in_this_process(
-    function: Callable[[Any], Any], items: Iterable[Any], workers: int, initialize: Any, arguments: Any
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    workers: int,
+    initialize: Any,
+    arguments: Any,
+    _: Any,
 ) -> Iterator[Any]:
     initialize(*arguments)
     yield from map(function, items)

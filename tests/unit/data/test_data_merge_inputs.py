@@ -13,7 +13,7 @@ from support.token_datasets import TOKENIZER, random_documents, write_dataset
 from megatron_lpa.data.preparation.merge import merge
 from megatron_lpa.data.preparation.merge_inputs import natural_key, resolve_prefixes
 from megatron_lpa.data.storage.indexed import IndexedDataset
-from megatron_lpa.data.storage.manifest import Manifest, manifest_path
+from megatron_lpa.data.storage.manifest import Manifest, SourceRecord, manifest_path, read_manifest
 from megatron_lpa.errors import UserError
 
 
@@ -163,3 +163,19 @@ def test_checksums_that_are_none_are_refused(tmp_path: Path, change: dict[str, o
         rf"b\.json: a damaged manifest \(.*{message}",
         lambda m: replace(m, checksums=replace(m.checksums, **change)),  # type: ignore[arg-type]
     )
+
+
+def test_two_datasets_of_one_file_are_refused_unless_allowed(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "a", [[1, 0], [2, 0]])
+    write_dataset(tmp_path / "b", [[1, 0]], change=lambda m: replace(m, sources=first_sources(tmp_path)))
+    inputs = [str(tmp_path / "a"), str(tmp_path / "b")]
+    with pytest.raises(UserError, match=r"b: was made from .*, and so was .*a: .*--allow-same-sources"):
+        merge(inputs, str(tmp_path / "all"))
+    merged = merge(inputs, str(tmp_path / "all"), allow_same_sources=True)
+    assert merged is not None and merged.documents == 3
+
+
+def first_sources(folder: Path) -> list[SourceRecord]:
+    manifest = read_manifest(folder / "a")
+    assert manifest is not None
+    return manifest.sources[-1:]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from megatron_lpa.data.preparation import ordered_pool
 from megatron_lpa.data.preparation.ordered_pool import ordered_map
 from megatron_lpa.errors import UserError
 
@@ -47,3 +48,29 @@ def test_an_error_arrives_after_the_results_before_it() -> None:
     assert [next(results) for _ in range(5)] == [20, 21, 22, 23, 24]
     with pytest.raises(UserError, match=r"^number 25$"):
         next(results)
+
+
+def test_large_items_are_few_in_memory() -> None:
+    drawn = 0
+
+    def items() -> Iterator[int]:
+        nonlocal drawn
+        for number in range(10):
+            drawn += 1
+            yield number
+
+    taken = 0
+    size = ordered_pool.MAX_PENDING_BYTES // 2 + 1
+    for _ in ordered_map(slow_for_even, items(), 2, set_offset, (0,), lambda _: size):
+        taken += 1
+        assert drawn - taken <= 1
+    assert taken == 10
+
+
+def refuse(_: int) -> None:
+    raise UserError("the tokenizer changed")
+
+
+def test_a_worker_that_cannot_start_says_why() -> None:
+    with pytest.raises(UserError, match=r"^the tokenizer changed$"):
+        list(ordered_map(slow_for_even, range(3), 2, refuse, (0,)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import gzip
 import hashlib
 import json
@@ -10,6 +12,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,16 +21,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import sentencepiece
 import zstandard
 from transformers import PreTrainedTokenizerFast
 
 from megatron_lpa.data.preparation import preprocess as preprocess_module
+from megatron_lpa.data.preparation.encode import encode_task
 from megatron_lpa.data.preparation.preprocess import preprocess
 from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig
+from megatron_lpa.data.storage.files import PartialFile, WrittenElsewhere
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.manifest import read_manifest
+from megatron_lpa.data.tokenizers.fast import WrongIdsError
 from megatron_lpa.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -78,6 +85,7 @@ def test_documents_are_the_texts_in_order_with_counts(corpus: Path, bpe_folder: 
             "size_bytes": corpus.stat().st_size,
             "sha256": hashlib.sha256(corpus.read_bytes()).hexdigest(),
             "documents": len(texts),
+            **dict.fromkeys(("config", "split", "revision")),
         }
     ]
     for ending in ("bin", "idx"):
@@ -258,10 +266,11 @@ class Killed(BaseException):
     pass
 
 
-def test_a_kill_between_any_two_system_calls_of_publication_is_recovered(
-    corpus: Path, bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fault", ["killed", "signal", "error"])
+def test_a_fault_between_any_two_system_calls_of_publication_is_recovered(
+    corpus: Path, bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """Every rename, removal and flush to disk in turn is the last thing that a run does."""
+    """Every rename, removal and flush to disk in turn is the last of a killed run, or is where it is stopped."""
 
     def config(folder: Path) -> PreprocessConfig:
         return PreprocessConfig(
@@ -290,8 +299,12 @@ def test_a_kill_between_any_two_system_calls_of_publication_is_recovered(
             def call(*arguments: object, **options: object) -> object:
                 nonlocal calls
                 calls += 1
-                if calls > last_call:  # noqa: B023 - used within the same turn
-                    raise Killed
+                if calls == last_call + 1 or (fault == "killed" and calls > last_call):  # noqa: B023 - same turn
+                    raise {
+                        "killed": Killed(),
+                        "signal": SystemExit(143),
+                        "error": OSError(errno.EROFS, "no"),
+                    }[fault]
                 return real[name](*arguments, **options)
 
             return call
@@ -301,7 +314,7 @@ def test_a_kill_between_any_two_system_calls_of_publication_is_recovered(
         try:
             preprocess(config(folder))
             finished = True
-        except Killed:
+        except (Killed, SystemExit, UserError, OSError):
             finished = False
         for name, function in real.items():
             monkeypatch.setattr(os, name, function)
@@ -314,7 +327,12 @@ def test_a_kill_between_any_two_system_calls_of_publication_is_recovered(
 
 
 def in_this_process(
-    function: Callable[[Any], Any], items: Iterable[Any], workers: int, initialize: Any, arguments: Any
+    function: Callable[[Any], Any],
+    items: Iterable[Any],
+    workers: int,
+    initialize: Any,
+    arguments: Any,
+    _: Any,
 ) -> Iterator[Any]:
     initialize(*arguments)
     yield from map(function, items)
@@ -333,9 +351,9 @@ def test_unfinished_work_of_another_call_is_neither_mixed_in_nor_lost(
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert "x.ledger.partial" in before
     for change, message in (
-        (["--json-keys", "body"], "json keys was 'text' and not 'body'"),
-        (["--drop-subsets", "Github"], "dropped subsets was '0 long' and not '1 long'"),
-        (["--input", str(bpe_folder / "../text.jsonl")], "inputs was"),
+        (["--json-keys", "body"], "json keys was text, and now body"),
+        (["--drop-subsets", "Github"], "dropped subsets was none, and now Github"),
+        (["--input", str(bpe_folder / "../text.jsonl")], "the input "),
     ):
         refused = run_tool(*arguments, *change)
         assert refused.returncode == 1 and message in refused.stderr and "--restart" in refused.stderr
@@ -376,7 +394,7 @@ def test_subsets_are_counted_kept_and_dropped(bpe_folder: Path, tmp_path: Path) 
         "B": (4, sum(sizes[0::2])),
     }
     kept = run_tool(*arguments, "--output-prefix", tmp_path / "k", "--keep-subsets", "A", "C")
-    assert kept.returncode == 0 and "4 dropped by subset" in kept.stdout
+    assert kept.returncode == 3 and "4 dropped by subset" in kept.stdout
     assert "warning: no record was of subset 'C'" in kept.stderr
     dropped = run_tool(*arguments, "--output-prefix", tmp_path / "d", "--drop-subsets", "B")
     assert dropped.returncode == 0
@@ -469,3 +487,60 @@ def test_workers_do_not_pay_for_torch() -> None:
         "megatron_lpa.data.preparation.train_tokenizer; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_ids_found_wrong_are_not_kept_for_the_next_run(
+    long_corpus: Path, bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def caught(task: Any) -> Any:
+        nonlocal tasks
+        tasks += 1
+        if tasks == 3:
+            raise WrongIdsError("other ids; start again with --engine reference")
+        return encode_task(task)
+
+    tasks = 0
+    monkeypatch.setattr(preprocess_module, "ordered_map", in_this_process)
+    monkeypatch.setattr(preprocess_module, "encode_task", caught)
+    config = PreprocessConfig(
+        f"{tmp_path}/x", str(bpe_folder), (str(long_corpus),), commit_interval_s=1e-9, on_bad_line="skip"
+    )
+    with pytest.raises(WrongIdsError):
+        preprocess(config)
+    assert tasks == 3 and list(tmp_path.iterdir()) == []
+
+
+def test_a_dataset_that_changed_is_another_job(bpe_folder: Path, tmp_path: Path) -> None:
+    def save(word: str) -> None:
+        shutil.rmtree(tmp_path / "d", ignore_errors=True)
+        rows = datasets.Dataset.from_dict({"text": [f"{word} {i}" for i in range(3000)]})
+        rows.save_to_disk(str(tmp_path / "d"))
+
+    save("old")
+    config = PreprocessConfig(
+        f"{tmp_path}/x", str(bpe_folder), dataset=str(tmp_path / "d"), engine="reference"
+    )
+    (manifest,) = preprocess(config).values()
+    (source,) = manifest.sources
+    assert (source.split, source.documents) == ("train", 3000) and source.revision is not None
+    save("new")
+    (after,) = preprocess(dataclasses.replace(config, overwrite=True)).values()
+    assert after.sources[0].revision not in (None, source.revision)
+
+
+def test_where_there_are_no_locks_one_file_still_has_one_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    first = PartialFile(tmp_path / "x")
+    with pytest.raises(WrittenElsewhere, match=r"x\.partial\.lock exists"):
+        PartialFile(tmp_path / "x")
+    first.write(b"whole")
+    first.finish()
+    first.publish()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    PartialFile(tmp_path / "x").discard()
+    assert (tmp_path / "x").read_bytes() == b"whole" and len(list(tmp_path.iterdir())) == 1

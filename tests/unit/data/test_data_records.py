@@ -305,3 +305,34 @@ def test_subsets_are_kept_or_dropped_and_a_record_without_one_is_bad(tmp_path: P
         documents = parse_chunk(chunk, selection)
         assert (documents.texts[0], documents.dropped, len(documents.rejected)) == (texts, dropped, bad)
     assert parse_chunk(chunk, Selection(subset_key=key)).subsets == ["A", "B", "A", "C", None]
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", lines()), ("a.txt", b"text")):
+        path = tmp_path / name
+        path.write_bytes(content)
+        (source,) = file_sources([str(path)])
+        path.write_bytes(content + b" ")  # grown since it was listed
+        with pytest.raises(UserError, match=rf"{name}: changed while the run was under way"):
+            list(SourceReader(source, ("text",)))
+    (source,) = file_sources([str(tmp_path / "a.jsonl")])
+    reader = iter(SourceReader(source, ("text",)))
+    next(reader)
+    with (tmp_path / "a.jsonl").open("ab") as stream:
+        stream.write(b'{"text": "late"}\n')
+    with pytest.raises(UserError, match="changed while"):
+        list(reader)
+
+
+@pytest.mark.parametrize("name", ["01.jsonl.zst.part", "a.ndjson", "b.jsonl.xz", "c.txt.gz", "d.jsonl.aria2"])
+def test_a_folder_with_unfinished_or_unknown_text_is_refused(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines())
+    (tmp_path / "README.md").write_bytes(b"")
+    assert len(resolve_inputs([str(tmp_path)])) == 1
+    assert "1 files in" in capsys.readouterr().err
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{name}: unfinished, or text of a kind that cannot be read"):
+        resolve_inputs([str(tmp_path)])
+    assert len(resolve_inputs([str(tmp_path / "a.jsonl")])) == 1

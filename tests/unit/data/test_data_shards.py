@@ -36,7 +36,7 @@ def test_the_last_shard_merges_and_nothing_is_done_twice(
 ) -> None:
     for number, shard in enumerate(shards[:2]):
         preprocess(shard)
-        assert f"{2 - number} of 3 shards are still to be done" in str(merge_if_last(shard))
+        assert f"shards still to be done: {2 - number} of 3" in str(merge_if_last(shard))
     preprocess(shards[2])
     merged = merge_if_last(shards[2])
     prefix = f"{tmp_path}/x_text_document"
@@ -66,3 +66,38 @@ def test_a_merge_killed_before_its_manifest_is_done_again_but_nothing_of_others(
         (tmp_path / f"x_text_document.{ending}").write_bytes(part.read_bytes())
     with pytest.raises(UserError, match="exists"):
         merge_if_last(shards[2])
+
+
+def test_a_file_that_came_between_two_tasks_is_noticed(
+    shards: list[PreprocessConfig], tmp_path: Path, prose: list[str]
+) -> None:
+    preprocess(shards[0])
+    preprocess(shards[1])
+    (tmp_path / "in/4.jsonl").write_text(json.dumps({"text": prose[20]}) + "\n")
+    preprocess(shards[2])
+    with pytest.raises(UserError, match="made from another list of input files"):
+        merge_if_last(shards[2])
+    overwriting = [dataclasses.replace(shard, overwrite=True) for shard in shards]
+    for shard in overwriting:
+        preprocess(shard)
+    merged = merge_if_last(overwriting[2])
+    assert isinstance(merged, dict)
+    (manifest,) = merged.values()
+    assert [Path(source.path).name for source in manifest.sources] == [
+        "0.jsonl",
+        "1.jsonl",
+        "2.jsonl",
+        "4.jsonl",
+    ]
+
+
+def test_a_shard_whose_input_changed_at_equal_size_is_done_again(
+    shards: list[PreprocessConfig], tmp_path: Path
+) -> None:
+    (before,) = preprocess(shards[0]).values()
+    path = tmp_path / "in/0.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"o", b"a"))
+    with pytest.raises(UserError, match="exists"):
+        preprocess(shards[0])
+    (after,) = preprocess(dataclasses.replace(shards[0], overwrite=True)).values()
+    assert after.sources[0].sha256 != before.sources[0].sha256
