@@ -9,10 +9,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not an installed package
 
-from benchmarks import data_index, preprocess, preprocess_memory
+from benchmarks import data_index, gpu_suite, kernel, kernel_tune, preprocess, preprocess_memory
 from megatron_lpa.errors import UserError
 
-COMMANDS = {"preprocess": preprocess, "preprocess-memory": preprocess_memory, "data-index": data_index}
+COMMANDS = {
+    "preprocess": preprocess,
+    "preprocess-memory": preprocess_memory,
+    "data-index": data_index,
+    "kernel": kernel,
+    "tune": kernel_tune,
+    "gpu-suite": gpu_suite,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

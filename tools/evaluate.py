@@ -1,8 +1,13 @@
 #!/usr/bin/env python
-"""Loss, perplexity per token and per word, and bits per byte of a trained run on any text.
+"""Loss, perplexity per token and per word, and bits per byte of a trained run on held-out or any other text.
 
+    python tools/evaluate.py --run runs/tiny-lpa --split valid
     python tools/evaluate.py --run runs/tiny-lpa --data data/test_text_document
     python tools/evaluate.py --run runs/tiny-lpa --step 300 --text article.txt --stride 64
+
+--split reads the documents that data.split, or data.valid_prefix and data.test_prefix, held out of the run's own
+data, whose place its config.yaml records. --data reads a whole dataset, in the order of the file. It is refused
+if another tokenizer made it, and a warning says so if the run was trained on it.
 
 By default the windows are those of the training loop, so that the loss of a test set is the one in the
 run's metrics.jsonl. With --stride the window slides, every token has context, and the loss is lower.
@@ -16,10 +21,13 @@ import json
 import sys
 from collections.abc import Sequence
 
+import numpy as np
+
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.errors import UserError
-from megatron_lpa.evaluate.perplexity import TextLoss, ids_of_texts, measure
-from megatron_lpa.evaluate.trained import load_run, required_tokenizer
+from megatron_lpa.evaluate.held_out import check_tokenizer, split_streams, training_warnings
+from megatron_lpa.evaluate.perplexity import TextLoss, ids_of_texts, measure, sum_of
+from megatron_lpa.evaluate.trained import TrainedRun, load_run, required_tokenizer
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -30,14 +38,22 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the one the run records")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", metavar="PREFIX", help="tokenized dataset, without .bin or .idx")
+    source.add_argument(
+        "--split", choices=("valid", "test"), help="held-out documents of the data that the run records"
+    )
+    source.add_argument("--data", metavar="PREFIX", help="tokenized dataset, without .bin or .idx: all of it")
     source.add_argument(
         "--text", nargs="+", metavar="PATH", help=".jsonl (plain, .gz, .zst) or .txt files, folders, globs"
     )
     parser.add_argument("--json-key", default="text", metavar="KEY", help="of --text's JSON lines")
     parser.add_argument("--stride", type=positive, metavar="N", help="slide the window N tokens at a time")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="windows at once")
-    parser.add_argument("--max-tokens", type=positive, metavar="N", help="predict the first N tokens only")
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        metavar="N",
+        help="predict the first N tokens only; of a blend, whole samples in its proportions",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(argv)
 
@@ -57,21 +73,39 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
         UserError: a run, dataset or text that cannot be used.
     """
     run = load_run(arguments.run, arguments.step, arguments.tokenizer)
-    if arguments.data is not None:
-        dataset = IndexedDataset(arguments.data)
-        ids = dataset.tokens(0, dataset.num_tokens)
-    else:
-        ids = ids_of_texts(arguments.text, required_tokenizer(run), arguments.json_key)
-    result = measure(
-        run.decoder,
-        ids,
-        run.tokenizer,
-        stride=arguments.stride,
-        batch_size=arguments.batch_size,
-        max_tokens=arguments.max_tokens,
-        progress=True,
-    )
-    return {"run": str(run.folder), "step": run.step, "stride": arguments.stride, **numbers_of(result)}
+    streams = streams_of(run, arguments)
+    measured = [
+        measure(
+            run.decoder,
+            ids,
+            run.tokenizer,
+            stride=arguments.stride,
+            batch_size=arguments.batch_size,
+            # What a blend reads was cut to whole samples of each dataset already.
+            max_tokens=arguments.max_tokens if len(streams) == 1 else None,
+            progress=True,
+        )
+        for ids in streams
+    ]
+    described = {
+        "run": str(run.folder),
+        "step": run.step,
+        "split": arguments.split,
+        "stride": arguments.stride,
+    }
+    return {**described, **numbers_of(sum_of(measured))}
+
+
+def streams_of(run: TrainedRun, arguments: argparse.Namespace) -> list[np.ndarray]:
+    """The token ids to predict; warnings about them go to stderr."""
+    if arguments.split is not None:
+        return split_streams(run, arguments.split, arguments.max_tokens)
+    if arguments.text is not None:
+        return [ids_of_texts(arguments.text, required_tokenizer(run), arguments.json_key)]
+    dataset = IndexedDataset(arguments.data)
+    for warning in (*check_tokenizer(run, arguments.data), *training_warnings(run, arguments.data)):
+        print(f"warning: {warning}", file=sys.stderr)
+    return [dataset.tokens(0, dataset.num_tokens)]
 
 
 def numbers_of(result: TextLoss) -> dict[str, object]:
@@ -93,8 +127,9 @@ def describe(numbers: dict[str, object]) -> str:
     protocol = (
         "the training loop's windows" if numbers["stride"] is None else f"sliding, stride {numbers['stride']}"
     )
+    split = f"the {numbers['split']} split, " if numbers["split"] else ""
     lines = [
-        f"{numbers['run']}, step {numbers['step']:,}: {numbers['tokens']:,} tokens, {protocol}",
+        f"{numbers['run']}, step {numbers['step']:,}: {split}{numbers['tokens']:,} tokens, {protocol}",
         f"loss                {numbers['loss']:.4f} nats per token",
         f"perplexity          {numbers['perplexity']:.2f} per token",
     ]

@@ -48,6 +48,12 @@ class Blend:
             for dataset, weight in zip(self.datasets, self.weights, strict=True)
         )
 
+    def giving(self, num_samples: int) -> list[tuple[GPTDataset, int]]:
+        """Every dataset, and how many of the first ``num_samples`` of the plain order it gives: its own first ones."""
+        datasets, _ = self._interleave.locate(np.arange(num_samples, dtype=np.int64))
+        given = np.bincount(datasets, minlength=len(self.datasets)).tolist()
+        return list(zip(self.datasets, given, strict=True))
+
     def shuffled(self, positions: np.ndarray) -> np.ndarray:
         """The index at each position of the endless shuffled order: int64 ``(n,)`` to int64 ``(n,)``."""
         datasets, draws = self._interleave.locate(np.asarray(positions, dtype=np.int64))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from megatron_lpa.data.document_order import DocumentOrder
-from megatron_lpa.data.identity import contents_digest
+from megatron_lpa.data.identity import Identity, identity_of
 from megatron_lpa.data.index_cache import SampleIndex
 from megatron_lpa.data.packing import PackedDocuments
 from megatron_lpa.data.permutation import permuted
@@ -87,6 +88,15 @@ class GPTDataset:
         """The one dataset behind it: prefix, share 1, samples."""
         return ((self.indexed.prefix, Fraction(1), self.num_samples),)
 
+    def giving(self, num_samples: int) -> list[tuple[GPTDataset, int]]:
+        """Itself, which gives all of the first ``num_samples`` of the plain order."""
+        return [(self, num_samples)]
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What the files held when this was first asked."""
+        return identity_of(self.indexed.prefix)
+
     def sample(self, index: int) -> np.ndarray:
         """Sample ``index`` of the stream: int64 ``(S + 1,)``."""
         return self.read(np.array([index], dtype=np.int64))[0]
@@ -129,5 +139,6 @@ class GPTDataset:
             "document_seed": None if order is None else order.seed,
             "documents": f"{start} to {stop} of {self.indexed.num_documents}",
             "tokens": self.indexed.num_tokens,
-            "contents": contents_digest(self.indexed.prefix),
+            "contents": self.identity.contents,
+            "checksums": self.identity.checksums,
         }

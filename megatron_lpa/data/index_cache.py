@@ -139,9 +139,13 @@ class IndexCache:
 
 
 def default_folders(prefix: str) -> list[Path]:
-    """Beside the dataset; where that cannot be written, in the user's cache."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return [Path(f"{prefix}.cache"), Path(user_cache) / "megatron_lpa"]
+    """Beside the dataset; where that cannot be written, in the user's cache, if the user has one."""
+    beside = Path(f"{prefix}.cache")
+    try:
+        user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # neither HOME nor an entry for this user, as in some containers
+        return [beside]
+    return [beside, user_cache / "megatron_lpa"]
 
 
 def _read(path: Path, digest: bytes) -> SampleIndex | None:

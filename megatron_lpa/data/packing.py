@@ -22,17 +22,26 @@ _BLOCK_DOCUMENTS = 1 << 17  # per step; its few arrays stay in a core's cache
 _READ_DOCUMENTS = 1 << 20
 
 
-def read_document_sizes(indexed: IndexedDataset) -> np.ndarray:
-    """Tokens of every document, int32 ``(num_documents,)``, in memory of our own.
+def check_document_count(indexed: IndexedDataset) -> None:
+    """Refuses more documents than can be shuffled.
 
     Raises:
-        UserError: a document, or the number of documents, is too large to shuffle.
+        UserError: there are more.
     """
     if indexed.num_documents > MAX_DOCUMENTS:
         raise UserError(
             f"{indexed.prefix}: {indexed.num_documents} documents, but at most {MAX_DOCUMENTS} can be shuffled; "
             "make several datasets of them, or set data.shuffle_documents to false"
         )
+
+
+def read_document_sizes(indexed: IndexedDataset) -> np.ndarray:
+    """Tokens of every document, int32 ``(num_documents,)``, in memory of our own.
+
+    Raises:
+        UserError: a document, or the number of documents, is too large to shuffle.
+    """
+    check_document_count(indexed)
     sizes = np.empty(indexed.num_documents, dtype=np.int32)
     path = idx_path(indexed.prefix)
     num_sequences = indexed.num_sequences

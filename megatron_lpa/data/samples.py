@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_lpa.data.gpt_dataset import GPTDataset
+
 
 class Samples(Protocol):
     """Samples of ``sequence_length`` + 1 ids in two orders: the shuffled one for training, and their own.
@@ -29,6 +31,9 @@ class Samples(Protocol):
     @property
     def parts(self) -> tuple[tuple[str, Fraction, int], ...]:
         """Every dataset behind it: prefix, share of the samples, and samples that it holds."""
+
+    def giving(self, num_samples: int) -> list[tuple[GPTDataset, int]]:
+        """Every dataset behind it, and how many of the first ``num_samples`` of the plain order it gives."""
 
     def shuffled(self, positions: np.ndarray) -> np.ndarray:
         """The index at each position of the endless shuffled order: int64 ``(n,)`` to int64 ``(n,)``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ import numpy as np
 from megatron_lpa.config.run import DataConfig
 from megatron_lpa.data.document_order import DocumentOrder
 from megatron_lpa.data.gpt_dataset import DocumentRange, GPTDataset, ShuffledDocuments
-from megatron_lpa.data.identity import index_state
+from megatron_lpa.data.identity import Identity, identity_of, index_state
 from megatron_lpa.data.index_cache import IndexCache, Report, SampleIndex, default_folders
-from megatron_lpa.data.packing import read_document_sizes, sample_starts
+from megatron_lpa.data.packing import check_document_count, read_document_sizes, sample_starts
 from megatron_lpa.data.storage.indexed import IndexedDataset
 
 _QUICK_DOCUMENTS = 1 << 20  # the files of so many are checked in milliseconds, so nothing about it is kept
@@ -51,7 +52,7 @@ class Source:
         shuffle: whether documents are shuffled before they are cut into splits and packed into samples.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: a file is missing or damaged, or it holds too many documents to shuffle.
     """
 
     def __init__(self, prefix: str, opening: Opening, shuffle: bool) -> None:
@@ -59,6 +60,8 @@ class Source:
         self._opening = opening
         # Sequences and documents are checked when an index is made; this looks at headers and sizes only.
         self.indexed = IndexedDataset(prefix, check=False)
+        if shuffle:
+            check_document_count(self.indexed)
         self._order = (
             DocumentOrder(self.indexed.num_documents, opening.data.document_seed) if shuffle else None
         )
@@ -68,6 +71,11 @@ class Source:
         self._indices: dict[DocumentRange, SampleIndex] = {}
         if not shuffle:
             self._check_once()
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What the files hold."""
+        return identity_of(self.prefix)
 
     def tokens(self, documents: DocumentRange, name: str) -> int:
         """Tokens of a range of documents."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from fractions import Fraction
 from megatron_lpa.config.run import DataConfig
 from megatron_lpa.data.blend import Blend
 from megatron_lpa.data.gpt_dataset import DocumentRange, GPTDataset
-from megatron_lpa.data.identity import contents_digest
+from megatron_lpa.data.identity import same_files
 from megatron_lpa.data.index_cache import Report
 from megatron_lpa.data.samples import Samples
 from megatron_lpa.data.source import Opening, Source, report_to_stderr
@@ -80,8 +81,8 @@ def open_splits(
         report: takes sentences about work that takes its time; by default they go to stderr.
 
     Raises:
-        UserError: no dataset or two kinds are named, a file is missing or damaged, a split is too short, or
-            an index cannot be kept anywhere.
+        UserError: no dataset or two kinds are named, a file is missing or damaged, the same data is named for
+            training and for something else, a split is too short, or an index cannot be kept anywhere.
     """
     kinds = {
         "data.prefix": data.prefix,
@@ -105,11 +106,17 @@ def open_splits(
         raise UserError(
             "no training data: set data.prefix, or data.train_prefix, to what preprocessing wrote"
         )
-    return Splits(
-        _whole(data.train_prefix, "train", opening, data.shuffle_documents),
-        _whole(data.valid_prefix, "valid", opening, False) if data.valid_prefix else None,
-        _whole(data.test_prefix, "test", opening, False) if data.test_prefix else None,
-    )
+    train = Source(data.train_prefix, opening, data.shuffle_documents)
+    held_out: list[GPTDataset | None] = []
+    for name, prefix in (("valid", data.valid_prefix), ("test", data.test_prefix)):
+        source = Source(prefix, opening, False) if prefix else None
+        if source is not None and _same_data(train, source):
+            raise UserError(
+                f"data.{name}_prefix {source.prefix} is the training data, data.train_prefix {train.prefix}: the "
+                f"same files or the same tokens; give held-out data, or set data.{name}_prefix to null"
+            )
+        held_out.append(None if source is None else _whole(source, name))
+    return Splits(_whole(train, "train"), held_out[0], held_out[1])
 
 
 def exact_weights(blend: dict[str, float]) -> dict[str, Fraction]:
@@ -119,8 +126,11 @@ def exact_weights(blend: dict[str, float]) -> dict[str, Fraction]:
     return {prefix: weight / total for prefix, weight in fractions.items()}
 
 
-def _whole(prefix: str, name: str, opening: Opening, shuffle: bool) -> GPTDataset:
-    source = Source(prefix, opening, shuffle)
+def _same_data(one: Source, other: Source) -> bool:
+    return same_files(one.prefix, other.prefix) or one.identity.same_as(other.identity)
+
+
+def _whole(source: Source, name: str) -> GPTDataset:
     return source.split((0, source.indexed.num_documents), name)
 
 
@@ -155,7 +165,15 @@ def _blended_splits(blend: dict[str, float], opening: Opening) -> Splits:
     """
     weights = exact_weights(blend)
     sources = [Source(prefix, opening, opening.data.shuffle_documents) for prefix in weights]
-    sources.sort(key=lambda source: (contents_digest(source.prefix), source.prefix))
+    for one, other in itertools.combinations(sources, 2):
+        if _same_data(one, other):
+            raise UserError(
+                f"data.blend has one dataset twice: {one.prefix} and {other.prefix} are the same files or the "
+                "same tokens; leave one out, and give the other the sum of the weights"
+            )
+    sources.sort(
+        key=lambda source: (source.identity.contents, source.identity.checksums or "", source.prefix)
+    )
     split = opening.data.split
     ranges = [split_documents(source.indexed.num_documents, split) for source in sources]
     for source, (train, _, _) in zip(sources, ranges, strict=True):

@@ -64,6 +64,18 @@ class TextLoss:
         return self.nll_nats / math.log(2) / self.text_bytes if self.text_bytes else None
 
 
+def sum_of(losses: Sequence[TextLoss]) -> TextLoss:
+    """Several texts as one."""
+    words = [loss.words for loss in losses if loss.words is not None]
+    text_bytes = [loss.text_bytes for loss in losses if loss.text_bytes is not None]
+    return TextLoss(
+        math.fsum(loss.nll_nats for loss in losses),
+        sum(loss.tokens for loss in losses),
+        sum(words) if len(words) == len(losses) else None,
+        sum(text_bytes) if len(text_bytes) == len(losses) else None,
+    )
+
+
 @dataclass(frozen=True)
 class _Window:
     """Inputs begin at ``begin``; tokens ``first`` up to but without ``end`` of the stream are scored."""

@@ -121,7 +121,7 @@ def _tokenizer_of(config: RunConfig, folder: Path, override: str | None) -> Toke
     else:
         assert recorded is not None
         try:
-            tokenizer = load_tokenizer(_found_again(recorded, config, folder))
+            tokenizer = load_tokenizer(_recorded_tokenizer(recorded, config, folder))
         except UserError as error:
             raise UserError(
                 f"{folder / CONFIG}: data.tokenizer cannot be used: {error}; give --tokenizer"
@@ -134,19 +134,29 @@ def _tokenizer_of(config: RunConfig, folder: Path, override: str | None) -> Toke
     return tokenizer
 
 
-def _found_again(recorded: str, config: RunConfig, folder: Path) -> str:
-    """The copy that the run keeps; without it, the recorded name.
+def _recorded_tokenizer(recorded: str, config: RunConfig, folder: Path) -> str:
+    """The copy that the run keeps; without it, the recorded name."""
+    copy = folder / "tokenizer"
+    return str(copy) if copy.is_dir() else found_again(recorded, config, folder)
+
+
+def found_again(recorded: str, config: RunConfig, folder: Path, suffix: str = "") -> str:
+    """A path of a run's configuration as it is to be given from here.
 
     A relative path is relative to where training was started, which the run folder's place tells.
+
+    Args:
+        recorded: the path.
+        config: of the run.
+        folder: of the run.
+        suffix: of the file that is there, if the path is a prefix.
     """
-    if (folder / "tokenizer").is_dir():
-        return str(folder / "tokenizer")
-    if Path(recorded).exists() or config.logging.name is None:
+    if Path(f"{recorded}{suffix}").exists() or config.logging.name is None:
         return recorded
     run = Path(config.logging.run_dir) / config.logging.name
     here = folder.resolve()
     if here.parts[-len(run.parts) :] == run.parts:
         there = Path(*here.parts[: -len(run.parts)]) / recorded
-        if there.exists():
+        if Path(f"{there}{suffix}").exists():
             return str(there)
     return recorded

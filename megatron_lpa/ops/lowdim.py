@@ -2,8 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch.nn import functional
+
+from megatron_lpa.ops.dispatch import Case, Plan, choose
+from megatron_lpa.ops.lowdim_math import merge
+from megatron_lpa.ops.lowdim_op import lowdim_op
+
+
+class Pair(NamedTuple):
+    """The factors of one low-dimensional module.
+
+    Args:
+        w_a: (r, d_in).
+        w_b: (d_out, r).
+        bias_a: (r,) or None.
+        bias_b: (d_out,) or None.
+    """
+
+    w_a: torch.Tensor
+    w_b: torch.Tensor
+    bias_a: torch.Tensor | None = None
+    bias_b: torch.Tensor | None = None
+
+
+class Norm(NamedTuple):
+    """An RMSNorm of x before the product.
+
+    Args:
+        weight: (d_in,).
+        eps: added to the mean square.
+    """
+
+    weight: torch.Tensor
+    eps: float
 
 
 def lowdim_linear(
@@ -12,6 +47,7 @@ def lowdim_linear(
     w_b: torch.Tensor,
     bias_a: torch.Tensor | None = None,
     bias_b: torch.Tensor | None = None,
+    path: str = "auto",
 ) -> torch.Tensor:
     """Both products of a low-dimensional module.
 
@@ -21,8 +57,91 @@ def lowdim_linear(
         w_b: (d_out, r).
         bias_a: (r,) or None.
         bias_b: (d_out,) or None.
+        path: one of ``dispatch.PATHS``; ``auto`` takes what was measured to be fastest.
 
     Returns:
         (..., d_out), in the dtype of ``x``.
+
+    Raises:
+        UserError: a path that does not exist or cannot run here.
     """
-    return functional.linear(functional.linear(x, w_a, bias_a), w_b, bias_b)
+    return lowdim_linears(x, [Pair(w_a, w_b, bias_a, bias_b)], path=path)[0]
+
+
+def lowdim_linears(
+    x: torch.Tensor, pairs: Sequence[Pair], norm: Norm | None = None, path: str = "auto"
+) -> tuple[torch.Tensor, ...]:
+    """Several low-dimensional modules of one x, such as q, k and v.
+
+    Args:
+        x: (..., d_in).
+        pairs: factors of each module; ranks and output widths may differ.
+        norm: an RMSNorm before all of them. ``fused`` folds it into the kernel, except in fp16, whose range an x
+            without its norm can leave. The other paths compute it before: without the kernel, scaling latents and
+            gradients would be as many passes over memory as the norm is.
+        path: as in ``lowdim_linear``.
+
+    Returns:
+        (..., d_out) of each pair.
+
+    Raises:
+        UserError: a path that does not exist or cannot run here.
+    """
+    tensors = [x, *(t for pair in pairs for t in pair if t is not None)]
+    if norm is not None:
+        tensors.append(norm.weight)
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    dtype = _autocast_dtype(x)
+    case = Case(
+        dtype,
+        pairs[0].w_a.shape[1],  # of a parameter, whose shape torch.compile never leaves open
+        tuple(pair.w_a.shape[0] for pair in pairs),
+        tuple(pair.w_b.shape[0] for pair in pairs),
+        norm is not None,
+        training,
+    )
+    plan = choose(path, case, x.shape[:-1].numel(), x.device)
+    if norm is not None and (plan.path != "fused" or dtype == torch.float16):
+        x, norm = functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps), None
+    if plan.path == "eager":
+        return tuple(
+            functional.linear(functional.linear(x, pair.w_a, pair.bias_a), pair.w_b, pair.bias_b)
+            for pair in pairs
+        )
+    if plan.path == "merged":
+        return tuple(functional.linear(x, *merge(*pair)) for pair in pairs)
+    return lowdim_by_plan(x.to(dtype), [_cast(pair, dtype) for pair in pairs], norm, plan, training)
+
+
+def lowdim_by_plan(
+    x: torch.Tensor, pairs: Sequence[Pair], norm: Norm | None, plan: Plan, training: bool
+) -> tuple[torch.Tensor, ...]:
+    """The registered operator, by joined products or with the plan's tiles; all tensors have one dtype.
+
+    A norm is folded in, also where the plan has no tile for a direction.
+    """
+    bias_a: torch.Tensor | None = None
+    if any(pair.bias_a is not None for pair in pairs):
+        full = [p.w_a.new_zeros(p.w_a.shape[0]) if p.bias_a is None else p.bias_a for p in pairs]
+        bias_a = full[0] if len(full) == 1 else torch.cat(full)
+    bias_b: list[torch.Tensor] = []
+    if any(pair.bias_b is not None for pair in pairs):
+        bias_b = [p.w_b.new_zeros(p.w_b.shape[0]) if p.bias_b is None else p.bias_b for p in pairs]
+    weight, eps = (None, 0.0) if norm is None else (norm.weight.to(x.dtype), norm.eps)
+    outputs = lowdim_op(
+        x, [pair.w_a for pair in pairs], [pair.w_b for pair in pairs], bias_a, bias_b,
+        weight, eps, training, plan.forward_tile, plan.backward_tile,
+    )  # fmt: skip
+    return tuple(outputs[: len(pairs)])
+
+
+def _cast(pair: Pair, dtype: torch.dtype) -> Pair:
+    return Pair(*(None if t is None else t.to(dtype) for t in pair))  # type: ignore[arg-type]
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """What autocast makes of x in a matrix product: it leaves fp64 alone."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype

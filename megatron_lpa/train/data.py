@@ -21,12 +21,12 @@ def open_data(config: RunConfig) -> Splits:
         UserError: missing or damaged data, data of another tokenizer, or fewer tokens than ``train.tokens``.
     """
     splits = open_splits(config.data, config.model.sequence_length, config.train.seed)
-    _check_manifests(splits, config.model.vocab_size)
+    notes = _check_manifests(splits, config.model.vocab_size)
     steps = total_steps(config.train, config.model, splits.train.num_samples)
     samples = steps * config.train.global_batch_size
     if config.train.tokens is not None and not config.data.allow_repeats:
-        _refuse_repeats(config.train.tokens, samples, splits.train)
-    return replace(splits, notes=splits.notes + tuple(_reading_notes(samples, splits.train)))
+        _refuse_repeats(config.train.tokens, steps, config.train.global_batch_size, splits.train)
+    return replace(splits, notes=(*splits.notes, *notes, *_reading_notes(samples, splits.train)))
 
 
 def check_tokenizer(tokenizer: Tokenizer, splits: Splits, config: RunConfig) -> None:
@@ -51,15 +51,22 @@ def check_tokenizer(tokenizer: Tokenizer, splits: Splits, config: RunConfig) -> 
             )
 
 
-def _check_manifests(splits: Splits, vocab_size: int) -> None:
-    """One tokenizer for all data, with no more ids than the model.
+def _check_manifests(splits: Splits, vocab_size: int) -> list[str]:
+    """One tokenizer and one way to end documents for all data, with no more ids than the model.
 
-    Data without a manifest was written by another tool: the ids of each batch are checked.
+    Data without a manifest was written by another tool: the ids of each batch are checked, and a note says that
+    nothing else is.
     """
+    notes: list[str] = []
     first: tuple[str, str] | None = None
+    first_ends: tuple[str | None, str] | None = None
     for prefix in splits.prefixes:
         manifest = read_manifest(prefix)
         if manifest is None:
+            notes.append(
+                f"{prefix} has no manifest ({manifest_path(prefix).name}), so which tokenizer made it is not known: "
+                "only the range of its ids is checked"
+            )
             continue
         path, tokenizer = manifest_path(prefix), manifest.tokenizer
         if tokenizer.vocab_size > vocab_size:
@@ -74,10 +81,20 @@ def _check_manifests(splits: Splits, vocab_size: int) -> None:
                 "different text: preprocess one of them again with the other's tokenizer"
             )
         first = first or (tokenizer.fingerprint, f"{path} with {described}")
+        ends = f"end-of-document token {tokenizer.eod_id}" if manifest.append_eod else None
+        if first_ends is not None and first_ends[0] != ends:
+            raise UserError(
+                f"{path}: its documents end with {ends or 'no end-of-document token'}, but those of {first_ends[1]} "
+                f"with {first_ends[0] or 'none'}; preprocess one of them again, with the other's tokenizer and "
+                "--append-eod for both or for neither"
+            )
+        first_ends = first_ends or (ends, str(path))
+    return notes
 
 
-def _refuse_repeats(tokens: int, samples: int, train: Samples) -> None:
-    """Raise where ``samples`` samples are more than some dataset holds of its share."""
+def _refuse_repeats(tokens: int, steps: int, batch: int, train: Samples) -> None:
+    """Raise where ``steps`` batches of ``batch`` samples are more than some dataset holds of its share."""
+    samples = steps * batch
     length = train.sequence_length
     short = [
         f"{prefix}{_share(weight)}: {needed * length:,} needed, {held * length:,} there, "
@@ -86,10 +103,17 @@ def _refuse_repeats(tokens: int, samples: int, train: Samples) -> None:
         if (needed := _ceil(samples * weight)) > held
     ]
     if short:
+        # Whole steps only: a token more than these would take another batch.
+        most = train.num_samples // batch * batch * length
+        lower = (
+            f"Lower train.tokens to {most:,}"
+            if most
+            else f"There are only {train.num_samples:,} samples to read, less than the {batch:,} of one step: no value of "
+            "train.tokens will do; lower train.global_batch_size"
+        )
         raise UserError(
             f"train.tokens is {tokens:,}, but the training data has too few tokens to be read once: "
-            f"{'; '.join(short)}. Lower train.tokens to {train.num_samples * length:,}, add data, or set "
-            "data.allow_repeats to true to read it more than once"
+            f"{'; '.join(short)}. {lower}, add data, or set data.allow_repeats to true to read it more than once"
         )
 
 

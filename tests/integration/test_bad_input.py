@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
     write("recorded", 50, 40, 97)
     write_manifest(folder / "recorded", manifest("1" * 64, vocab_size=32000))
     for name, mark in (("made_by_one", "1"), ("made_by_two", "2")):
-        write(name, 50, 40, 97)
+        write(name, 50, 40, 98 - int(mark))
         write_manifest(folder / name, manifest(mark * 64, vocab_size=97))
     with IndexedDatasetWriter(folder / "odd_valid", np.uint16) as writer:  # one odd id, which rank 1 reads
         ids = np.arange(200) % 97

@@ -58,6 +58,15 @@ def test_proportions_hold_at_every_prefix(blend: Blend) -> None:
             assert abs(int(drawn) - n * weight) < 1
 
 
+def test_giving_counts_what_the_plain_order_reads(blend: Blend) -> None:
+    for length in (0, 1, 7, 15):
+        sources = (
+            [source for source, _ in origins(blend, blend.in_order(np.arange(length)))] if length else []
+        )
+        assert blend.giving(length) == [(part, sources.count(i)) for i, part in enumerate(blend.datasets)]
+    assert blend.datasets[0].giving(4) == [(blend.datasets[0], 4)]
+
+
 def test_in_order_nothing_comes_twice(blend: Blend) -> None:
     assert blend.num_samples == 15  # 3 samples at a fifth; 10 / (1/2) and 25 / (3/10) would be more
     read = origins(blend, blend.in_order(np.arange(blend.num_samples)))

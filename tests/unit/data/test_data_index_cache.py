@@ -130,6 +130,15 @@ def test_default_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_folders("a")[1] == Path("/home/me/.cache/megatron_lpa")
 
 
+def test_without_a_home_there_is_one_folder_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")  # as pathlib does for an unknown user
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", staticmethod(home))
+    assert default_folders("data/a") == [Path("data/a.cache")]
+
+
 def slowly(folder: str, log: str) -> int:
     def make() -> SampleIndex:
         with open(log, "a") as file:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
 import random
+import time
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
+from megatron_lpa.data import interleave
 from megatron_lpa.data.interleave import Interleave
 
 
@@ -99,6 +102,70 @@ def test_far_positions_of_a_short_period_cost_nothing() -> None:
     near = Interleave(weights).locate(np.arange(10))
     assert np.array_equal(datasets, near[0])
     assert np.array_equal(draws, near[1] + 10**14 * np.array([3, 7])[near[0]])
+
+
+def in_sequence(weights: list[Fraction], length: int) -> list[int]:
+    """The rule of the module's docstring, followed from position 0 in fractions."""
+    pending: list[tuple[int, int]] = []
+    next_draw = [0] * len(weights)
+    order = []
+    for position in range(length):
+        for dataset, weight in enumerate(weights):
+            while next_draw[dataset] / weight < position + 1:  # floor(k / w) <= position
+                next_draw[dataset] += 1
+                heapq.heappush(pending, (-(-next_draw[dataset] // weight), dataset))
+        order.append(heapq.heappop(pending)[1])
+    return order
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_jump_arrives_where_the_sequence_does(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With windows and chunks so small that every position is jumped to, from brackets that have yet to meet."""
+    monkeypatch.setattr(interleave, "_CHUNK", 16)
+    monkeypatch.setattr(interleave, "_BLOCK", 8)
+    monkeypatch.setattr(interleave, "_WINDOW", 4)
+    generator = random.Random(seed)
+    raw = [
+        [Fraction(str(generator.random())) for _ in range(2 + seed)],
+        [Fraction(str(10 ** (-2.5 * generator.random()))) for _ in range(2 + seed)],  # of all sizes
+        [Fraction(generator.randint(1, 9)) for _ in range(2 + seed)],  # many equal ends
+    ][seed % 3]
+    weights = normalised(raw)
+    order = in_sequence(weights, 3000)
+    positions = generator.sample(range(3000), 120)
+    jumping = Interleave(weights)
+    for position in positions:
+        dataset, draw = jumping.locate(np.array([position]))
+        assert dataset[0] == order[position]
+        assert draw[0] == order[:position].count(order[position])
+
+
+def test_far_positions_cost_nothing_whatever_the_period() -> None:
+    generator = random.Random(5)
+    weights = normalised([Fraction(str(generator.random())) for _ in range(20)])
+    started = time.process_time()
+    far = 10**14 + np.arange(1000)
+    datasets, draws = Interleave(weights).locate(far)
+    assert time.process_time() - started < 5  # one by one it would be years
+    for number, weight in enumerate(weights):
+        for position, draw in zip(far[datasets == number], draws[datasets == number], strict=True):
+            assert abs(int(draw) + 1 - (int(position) + 1) * weight) < 1
+    # Coming from another side, over several chunks, gives the same.
+    around = Interleave(weights).locate(np.arange(far[0] - 200_000, far[0] + 1000))
+    assert np.array_equal(around[0][-1000:], datasets) and np.array_equal(around[1][-1000:], draws)
+
+
+def test_a_tiny_weight_needs_a_long_look_back_and_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = []
+    real = Interleave._open
+    monkeypatch.setattr(Interleave, "_open", lambda self, n: windows.append(n) or real(self, n))
+    weights = normalised([Fraction("0.3141592653"), Fraction("0.577215664901"), Fraction("0.00007")])
+    datasets, draws = Interleave(weights).locate(np.arange(200_000))
+    windows.clear()
+    position = 2 * (1 << 16)
+    alone = Interleave(weights).locate(np.arange(position, position + 3000))
+    assert len(windows) > 2 and np.array_equal(alone[0], datasets[position : position + 3000])
+    assert np.array_equal(alone[1], draws[position : position + 3000])
 
 
 def test_golden_order() -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.token_datasets import write_dataset
 
 from megatron_lpa.config.run import DataConfig
-from megatron_lpa.data import source
+from megatron_lpa.data import packing, source
 from megatron_lpa.data.blend import Blend
 from megatron_lpa.data.gpt_dataset import GPTDataset
 from megatron_lpa.data.samples import Samples
@@ -151,7 +152,7 @@ def test_progress_is_told(
 
 
 def test_train_prefix_is_shuffled_and_its_companions_are_not(tmp_path: Path) -> None:
-    train, valid = write(tmp_path / "t", LENGTHS), write(tmp_path / "v", LENGTHS)
+    train, valid = write(tmp_path / "t", LENGTHS, 1), write(tmp_path / "v", LENGTHS)
     splits = opened(DataConfig(train_prefix=train, valid_prefix=valid, test_prefix=valid))
     stream = np.repeat(np.arange(400), LENGTHS)
     for split in (splits.valid, splits.test):
@@ -236,6 +237,56 @@ def test_facts_tell_what_changed(three: dict[str, float], tmp_path: Path) -> Non
         assert {key for key in base if base[key] != other[key]} == changed
     heavier = facts(DataConfig(blend={**three, prefix: 0.6}))
     assert heavier != facts(DataConfig(blend=three))
+
+
+def test_a_change_between_the_ends_is_another_dataset(tmp_path: Path) -> None:
+    """By the pieces that are read, or, of a single token, by the manifest's checksums."""
+    documents = [np.full(1 << 20, 3), np.full(1 << 20, 4)]  # 8 MiB of ids
+    facts = []
+    for name, changed in (("a", slice(0)), ("b", slice(1 << 19, 1 << 20)), ("c", slice(700_001, 700_002))):
+        documents[0][changed] = 5
+        write_dataset(tmp_path / name, documents, np.int32, block_bytes=1 << 20)  # type: ignore[arg-type]
+        documents[0][changed] = 3
+        facts.append(opened(DataConfig(train_prefix=str(tmp_path / name))).train.facts())
+    assert facts[0]["contents"] == facts[2]["contents"] != facts[1]["contents"]
+    assert len({fact["checksums"] for fact in facts}) == 3
+    opened(DataConfig(blend={str(tmp_path / name): 1 for name in "abc"}, split="1,0,0"))
+    (tmp_path / "c.json").unlink()
+    assert opened(DataConfig(train_prefix=str(tmp_path / "c"))).train.facts() == {
+        **facts[0],
+        "checksums": None,
+    }
+
+
+def test_training_data_is_not_held_out_too(tmp_path: Path) -> None:
+    train, other = write(tmp_path / "t", LENGTHS), write(tmp_path / "o", LENGTHS, 1)
+    (tmp_path / "folder").mkdir()
+    copy = write(tmp_path / "folder" / "copy", LENGTHS)
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"link{suffix}").symlink_to(f"{train}{suffix}")
+    for spelling in (train, f"{tmp_path}/folder/../t", str(tmp_path / "link"), copy):
+        for name in ("valid", "test"):
+            with pytest.raises(UserError) as error:
+                opened(DataConfig(train_prefix=train, **{f"{name}_prefix": spelling}))
+            assert f"data.{name}_prefix {spelling} is the training data" in str(error.value)
+            assert f"data.train_prefix {train}:" in str(error.value)
+        with pytest.raises(UserError) as error:
+            opened(DataConfig(blend={train: 0.5, other: 1, spelling: 0.5} if spelling != train else {
+                f"{tmp_path}/./t": 0.5, train: 0.5}))  # fmt: skip
+        assert "data.blend has one dataset twice" in str(error.value)
+        assert train in str(error.value) and (spelling == train or spelling in str(error.value))
+    opened(DataConfig(train_prefix=train, valid_prefix=other, test_prefix=other))
+
+
+def test_too_many_documents_to_shuffle_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "MAX_DOCUMENTS", 399)
+    prefix = write(tmp_path / "d", LENGTHS)
+    for data in (DataConfig(prefix=prefix), DataConfig(train_prefix=prefix), DataConfig(blend={prefix: 1})):
+        with pytest.raises(
+            UserError, match=r"d: 400 documents, but at most 399 can be .*shuffle_documents to"
+        ):
+            opened(data)
+        opened(replace(data, shuffle_documents=False))
 
 
 def test_parts_of_a_blend_without_held_out_samples_are_left_out_with_a_note(tmp_path: Path) -> None:

@@ -87,9 +87,16 @@ def decoder() -> Decoder:
 def save_run(decoder: Decoder, tokenizer_folder: Path) -> SaveRun:
     """Writes a run folder with complete checkpoints of the given steps; the folder."""
 
-    def save(folder: Path, steps: tuple[int, ...] = (20,), tokenizer: str | None = "") -> Path:
-        data = DataConfig(
-            train_prefix="unused", tokenizer=str(tokenizer_folder) if tokenizer == "" else tokenizer
+    def save(
+        folder: Path,
+        steps: tuple[int, ...] = (20,),
+        tokenizer: str | None = "",
+        data: DataConfig | None = None,
+        facts: dict[str, object] | None = None,
+    ) -> Path:
+        data = dataclasses.replace(
+            data or DataConfig(train_prefix="unused"),
+            tokenizer=str(tokenizer_folder) if tokenizer == "" else tokenizer,
         )
         config = RunConfig(
             model=MODEL,
@@ -114,6 +121,7 @@ def save_run(decoder: Decoder, tokenizer_folder: Path) -> SaveRun:
                     "precision": "fp32",
                 },
                 "model": dataclasses.asdict(MODEL),
+                "order": {"data": facts or {}},
                 "files": {
                     "weights/model.safetensors": {
                         "bytes": weights.stat().st_size,

@@ -1,0 +1,199 @@
+"""The projections of one attention layer in every way that is compared, their inputs, and their lower bounds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from benchmarks.kernel_timing import Ceilings, Setting, rotation
+from megatron_lpa.ops.dispatch import Plan
+from megatron_lpa.ops.lowdim import Norm, Pair, lowdim_by_plan, lowdim_linears
+
+HEAD_DIM = 128
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens, width of the stream, rank."""
+
+    tokens: int
+    width: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, d {self.width}, r {self.rank}"
+
+
+PAPER = tuple(
+    Shape(*numbers)
+    for numbers in (
+        (98304, 1024, 128), (81920, 768, 128), (98304, 1024, 256), (16384, 4096, 512), (98304, 1024, 64),
+        (81920, 768, 256), (98304, 1024, 32),
+    )
+)  # fmt: skip
+"""Tokens of a micro-batch at the paper's training shapes, the most telling ones first."""
+
+DECODE = tuple(Shape(tokens, width, rank) for width, rank in ((1024, 128), (4096, 512)) for tokens in (1, 4, 16, 64))  # fmt: skip
+DRY_PAPER = (Shape(17, 32, 8),)
+DRY_DECODE = (Shape(1, 32, 8),)
+
+
+@dataclass
+class Inputs:
+    """One set: x of q, k, v; y of o; the upstream gradients."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    upstream: list[torch.Tensor]
+
+
+@dataclass
+class Layer:
+    """Weights of a layer's projections, and sets of inputs to rotate among."""
+
+    shape: Shape
+    pairs: list[Pair]  # q, k, v, o
+    dense: list[torch.Tensor]
+    norm: Norm
+    rope: tuple[torch.Tensor, torch.Tensor]
+    sets: list[Inputs]
+
+    def leaves(self, number: int, dense: bool, normed: bool) -> list[torch.Tensor]:
+        """Everything that gets a gradient."""
+        inputs = self.sets[number]
+        weights = self.dense if dense else [t for pair in self.pairs for t in pair if t is not None]
+        return [inputs.x, inputs.y, *weights, *([self.norm.weight] if normed else [])]
+
+
+def make_layer(shape: Shape, setting: Setting) -> Layer:
+    """Random weights and inputs."""
+    new = functools.partial(torch.randn, device=setting.device, dtype=setting.dtype)
+    d, r, tokens = shape.width, shape.rank, shape.tokens
+
+    def leaf(*size: int) -> torch.Tensor:
+        return (new(*size) / size[-1] ** 0.5).requires_grad_()
+
+    head = min(HEAD_DIM, d // 2 * 2)
+    head = next(e for e in range(head, 0, -2) if d % e == 0)
+    angles = torch.rand(tokens, head, device=setting.device)
+    # x, y, outputs and their gradients: what one forward and backward pass touches.
+    count = rotation(10 * tokens * d * torch.empty(0, dtype=setting.dtype).element_size(), setting.dry)
+    sets = [
+        Inputs(
+            new(tokens, d).requires_grad_(), new(tokens, d).requires_grad_(), [new(tokens, d) for _ in range(4)]
+        )
+        for _ in range(count)
+    ]  # fmt: skip
+    pairs = [Pair(leaf(r, d), leaf(d, r)) for _ in range(4)]
+    dense = [leaf(d, d) for _ in range(4)]
+    rope = (angles.cos().to(setting.dtype), angles.sin().to(setting.dtype))
+    return Layer(shape, pairs, dense, Norm(leaf(d), EPS), rope, sets)
+
+
+def rotate(z: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of (M, d), as the model applies it to each head."""
+    heads = z.unflatten(-1, (-1, cos.shape[-1]))
+    first, second = heads.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (heads * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).flatten(-2)
+
+
+Projections = Callable[[torch.Tensor, Sequence[Any], "Norm | None"], Sequence[torch.Tensor]]
+
+
+def separate(x: torch.Tensor, pairs: Sequence[Pair], norm: Norm | None) -> list[torch.Tensor]:
+    """Two matrix products per pair, as public code has it."""
+    if norm is not None:
+        x = functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)
+    return [functional.linear(functional.linear(x, pair.w_a), pair.w_b) for pair in pairs]
+
+
+def dense(x: torch.Tensor, weights: Sequence[torch.Tensor], norm: Norm | None) -> list[torch.Tensor]:
+    """One matrix product per projection."""
+    if norm is not None:
+        x = functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)
+    return [functional.linear(x, weight) for weight in weights]
+
+
+def by_path(path: str) -> Projections:
+    """Ours, on a path or as the shipped table says (``auto``)."""
+    return lambda x, pairs, norm: lowdim_linears(x, pairs, norm, path)
+
+
+def by_plan(qkv: Plan, o: Plan) -> Projections:
+    """Ours by given plans: ``qkv`` for several pairs, ``o`` for one."""
+    return lambda x, pairs, norm: project_by_plan(qkv if len(pairs) > 1 else o, x, pairs, norm)
+
+
+def project_by_plan(
+    plan: Plan, x: torch.Tensor, pairs: Sequence[Pair], norm: Norm | None
+) -> Sequence[torch.Tensor]:
+    """What ``lowdim_linears`` does once it has chosen a plan."""
+    if norm is not None and plan.path != "fused":
+        x, norm = functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps), None
+    if plan.path == "eager":
+        return separate(x, pairs, norm)
+    return lowdim_by_plan(x, pairs, norm, plan, torch.is_grad_enabled())
+
+
+def layer_function(project: Projections, layer: Layer, is_dense: bool, normed: bool) -> Callable[..., Any]:
+    """(x, y) -> q, k, v, o; with ``normed`` a norm before q, k, v, and rotary embedding of q and k after."""
+    weights: Sequence[Any] = layer.dense if is_dense else layer.pairs
+
+    def run(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v = project(x, weights[:3], layer.norm if normed else None)
+        if normed:
+            q, k = rotate(q, *layer.rope), rotate(k, *layer.rope)
+        return q, k, v, project(y, weights[3:], None)[0]
+
+    return run
+
+
+def forward_call(run: Callable[..., Any], layer: Layer) -> Callable[[int], Any]:
+    """Forward without a graph, as in evaluation."""
+
+    def call(number: int) -> Any:
+        with torch.no_grad():
+            return run(layer.sets[number].x, layer.sets[number].y)
+
+    return call
+
+
+def training_call(run: Callable[..., Any], layer: Layer, is_dense: bool, normed: bool) -> Callable[[int], Any]:  # fmt: skip
+    """Forward and backward, with gradients of inputs and weights."""
+
+    def call(number: int) -> Any:
+        inputs = layer.sets[number]
+        outputs = run(inputs.x, inputs.y)
+        return torch.autograd.grad(outputs, layer.leaves(number, is_dense, normed), inputs.upstream)
+
+    return call
+
+
+def bound_us(shape: Shape, ceilings: Ceilings, element_bytes: int, training: bool) -> float:
+    """The least time of q, k, v, o: each operation costs the larger of its FLOPs and its bytes.
+
+    x is read once for q, k and v, the latent is written where backward needs it, and one gradient of x is
+    written. Norm and rotary embedding are not in it.
+    """
+    m, d, r = shape.tokens, shape.width, shape.rank
+
+    def cost(flops: float, columns: float, weights: float) -> float:
+        return 1e6 * max(flops / ceilings.flops, element_bytes * (m * columns + weights) / ceilings.bytes)
+
+    total = 0.0
+    for pairs in (3, 1):
+        weights = 2.0 * pairs * r * d
+        kept = pairs * r if training else 0
+        total += cost(4.0 * m * d * r * pairs, d + kept + pairs * d, weights)
+        if training:
+            total += cost(4.0 * m * d * r * pairs, pairs * d + pairs * r + d, weights)
+            total += cost(2.0 * m * d * r * pairs, pairs * r + d, weights / 2)
+            total += pairs * cost(2.0 * m * d * r, r + d, r * d)
+    return total

@@ -1,0 +1,236 @@
+"""Which path computes a low-dimensional product: measured profit decides, and without a measurement the plain path.
+
+Paths:
+
+* ``eager``: two matrix products per pair, as PyTorch does them.
+* ``joined``: pairs that read one x share the first product and the gradient of x (``ops/lowdim_math.py``).
+* ``fused``: the two-product kernel (``kernels/lowdim.py``), which keeps the latent on chip.
+* ``merged``: one product with the dense matrix ``W_B W_A``, for few tokens.
+
+``ops/tuning/sm_NN.json`` holds measured cases of one compute capability; ``docs/kernels.md`` says how they are
+made. A case counts for its exact widths, and for numbers of tokens near the measured ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_lpa.errors import UserError
+from megatron_lpa.kernels.tiles import FEW_TOKENS, Tile, default_tile, why_not
+
+PATHS = ("auto", "eager", "joined", "fused", "merged")
+ENVIRONMENT_VARIABLE = "MEGATRON_LPA_LOWDIM"
+TUNING_FOLDER = Path(__file__).parent / "tuning"
+MAX_PAIRS = 3
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+NEAR = 4
+"""A measured case counts for up to this many times fewer or more tokens; the largest also for all above."""
+
+# Functions under ``assume_constant_result`` run while torch.compile traces, which reads neither files nor the
+# environment itself. They take and give plain tuples: objects that are made inside a trace do not exist there.
+
+
+class Case(NamedTuple):
+    """What a choice depends on, besides the number of tokens.
+
+    Args:
+        dtype: of x and the weights in the product.
+        d_in: width of x.
+        ranks: r of each pair.
+        widths: d_out of each pair.
+        norm: whether an RMSNorm comes before.
+        training: whether a backward pass follows.
+    """
+
+    dtype: torch.dtype
+    d_in: int
+    ranks: tuple[int, ...]
+    widths: tuple[int, ...]
+    norm: bool
+    training: bool
+
+
+class Plan(NamedTuple):
+    """A path and, for ``fused``, how to cut.
+
+    Args:
+        path: one of ``PATHS``, never ``auto``.
+        forward_tile: ``str`` of a ``Tile``; empty where joined products compute the outputs.
+        backward_tile: the same for the gradient of x.
+    """
+
+    path: str
+    forward_tile: str = ""
+    backward_tile: str = ""
+
+
+EAGER = Plan("eager")
+
+
+Measured = tuple[int, tuple[str, str, str]]
+"""One line of a tuning table: a number of tokens, and the fields of the fastest ``Plan``."""
+
+
+@torch.compiler.assume_constant_result
+def requested_path(path: str) -> str:
+    """The path that the environment forces, else ``path``.
+
+    Raises:
+        UserError: no such path.
+    """
+    forced = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    for source, value in ((ENVIRONMENT_VARIABLE, forced), ("the low-dimensional path", path)):
+        if value and value not in PATHS:
+            raise UserError(f"{source} is {value!r}; give one of {', '.join(PATHS)}")
+    return path if forced in ("", "auto") else forced
+
+
+def choose(path: str, case: Case, tokens: int, device: torch.device) -> Plan:
+    """The plan for one product.
+
+    Args:
+        path: one of ``PATHS``, from the configuration; the environment variable goes before it.
+        case: widths, dtype and what is asked for.
+        tokens: M, rows of x.
+        device: of x.
+
+    Raises:
+        UserError: no such path, or one that cannot run here.
+    """
+    requested = requested_path(path)
+    if requested == "fused":
+        return forced_fused(case, tokens, device)
+    if requested != "auto":
+        return Plan(requested)
+    if device.type != "cuda":
+        return EAGER
+    measured = measured_cases((*case,), device.index or 0)
+    return nearest(measured, tokens) if measured else EAGER
+
+
+def nearest(measured: Sequence[Measured], tokens: int) -> Plan:
+    """The plan of the measured case with the nearest number of tokens, ``EAGER`` if none is near.
+
+    Args:
+        measured: by rising number of tokens, at least one.
+        tokens: M. Only compared, so that torch.compile can leave it open.
+    """
+    best, plan = measured[0]
+    for above, plan_above in measured[1:]:
+        if tokens * tokens > best * above:  # nearer in the logarithm
+            best, plan = above, plan_above
+    if tokens * NEAR < best or (tokens > best * NEAR and best != measured[-1][0]):
+        return EAGER
+    return Plan(*plan)
+
+
+def why_not_fused(case: Case, device_type: str) -> str | None:
+    """The reason why no kernel can compute a case, whatever its tiles, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"x is on {device_type}, and the kernel needs a GPU (or TRITON_INTERPRET=1)"
+    if case.dtype not in KERNEL_DTYPES:
+        return f"{case.dtype} is not one of its dtypes"
+    if len(case.ranks) > MAX_PAIRS:
+        return f"{len(case.ranks)} pairs are more than {MAX_PAIRS}"
+    if len(set(case.ranks)) > 1:
+        return f"the pairs' ranks {case.ranks} differ"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def default_tiles(case: tuple[Any, ...], few: bool, device_type: str, index: int) -> tuple[str, str]:
+    """Tiles of the fused plan for a case without a measured one.
+
+    Raises:
+        UserError: the kernel cannot run.
+    """
+    wanted = Case(*case)
+    reason = why_not_fused(wanted, device_type)
+    size, rank = wanted.dtype.itemsize, wanted.ranks[0]
+    capability = torch.cuda.get_device_capability(index) if device_type == "cuda" else (9, 0)
+    tokens = 1 if few else FEW_TOKENS + 1
+    tile = None if reason else default_tile(tokens, rank, 1, size, capability)
+    if tile is None:
+        raise UserError(
+            f"the low-dimensional path 'fused' cannot run: {reason or f'no tile of rank {rank} fits the device'}; "
+            f"use 'auto' (configuration or {ENVIRONMENT_VARIABLE})"
+        )
+    backward = default_tile(tokens, rank, len(wanted.ranks), size, capability)
+    return str(tile), "" if backward is None else str(backward)
+
+
+def forced_fused(case: Case, tokens: int, device: torch.device) -> Plan:
+    """The measured fused plan where there is one, else one with default tiles.
+
+    Raises:
+        UserError: the kernel cannot run.
+    """
+    index = device.index or 0
+    if device.type == "cuda":
+        fused = [m for m in measured_cases((*case,), index) if m[1][0] == "fused"]
+        if fused and (plan := nearest(fused, tokens)).path == "fused":
+            return plan
+    few = False
+    if (
+        tokens <= FEW_TOKENS
+    ):  # a branch, which torch.compile can guard; a comparison's result it would not pass on
+        few = True
+    return Plan("fused", *default_tiles((*case,), few, device.type, index))
+
+
+@torch.compiler.assume_constant_result
+def measured_cases(case: tuple[Any, ...], index: int) -> Sequence[Measured]:
+    """The table's lines for a case on GPU ``index``."""
+    return read_table(torch.cuda.get_device_capability(index)).get(Case(*case), ())
+
+
+def table_path(capability: tuple[int, int]) -> Path:
+    """Where the table of a compute capability lies."""
+    return TUNING_FOLDER / f"sm_{capability[0]}{capability[1]}.json"
+
+
+@functools.cache
+def read_table(capability: tuple[int, int]) -> dict[Case, tuple[Measured, ...]]:
+    """All lines by case; empty for a device without a table."""
+    path = table_path(capability)
+    return parse_table(json.loads(path.read_text()), path, capability) if path.is_file() else {}
+
+
+def parse_table(
+    content: dict[str, Any], path: Path, capability: tuple[int, int]
+) -> dict[Case, tuple[Measured, ...]]:
+    """Checks a table's lines.
+
+    Raises:
+        UserError: a line that names no path, or a tile that cannot run.
+    """
+    table: dict[Case, list[Measured]] = {}
+    for number, line in enumerate(content["cases"], start=1):
+        where = f"{path}, case {number}"
+        plan = Plan(line["path"], line.get("forward_tile", ""), line.get("backward_tile", ""))
+        if plan.path not in PATHS[1:]:
+            raise UserError(f"{where}: the path is {plan.path!r}; give one of {', '.join(PATHS[1:])}")
+        dtype = getattr(torch, line["dtype"])
+        ranks, widths = tuple(line["ranks"]), tuple(line["widths"])
+        for text, latents in ((plan.forward_tile, 1), (plan.backward_tile, len(ranks))):
+            reason = text and why_not(Tile.parse(text), max(ranks), latents, dtype.itemsize, capability)
+            if reason:
+                raise UserError(f"{where}: tile {text} cannot run: {reason}")
+        if (plan.path == "fused") != bool(plan.forward_tile or plan.backward_tile):
+            raise UserError(f"{where}: tiles go with the path 'fused', and only with it")
+        case = Case(dtype, line["d_in"], ranks, widths, line["norm"], line["training"])
+        table.setdefault(case, []).append(
+            (line["tokens"], (plan.path, plan.forward_tile, plan.backward_tile))
+        )
+    return {case: tuple(sorted(lines)) for case, lines in table.items()}

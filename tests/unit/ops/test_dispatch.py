@@ -1,0 +1,150 @@
+"""The choice of a path: by table, by force, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_lpa.errors import UserError
+from megatron_lpa.ops import dispatch
+from megatron_lpa.ops.dispatch import (
+    EAGER,
+    Case,
+    Plan,
+    choose,
+    nearest,
+    parse_table,
+    read_table,
+    requested_path,
+)
+
+CASE = Case(torch.bfloat16, 1024, (128,) * 3, (1024,) * 3, False, True)
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+FUSED = ("fused", "128,64,64,8,3,1", "128,64,64,8,3,1")
+
+
+def line(**changes: Any) -> dict[str, Any]:
+    return {
+        "dtype": "bfloat16", "d_in": 1024, "ranks": [128] * 3, "widths": [1024] * 3, "norm": False,
+        "training": True, "tokens": 16384, "path": "fused", "forward_tile": FUSED[1], "backward_tile": FUSED[2],
+    } | changes  # fmt: skip
+
+
+@pytest.fixture
+def gpu_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of compute capability 9.0 whose table has two measured cases."""
+    cases = [line(), line(tokens=64, path="joined", forward_tile="", backward_tile="")]
+    table = parse_table({"cases": cases}, Path("table.json"), (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(dispatch, "read_table", lambda capability: table)
+    monkeypatch.setattr(dispatch, "why_not_fused", lambda case, device_type: None)
+
+
+@pytest.fixture(autouse=True)
+def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_the_cpu_takes_the_eager_path() -> None:
+    assert choose("auto", CASE, 10**6, CPU) == EAGER
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_shipped_tables_parse_and_say_whether_they_are_measured(capability: tuple[int, int]) -> None:
+    content = json.loads(dispatch.table_path(capability).read_text())
+    table = read_table(capability)
+    assert content["device"] == f"sm_{capability[0]}{capability[1]}"
+    assert (content["status"] == "not measured") == (not table) == (content["machine"] is None)
+
+
+def test_a_device_without_a_table() -> None:
+    assert read_table((7, 5)) == {}
+
+
+@pytest.mark.usefixtures("gpu_table")
+def test_the_table_decides() -> None:
+    assert choose("auto", CASE, 16384, GPU) == Plan(*FUSED)
+    assert choose("auto", CASE, 10**6, GPU) == Plan(*FUSED)
+    assert choose("auto", CASE, 64, GPU) == Plan("joined")
+    assert choose("auto", CASE._replace(d_in=768), 16384, GPU) == EAGER
+    assert choose("auto", CASE._replace(training=False), 16384, GPU) == EAGER
+    assert choose("auto", CASE._replace(dtype=torch.float16), 16384, GPU) == EAGER
+
+
+@pytest.mark.parametrize(
+    ("tokens", "path"),
+    [(0, "eager"), (15, "eager"), (16, "joined"), (256, "joined"), (257, "eager"), (1023, "eager"), (1025, "eager"),
+     (4095, "eager"), (4096, "fused"), (10**7, "fused")],
+)  # fmt: skip
+def test_a_case_counts_for_near_numbers_of_tokens_only(tokens: int, path: str) -> None:
+    measured = ((64, ("joined", "", "")), (16384, FUSED))
+    assert nearest(measured, tokens).path == path
+
+
+def test_between_two_measured_cases_the_nearer_counts() -> None:
+    measured = ((1000, ("joined", "", "")), (4000, FUSED))
+    assert [nearest(measured, tokens).path for tokens in (1999, 2001)] == ["joined", "fused"]
+
+
+@pytest.mark.usefixtures("gpu_table")
+def test_force_goes_before_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose("joined", CASE, 16384, GPU) == Plan("joined")
+    assert choose("fused", CASE, 16384, GPU) == Plan(*FUSED)
+    forced = choose("fused", CASE, 64, GPU)  # measured as joined there: default tiles, split for few tokens
+    assert forced.path == "fused" and forced.forward_tile.startswith("16,")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "merged")
+    assert choose("fused", CASE, 16384, GPU) == Plan("merged")
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "auto")
+    assert requested_path("joined") == "joined"
+
+
+def test_paths_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="the low-dimensional path is 'fast'; give one of auto, eager"):
+        choose("fast", CASE, 1, CPU)
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "Fused")
+    with pytest.raises(UserError, match="MEGATRON_LPA_LOWDIM is 'Fused'"):
+        choose("auto", CASE, 1, CPU)
+
+
+@pytest.mark.parametrize(
+    ("case", "device", "reason"),
+    [
+        (CASE, CPU, "x is on cpu"),
+        (CASE._replace(dtype=torch.float64), GPU, "float64 is not one"),
+        (CASE._replace(ranks=(128,) * 4, widths=(1024,) * 4), GPU, "4 pairs are more than 3"),
+        (CASE._replace(ranks=(128, 64, 64)), GPU, r"ranks \(128, 64, 64\) differ"),
+        (CASE._replace(ranks=(513,), widths=(64,)), GPU, "no tile of rank 513 fits"),
+    ],
+)
+def test_forcing_what_cannot_run(
+    case: Case, device: torch.device, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    with pytest.raises(UserError, match=f"'fused' cannot run: .*{reason}.*use 'auto'"):
+        choose("fused", case, 100, device)
+
+
+def test_forcing_the_kernel_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="Triton is not installed"):
+        choose("fused", CASE, 100, CPU)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": "auto"}, "case 1: the path is 'auto'"),
+        ({"forward_tile": "256,64,256,8,4,1"}, "tile 256,64,256,8,4,1 cannot run: "),
+        ({"path": "joined"}, "tiles go with the path 'fused'"),
+        ({"forward_tile": "", "backward_tile": ""}, "tiles go with the path 'fused'"),
+    ],
+)
+def test_tables_that_cannot_be_right(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_table({"cases": [line(**changes)]}, Path("table.json"), (9, 0))
