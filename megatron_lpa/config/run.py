@@ -119,8 +119,15 @@ class TrainConfig:
         eval_batches: global batches per validation; 0 reads the whole split.
         checkpoint_interval: optimizer steps between checkpoints; 0 saves only at the end.
         keep_checkpoints: newest checkpoints kept; 0 keeps all.
-        resume: ``auto`` continues from the newest complete checkpoint of the run folder, ``never``
-            refuses a run folder that holds one, ``must`` refuses a run folder without one.
+        keep_every: checkpoints whose step is a multiple of this are never removed; 0 turns the rule off.
+        keep_best: keep the checkpoint with the lowest validation loss too, of those at whose step
+            validation ran.
+        on_checkpoint_failure: what to do when a checkpoint cannot be written, as on a full disk: ``continue``
+            warns, trains on and tries again at the next interval; ``stop`` ends the run. The last checkpoint
+            of a run always has to be written. Earlier checkpoints stay usable either way.
+        resume: ``auto`` continues from the newest intact checkpoint of the run folder and starts anew only where
+            there is none at all, ``never`` refuses a run folder that holds one, ``must`` refuses a run
+            folder without one.
     """
 
     steps: int | None = None
@@ -136,6 +143,9 @@ class TrainConfig:
     eval_batches: int = 50
     checkpoint_interval: int = 1000
     keep_checkpoints: int = 3
+    keep_every: int = 0
+    keep_best: bool = False
+    on_checkpoint_failure: Literal["continue", "stop"] = "continue"
     resume: Literal["auto", "never", "must"] = "auto"
 
 

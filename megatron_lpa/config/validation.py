@@ -163,8 +163,20 @@ def _check_train(train: TrainConfig) -> None:
         positive(f"train.{name}", value)
     for name in ("global_batch_size", "micro_batch_size"):
         at_least(f"train.{name}", getattr(train, name), 1)
-    for name in ("seed", "eval_interval", "eval_batches", "checkpoint_interval", "keep_checkpoints"):
+    for name in (
+        "seed",
+        "eval_interval",
+        "eval_batches",
+        "checkpoint_interval",
+        "keep_checkpoints",
+        "keep_every",
+    ):
         at_least(f"train.{name}", getattr(train, name), 0)
+    if train.keep_best and not train.eval_interval:
+        raise UserError(
+            "train.keep_best needs validation losses but train.eval_interval is 0; set an interval, or "
+            "train.keep_best to false"
+        )
     if train.global_batch_size % train.micro_batch_size:
         _raise_batch(train, 1)
 

@@ -106,7 +106,6 @@ class Engine:
             {"params": decayed, "weight_decay": optim.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
-        self._weight_decays = [group["weight_decay"] for group in param_groups]
         arguments: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         offloaded = "offload_optimizer" in self.ds_config["zero_optimization"]
         on_gpu = self.device.type == "cuda"
@@ -192,14 +191,6 @@ class Engine:
         if self.groups.tp_size > 1:
             dist.all_reduce(total, group=self.groups.tp_group)
         return math.sqrt(float(total + sum(squares[False], zero)))
-
-    def apply_optimizer_settings(self) -> None:
-        """Set what the run's config says about AdamW and clipping, which loading a checkpoint overwrites."""
-        optim = self.config.optim
-        for group, weight_decay in zip(self.optimizer.param_groups, self._weight_decays, strict=True):
-            group.update(weight_decay=weight_decay, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-        if hasattr(self.optimizer, "clip_grad"):
-            self.optimizer.clip_grad = optim.grad_clip
 
 
 def _gathered_for_writing(parameter: nn.Parameter) -> Any:

@@ -81,6 +81,12 @@ def read_zero_knobs(name: str, precision: str) -> dict[str, Any]:
     zero = knobs.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
         raise UserError(f"{path}: 'zero_optimization.stage' must be 0, 1, 2 or 3")
+    for key in ("offload_optimizer", "offload_param"):
+        if (zero.get(key) or {}).get("device") == "nvme":
+            raise UserError(
+                f"{path}: {key} to nvme is not supported: checkpoints do not reach what lies there; set its device "
+                "to cpu, or use train.deepspeed_config=zero3_offload"
+            )
     if zero["stage"] == 0 and precision == "bf16":
         raise UserError(
             f"{path}: train.precision=bf16 needs ZeRO stage 1 or above: DeepSpeed's stage 0 accumulates gradients "

@@ -7,13 +7,18 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_lpa.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+STATE_FORMAT = 1
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not what was written: another one may be used in its place."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,39 @@ class SampleOrder:
     data: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file of a checkpoint: its path inside the folder, its length, and the SHA-256 of its contents."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Folders called as checkpoints are, oldest first, whatever state they are in."""
+    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir()]
+    return sorted(found, key=step_of)
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Folders of complete checkpoints, oldest first."""
-    found = [
-        p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and (p / MANIFEST).exists()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return [path for path in checkpoint_folders(folder) if (path / MANIFEST).exists()]
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a hash of everything in it, so that damage to the manifest itself is found."""
+    return {**manifest, "checksum": _checksum(manifest)}
+
+
+def _checksum(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(checkpoint: Path, under: str = "") -> dict[str, Any]:
@@ -65,26 +97,39 @@ def read_manifest(checkpoint: Path, under: str = "") -> dict[str, Any]:
         under: check the files below this folder only; using a model needs ``weights/`` and no more.
 
     Raises:
-        UserError: missing or unreadable manifest, or a file that is missing or of another size.
+        DamagedCheckpoint: missing, unreadable or changed manifest, or a file that is missing or of another
+            size.
+        UserError: a manifest of another version.
     """
     path = checkpoint / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        files = manifest["files"]
+        if (not under or "checksum" in manifest) and manifest.get("checksum") != _checksum(manifest):
+            raise ValueError("its checksum does not fit its contents")
+        files = {name: int(described["bytes"]) for name, described in manifest["files"].items()}
         progress = Progress(**manifest["progress"])
+        if f"step_{progress.step:08d}" != checkpoint.name and re.fullmatch(r"step_\d{8,}", checkpoint.name):
+            raise ValueError(f"it is the manifest of step {progress.step}")
+        for name in files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"{name!r} is outside of the checkpoint")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {checkpoint} is not a complete checkpoint") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a checkpoint manifest: {error!r}; delete {checkpoint}") from error
+        raise DamagedCheckpoint(f"{path}: no such file; {checkpoint} is not a complete checkpoint") from None
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(
+            f"{path}: not a checkpoint manifest: {error!r}; delete {checkpoint}"
+        ) from error
     if manifest.get("format") != FORMAT:
         raise UserError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}")
-    for name, described in files.items():
+    for name, size in files.items():
         file = checkpoint / name
         if not name.startswith(under):
             continue
-        if not file.is_file() or file.stat().st_size != described["bytes"]:
-            raise UserError(
-                f"{file}: missing or not {described['bytes']} bytes long as {MANIFEST} says; delete "
+        if not file.is_file() or file.stat().st_size != size:
+            raise DamagedCheckpoint(
+                f"{file}: missing or not {size} bytes long as {MANIFEST} says; delete "
                 f"{checkpoint} to continue from an earlier checkpoint"
             )
     return {**manifest, "progress": progress}
@@ -103,11 +148,15 @@ def verify_files(checkpoint: Path, manifest: dict[str, Any], names: Iterable[str
     """Compare the contents of a checkpoint's files with their recorded hashes.
 
     Raises:
-        UserError: a file's contents differ.
+        DamagedCheckpoint: a file's contents differ, or cannot be read.
     """
     for name in names:
-        if sha256(checkpoint / name) != manifest["files"][name]["sha256"]:
-            raise UserError(
+        try:
+            found = sha256(checkpoint / name)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{checkpoint / name}: cannot be read: {error}") from error
+        if found != manifest["files"][name]["sha256"]:
+            raise DamagedCheckpoint(
                 f"{checkpoint / name}: the contents differ from what {MANIFEST} says: the file is damaged; delete "
                 f"{checkpoint} to use an earlier checkpoint"
             )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from megatron_lpa.engine.build import Engine, gathered_for_reading
+from megatron_lpa.engine.manifest import WrittenFile
+from megatron_lpa.engine.store import fsync_folder, write_durably
+from megatron_lpa.engine.tensor_file import write_tensors
 from megatron_lpa.engine.weights_reader import INDEX, SINGLE, load_decoder
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.parallel.sharding import merge, spec_of
@@ -20,28 +23,27 @@ SHARD_BYTES = 4 << 30
 __all__ = ["INDEX", "SHARD_BYTES", "SINGLE", "load_decoder", "unsharded", "write_weights"]
 
 
-def write_weights(engine: Engine, folder: Path, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+def write_weights(engine: Engine, folder: Path, shard_bytes: int = SHARD_BYTES) -> list[WrittenFile]:
     """Write the unsharded weights from rank 0; every rank calls it.
 
     Rank 0 holds at most ``shard_bytes`` (plus one parameter) in CPU memory. Several files come with an
     index in the format of Hugging Face's sharded checkpoints.
 
     Returns:
-        The files that this rank wrote.
+        The files that this rank wrote, named inside ``folder``.
     """
     writer = engine.groups.rank == 0
     failure: Exception | None = None
-    shards: list[dict[str, torch.Tensor]] = []
-    files: list[Path] = []
+    files: list[WrittenFile] = []
+    names_in: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
     pending_bytes = 0
 
     def flush() -> None:
         nonlocal pending, pending_bytes
-        path = folder / f"part-{len(files):05d}.safetensors"
-        save_file(pending, path, metadata={"format": "pt"})
-        files.append(path)
-        shards.append({name: torch.empty(0) for name in pending})
+        name = f"part-{len(files):05d}.safetensors"
+        files.append(write_tensors(folder, name, list(pending.items()), {"format": "pt"}))
+        names_in.append(list(pending))
         pending, pending_bytes = {}, 0
 
     for name, parameter in named_parameters_once(engine.module):
@@ -51,12 +53,11 @@ def write_weights(engine: Engine, folder: Path, shard_bytes: int = SHARD_BYTES) 
         assert full is not None
         # A rank that stops here would leave the others in a collective: remember, and raise at the end.
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             pending[name] = full
             pending_bytes += full.numel() * full.element_size()
             if pending_bytes >= shard_bytes:
                 flush()
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             failure = error
     if not writer:
         return []
@@ -64,24 +65,29 @@ def write_weights(engine: Engine, folder: Path, shard_bytes: int = SHARD_BYTES) 
         try:
             if pending:
                 flush()
-            return _name_files(folder, files, shards)
-        except (OSError, SafetensorError) as error:
+            return _name_files(folder, files, names_in)
+        except OSError as error:
             failure = error
     raise OSError(f"{folder}: {failure}")
 
 
-def _name_files(folder: Path, files: list[Path], shards: list[dict[str, torch.Tensor]]) -> list[Path]:
-    if len(files) == 1:
-        return [files[0].rename(folder / SINGLE)]
-    renamed = [
-        path.rename(folder / f"model-{number:05d}-of-{len(files):05d}.safetensors")
-        for number, path in enumerate(files, start=1)
-    ]
-    weight_map = {name: path.name for path, shard in zip(renamed, shards, strict=True) for name in shard}
-    total = sum(path.stat().st_size for path in renamed)
-    index = folder / INDEX
-    index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
-    return [*renamed, index]
+def _name_files(folder: Path, files: list[WrittenFile], names_in: list[list[str]]) -> list[WrittenFile]:
+    count = len(files)
+    renamed = []
+    for number, file in enumerate(files, start=1):
+        name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        (folder / file.name).rename(folder / name)
+        renamed.append(dataclasses.replace(file, name=name))
+    if count > 1:
+        weight_map = {
+            name: file.name for file, names in zip(renamed, names_in, strict=True) for name in names
+        }
+        total = sum(file.bytes for file in renamed)
+        index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+        write_durably(folder / INDEX, index)
+        renamed.append(WrittenFile(INDEX, len(index), hashlib.sha256(index.encode()).hexdigest()))
+    fsync_folder(folder)
+    return renamed
 
 
 def unsharded(engine: Engine, parameter: torch.nn.Parameter) -> torch.Tensor | None:

@@ -15,15 +15,17 @@ from megatron_lpa.config.compare import differences
 from megatron_lpa.data.splits import Splits
 from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
 from megatron_lpa.engine.build import Engine
-from megatron_lpa.engine.checkpoint import complete_checkpoints, load_checkpoint, remove_incomplete
 from megatron_lpa.engine.ds_config import read_zero_knobs
 from megatron_lpa.engine.launch import start_distributed, stop_distributed
+from megatron_lpa.engine.manifest import checkpoint_folders
+from megatron_lpa.engine.resume import load_newest
+from megatron_lpa.engine.store import damaged_folders, has_checkpoints, tidy
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
 from megatron_lpa.parallel.agreement import largest_of_all, together
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.callbacks.base import Callback, Sink
-from megatron_lpa.train.callbacks.checkpoints import Checkpoints
+from megatron_lpa.train.callbacks.checkpoints import Checkpoints, LastValidation
 from megatron_lpa.train.callbacks.evaluation import Evaluation
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.callbacks.sinks import Console, MetricsFile, TensorBoard, WandB
@@ -57,20 +59,64 @@ def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
     assert config.logging.name is not None
     folder = Path(config.logging.run_dir) / config.logging.name
     splits: Splits = together(lambda: open_data(config), groups)
+    together(lambda: _check_resume(config, folder, groups), groups)
     lock = together(lambda: _own_folder(folder, config, splits, groups), groups)
     steps = total_steps(config.train, config.model, splits.train.num_samples)
-    checkpoint = together(lambda: [_choose_checkpoint(config, folder)], groups)[0]
     # Every rank continues from what rank 0 found, however fresh its own view of the folder is.
-    chosen = [checkpoint]
+    chosen = [together(lambda: _find_checkpoints(folder, groups), groups)]
     dist.broadcast_object_list(chosen, src=0, group=groups.control_group)
     run = Run(config, folder, Engine(config, groups), splits, steps, lock=lock)
-    if chosen[0] is not None:
-        run.progress = load_checkpoint(run.engine, chosen[0], run.order)
+    checkpoint = None
+    if chosen[0]:
+        resumed = load_newest(run.engine, chosen[0], run.order)
+        checkpoint, run.progress, run.resume_notes = resumed.checkpoint, resumed.progress, resumed.notes
         run.saved_step = run.progress.step
     changed = together(lambda: _write_folder(run), groups)
     if run.is_main:
-        _introduce(run, chosen[0], changed)
+        _introduce(run, checkpoint, changed)
     return run
+
+
+def _check_resume(config: RunConfig, folder: Path, groups: ParallelGroups) -> None:
+    """Compare ``train.resume`` with what is there, before anything is made.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    if groups.rank != 0:
+        return
+    there = has_checkpoints(folder / "checkpoints")
+    if config.train.resume == "never" and there:
+        newest = [*damaged_folders(folder / "checkpoints"), *checkpoint_folders(folder / "checkpoints")][-1:]
+        raise UserError(
+            f"{folder} already holds {newest[0].name if newest else 'a checkpoint'}, and train.resume=never; choose "
+            "another logging.name, delete the folder, or set train.resume=auto to continue"
+        )
+    if config.train.resume == "must" and not there:
+        raise UserError(
+            f"{folder}/checkpoints holds no complete checkpoint, and train.resume=must; check logging.run_dir and "
+            "logging.name, or set train.resume=auto to start"
+        )
+
+
+def _find_checkpoints(folder: Path, groups: ParallelGroups) -> list[Path]:
+    """What there is to continue from, oldest first, on rank 0; what a killed process left is tidied up.
+
+    Raises:
+        UserError: only checkpoints that were found damaged earlier. To start again from nothing without being
+            told so would hide the loss.
+    """
+    if groups.rank != 0:
+        return []
+    checkpoints = folder / "checkpoints"
+    tidy(checkpoints)
+    found, damaged = checkpoint_folders(checkpoints), damaged_folders(checkpoints)
+    if damaged and not found:
+        raise UserError(
+            f"{checkpoints} holds only damaged checkpoints ({', '.join(path.name for path in damaged)}); bring one "
+            "back from a copy, or start anew: choose another logging.name, or delete them"
+        )
+    return found
 
 
 def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: ParallelGroups) -> IO[str] | None:
@@ -100,24 +146,11 @@ def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: Paralle
     return lock
 
 
-def _choose_checkpoint(config: RunConfig, folder: Path) -> Path | None:
-    complete = complete_checkpoints(folder / "checkpoints")
-    if config.train.resume == "never" and complete:
-        raise UserError(
-            f"{folder} already holds {complete[-1].name}, and train.resume=never; choose another logging.name, "
-            "delete the folder, or set train.resume=auto to continue"
-        )
-    if config.train.resume == "must" and not complete:
-        raise UserError(f"{folder}/checkpoints holds no complete checkpoint, and train.resume=must")
-    return complete[-1] if complete else None
-
-
 def _write_folder(run: Run) -> list[str]:
     """Make the run folder and write its config; what changed in it since an earlier start."""
     if not run.is_main:
         return []
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    remove_incomplete(run.checkpoints)
     path = run.folder / "config.yaml"
     changed = []
     if path.exists():
@@ -144,6 +177,8 @@ def _introduce(run: Run, checkpoint: Path | None, changed: list[str]) -> None:
         print(f"note: {note}", flush=True)
     if checkpoint is not None:
         print(f"resuming from {checkpoint} at step {run.progress.step:,}", flush=True)
+        for note in run.resume_notes:
+            print(f"note: {note}", flush=True)
         for line in changed:
             print(f"note: since the last start, {line}", flush=True)
 
@@ -155,5 +190,6 @@ def _callbacks(run: Run) -> list[Callback]:
         sinks.append(TensorBoard())
     if logging.wandb != "off":
         sinks.append(WandB(logging.wandb))
-    metrics = Metrics(sinks)
-    return [metrics, Evaluation(metrics), Checkpoints(metrics)]
+    validation = LastValidation()
+    metrics = Metrics([*sinks, validation])
+    return [metrics, Evaluation(metrics), Checkpoints(metrics, validation)]

@@ -35,6 +35,7 @@ class Run:
         stop: whether this process was asked to stop.
         lock: the open lock file of the run folder, on rank 0.
         stopped_by: the signal that all ranks agreed to stop for; 0 while none came.
+        resume_notes: what was noticed while resuming, such as a damaged checkpoint that was skipped.
     """
 
     config: RunConfig
@@ -48,6 +49,7 @@ class Run:
     stop: StopRequest = field(default_factory=StopRequest)
     stopped_by: int = 0
     lock: IO[str] | None = None
+    resume_notes: tuple[str, ...] = ()
 
     @property
     def is_main(self) -> bool:

@@ -55,19 +55,20 @@ def weights_of(engine) -> dict[str, np.ndarray]:
 def undisturbed_and_resumed(run: RunConfig, folder: str) -> tuple:
     """Six steps in one go; and three, a checkpoint, a new engine, three more."""
     from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import load_checkpoint, save_checkpoint
+    from megatron_lpa.engine.checkpoint import save_checkpoint
+    from megatron_lpa.engine.resume import load_checkpoint
 
     groups = groups_for(run.parallel.tensor_parallel_size)
     engine = Engine(run, groups)
     losses = [step(engine, n) for n in range(3)]
-    path = save_checkpoint(engine, Path(folder), Progress(3, 3 * BATCH, 99), keep=0, order=ORDER)
+    path = save_checkpoint(engine, Path(folder), Progress(3, 3 * BATCH, 99), ORDER)
     losses += [step(engine, n) for n in range(3, 6)]
     weights = weights_of(engine)
     engine.ds.destroy()
 
     other = replace(run, train=replace(run.train, seed=run.train.seed + 1))  # other initial weights
     resumed = Engine(other, groups)
-    progress = load_checkpoint(resumed, path, ORDER)
+    progress = load_checkpoint(resumed, path, ORDER).progress
     resumed_losses = [step(resumed, n) for n in range(3, 6)]
     resumed_weights = weights_of(resumed)
     resumed.ds.destroy()
@@ -104,11 +105,12 @@ def save_only(run: RunConfig, folder: str, steps: int, keep: int = 0, shard_byte
     from megatron_lpa.engine import weights
     from megatron_lpa.engine.build import Engine
     from megatron_lpa.engine.checkpoint import save_checkpoint
+    from megatron_lpa.engine.store import Retention
 
     engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
     for number in range(steps):
         step(engine, number)
-        save_checkpoint(engine, Path(folder), Progress(number + 1), keep, ORDER)
+        save_checkpoint(engine, Path(folder), Progress(number + 1), ORDER, Retention(keep))
     named = weights_of(engine)
     if shard_bytes is not None:
         weights.write_weights(engine, Path(folder) / "sharded", shard_bytes)
@@ -119,7 +121,7 @@ def save_only(run: RunConfig, folder: str, steps: int, keep: int = 0, shard_byte
 def load_into(run: RunConfig, checkpoint: str, order: SampleOrder) -> str:
     """The message with which loading fails on this rank."""
     from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import load_checkpoint
+    from megatron_lpa.engine.resume import load_checkpoint
 
     engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
     try:
@@ -170,20 +172,12 @@ def test_manifest_describes_every_file_and_nothing_else_is_there(saved):
     [
         (lambda run: replace(run, model=replace(run.model, dropout=0.5)), "model.dropout was 0.0, is 0.5"),
         (
-            lambda run: replace(run, parallel=ParallelConfig(2, "latent")),
-            "layout.lowdim_layout was rank, is latent",
-        ),
-        (
-            lambda run: replace(run, parallel=ParallelConfig(1, "rank")),
-            "layout.tensor_parallel_size was 2, is 1; layout.data_parallel_size was 1, is 2",
-        ),
-        (
-            lambda run: replace(run, train=replace(run.train, deepspeed_config="zero1")),
-            "layout.zero_stage was 3, is 1",
+            lambda run: replace(run, model=replace(run.model, pad_vocab_to_multiple_of=4, vocab_size=61)),
+            "model.vocab_size was 64, is 61",
         ),
     ],
 )
-def test_another_model_or_layout_is_refused_on_every_rank(world, saved, change, expected):
+def test_another_model_is_refused_on_every_rank(world, saved, change, expected):
     folder, run, _ = saved
     (checkpoint,) = complete_checkpoints(folder)
     for message in world(2).run(load_into, change(run), str(checkpoint), ORDER):
@@ -235,13 +229,13 @@ def save_without_space(run: RunConfig, folder: str, failing_rank: int, limit_byt
 
     groups = groups_for(run.parallel.tensor_parallel_size)
     engine = Engine(run, groups)
-    save_checkpoint(engine, Path(folder), Progress(1), keep=1, order=ORDER)
+    save_checkpoint(engine, Path(folder), Progress(1), ORDER)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if groups.rank == failing_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
     try:
-        save_checkpoint(engine, Path(folder), Progress(2), keep=1, order=ORDER)
+        save_checkpoint(engine, Path(folder), Progress(2), ORDER)
     except UserError as error:
         return str(error)
     finally:
@@ -276,13 +270,14 @@ def test_only_the_newest_checkpoints_are_kept(world, tmp_path):
 def resumed_with_other_settings(run: RunConfig, folder: str) -> tuple[list[float], list[float]]:
     """Two steps, a checkpoint, and two more steps with another optimizer section: losses and norms."""
     from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import load_checkpoint, save_checkpoint
+    from megatron_lpa.engine.checkpoint import save_checkpoint
+    from megatron_lpa.engine.resume import load_checkpoint
 
     groups = groups_for(run.parallel.tensor_parallel_size)
     engine = Engine(run, groups)
     for number in range(2):
         step(engine, number)
-    path = save_checkpoint(engine, Path(folder), Progress(2), keep=0, order=ORDER)
+    path = save_checkpoint(engine, Path(folder), Progress(2), ORDER)
     engine.ds.destroy()
     changed = replace(run.optim, weight_decay=2.0, beta1=0.5, beta2=0.6, eps=1e-3, grad_clip=0.05)
     resumed = Engine(replace(run, optim=changed), groups)

@@ -1,0 +1,158 @@
+"""Continuing from checkpoints: verified, from the newest that is intact, in whatever layout the run has now."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_lpa.config.compare import differences
+from megatron_lpa.engine import fragments as where
+from megatron_lpa.engine.build import Engine
+from megatron_lpa.engine.checkpoint import layout_of
+from megatron_lpa.engine.manifest import (
+    STATE_FORMAT,
+    DamagedCheckpoint,
+    Progress,
+    SampleOrder,
+    read_manifest,
+    verify_files,
+)
+from megatron_lpa.engine.reshard import StateReader, shard_box
+from megatron_lpa.engine.store import set_aside
+from megatron_lpa.errors import UserError
+from megatron_lpa.parallel.agreement import gather_messages, together
+from megatron_lpa.parallel.groups import ParallelGroups
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumed:
+    """What a run continues from.
+
+    Args:
+        checkpoint: the folder.
+        progress: how far it had come.
+        notes: for the user: checkpoints that were skipped, and a layout that changed.
+    """
+
+    checkpoint: Path
+    progress: Progress
+    notes: tuple[str, ...] = ()
+
+
+def load_newest(engine: Engine, checkpoints: Sequence[Path], order: SampleOrder) -> Resumed:
+    """Continue from the newest checkpoint that is not damaged; every rank calls it.
+
+    Damaged ones are renamed, with a note inside, once an intact one has been loaded.
+
+    Args:
+        engine: a new engine, or one whose state is to be replaced.
+        checkpoints: oldest first; the same on every rank, and not empty.
+        order: what the order of samples depends on.
+
+    Raises:
+        UserError: all are damaged, or the newest intact one is of another model or order.
+    """
+    skipped: list[tuple[Path, str]] = []
+    for checkpoint in reversed(checkpoints):
+        try:
+            resumed = load_checkpoint(engine, checkpoint, order)
+        except DamagedCheckpoint as error:
+            skipped.append((checkpoint, str(error)))
+            continue
+        notes = tuple(f"{path.name} was skipped: {reason}" for path, reason in skipped)
+        if engine.groups.rank == 0:
+            for path, reason in skipped:
+                try:
+                    set_aside(path, reason)
+                except OSError as error:
+                    print(f"warning: {path} cannot be renamed: {error}", file=sys.stderr, flush=True)
+        return dataclasses.replace(resumed, notes=notes + resumed.notes)
+    reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
+    raise UserError(
+        f"{checkpoints[-1].parent} holds no checkpoint that is intact: {reasons}. Bring one back from a copy, or "
+        "start anew under another logging.name"
+    )
+
+
+def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Resumed:
+    """Continue from a checkpoint of the same model and sample order, in any layout; every rank calls it.
+
+    Raises:
+        DamagedCheckpoint: on every rank, with the files that any rank found damaged.
+        UserError: another model or order; the message lists what differs.
+    """
+    groups = engine.groups
+    found: list[Any] = []
+
+    def verify() -> None:
+        """Each rank compares its part of all files with their hashes."""
+        manifest = read_manifest(checkpoint)
+        verify_files(checkpoint, manifest, sorted(manifest["files"])[groups.rank :: groups.world_size])
+        found.append(manifest)
+
+    _undamaged(verify, groups)
+    manifest = found[0]
+    notes = _compared(checkpoint, manifest, engine, order)
+    where.before_restoring(engine)
+    _undamaged(lambda: _restore(engine, checkpoint, manifest), groups)
+    where.after_restoring(engine)
+    progress: Progress = manifest["progress"]
+    engine.ds.global_steps = progress.step
+    engine.ds.global_samples = progress.consumed_samples
+    engine.ds.skipped_steps = manifest["state"]["skipped_steps"]
+    return Resumed(checkpoint, progress, notes)
+
+
+def _undamaged(work: Callable[[], None], groups: ParallelGroups) -> None:
+    """Run ``work`` on every rank; raise on all what any rank found damaged."""
+
+    def attempt() -> str | None:
+        try:
+            work()
+        except DamagedCheckpoint as error:
+            return str(error)
+        return None
+
+    problems = gather_messages(together(attempt, groups), groups)
+    if problems:
+        raise DamagedCheckpoint(problems)
+
+
+def _compared(
+    checkpoint: Path, manifest: dict[str, Any], engine: Engine, order: SampleOrder
+) -> tuple[str, ...]:
+    model, own_model = dict(manifest["model"]), dataclasses.asdict(engine.config.model)
+    # Rows of padding are zero, whatever their number; it has to change with the tensor-parallel size.
+    model["pad_vocab_to_multiple_of"] = own_model["pad_vocab_to_multiple_of"]
+    sections = {"model": (model, own_model), "order": (manifest["order"], dataclasses.asdict(order))}
+    for section, (saved, own) in sections.items():
+        differing = differences(saved, own, section)
+        if differing:
+            raise UserError(
+                f"{checkpoint} was written with another {section}: {'; '.join(differing)}. Continue with the "
+                "saved settings, or start a new run under another logging.name"
+            )
+    if manifest["state"]["format"] != STATE_FORMAT:
+        raise UserError(
+            f"{checkpoint}: state of format {manifest['state']['format']}; this version reads {STATE_FORMAT}"
+        )
+    changed = differences(manifest["layout"], layout_of(engine), "layout")
+    return (f"the state is brought into another layout: {'; '.join(changed)}",) if changed else ()
+
+
+def _restore(engine: Engine, checkpoint: Path, manifest: dict[str, Any]) -> None:
+    """Overwrite this rank's masters and moments. No collective."""
+    reader = StateReader(checkpoint, manifest)
+    fragments = where.held_fragments(engine)
+    step: int = manifest["state"]["optimizer_step"]
+    where.set_optimizer_step(engine, fragments, step)
+    groups = engine.groups
+    for fragment in fragments:
+        spec = fragment.spec
+        box = shard_box(spec.shape, spec.tp_dim, groups.tp_rank, groups.tp_size)
+        for kind in (where.MASTER, *where.MOMENTS) if step else (where.MASTER,):
+            value = reader.read(fragment.name, kind, box, fragment.start, fragment.length)
+            fragment.view(kind).copy_(value)

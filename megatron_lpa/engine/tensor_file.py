@@ -1,0 +1,67 @@
+"""Writing safetensors files piece by piece: no second copy in memory, and hashed on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_lpa.engine.manifest import WrittenFile
+
+_ALIGNMENT = 8
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def write_tensors(
+    folder: Path,
+    name: str,
+    tensors: Sequence[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> WrittenFile:
+    """Write fp32 and bf16 tensors to ``folder / name`` and bring them to disk.
+
+    ``safetensors.torch.save_file`` wants all tensors on the CPU at once, where here only one is, and makes
+    files that nobody else may read, whatever the umask. The hash is of what was meant to be written, so that a
+    disk that stores something else is found out.
+
+    Args:
+        folder: the checkpoint.
+        name: path of the file inside it.
+        tensors: key and value; values may be on any device.
+        metadata: for the file's header.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for key, tensor in tensors:
+        assert key not in header, key
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        dtype, shape = _DTYPES[tensor.dtype], list(tensor.shape)
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+
+        def write(data: bytes | memoryview) -> None:
+            file.write(data)
+            digest.update(data)
+
+        write(len(text).to_bytes(8, "little"))
+        write(text)
+        for _, tensor in tensors:
+            if tensor.numel():
+                flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
+                write(flat.view(torch.uint8).numpy().data)  # bytes, as numpy has no bf16
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    return WrittenFile(name, size, digest.hexdigest())

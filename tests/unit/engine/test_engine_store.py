@@ -1,0 +1,247 @@
+"""The checkpoints folder without any model: publication, retention, damage, and kills in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_lpa.engine.manifest import (
+    MANIFEST,
+    DamagedCheckpoint,
+    Progress,
+    checkpoint_folders,
+    complete_checkpoints,
+    read_manifest,
+    sealed,
+    sha256,
+    verify_files,
+)
+from megatron_lpa.engine.store import (
+    NOTE,
+    Retention,
+    check_free_space,
+    damaged_folders,
+    expendable,
+    has_checkpoints,
+    partial_of,
+    prune,
+    publish,
+    set_aside,
+    tidy,
+)
+from megatron_lpa.errors import UserError
+
+
+def written(folder: Path, step: int, content: str = "x", loss: float | None = None, **more: object) -> None:
+    """A checkpoint of one small file, by way of ``publish``."""
+    final = folder / f"step_{step:08d}"
+    partial = partial_of(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "state").mkdir(parents=True)
+    file = partial / "state" / "rank_00000.safetensors"
+    file.write_text(content * 100)
+    manifest = {
+        "format": 1,
+        "progress": {"step": step, "consumed_samples": 8 * step, "consumed_tokens": 128 * step},
+        "validation_loss": loss,
+        "files": {"state/rank_00000.safetensors": {"bytes": len(content) * 100, "sha256": sha256(file)}},
+        **more,
+    }
+    publish(final, json.dumps(sealed(manifest)))
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [int(path.name[5:]) for path in complete_checkpoints(folder)]
+
+
+def verified(checkpoint: Path) -> Progress:
+    manifest = read_manifest(checkpoint)
+    verify_files(checkpoint, manifest, manifest["files"])
+    return manifest["progress"]
+
+
+LOSSES = {100: 3.0, 200: 2.0, 300: None, 400: 2.5, 500: 2.6, 600: None}
+
+
+@pytest.mark.parametrize(
+    ("retention", "left"),
+    [
+        (Retention(), [100, 200, 300, 400, 500, 600]),
+        (Retention(newest=2), [500, 600]),
+        (Retention(newest=1, every=300), [300, 600]),
+        (Retention(newest=1, best=True), [200, 600]),
+        (Retention(newest=1, every=250, best=True), [200, 500, 600]),
+        (Retention(newest=9), [100, 200, 300, 400, 500, 600]),
+        (Retention(every=300, best=True), [100, 200, 300, 400, 500, 600]),
+    ],
+)
+def test_what_any_rule_names_stays(tmp_path, retention, left):
+    for step, loss in LOSSES.items():
+        written(tmp_path, step, loss=loss)
+    prune(tmp_path, retention)
+    assert steps_in(tmp_path) == left
+    assert len(list(tmp_path.iterdir())) == len(left)
+
+
+def test_damaged_ones_count_for_no_rule_and_are_not_removed(tmp_path):
+    for step in (100, 200, 300, 400):
+        written(tmp_path, step, loss=float(step))
+    set_aside(tmp_path / "step_00000400", "a bit is wrong")
+    (tmp_path / "step_00000300" / MANIFEST).write_text("{")
+    prune(tmp_path, Retention(newest=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "damaged_step_00000400",
+        "step_00000200",
+        "step_00000300",
+    ]
+    assert "a bit is wrong" in (tmp_path / "damaged_step_00000400" / NOTE).read_text()
+    assert "rename the folder to step_00000400" in (tmp_path / "damaged_step_00000400" / NOTE).read_text()
+
+
+def test_setting_aside_twice_keeps_both(tmp_path):
+    for _ in range(2):
+        written(tmp_path, 7)
+        set_aside(tmp_path / "step_00000007", "damaged")
+    assert [p.name for p in damaged_folders(tmp_path)] == ["damaged_step_00000007", "damaged_step_00000007.2"]
+    assert has_checkpoints(tmp_path) and checkpoint_folders(tmp_path) == []
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, capsys):
+    for step in (1, 2, 3):
+        written(tmp_path, step)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    prune(tmp_path, Retention(newest=1))
+    assert "warning: an old checkpoint cannot be removed: not yours" in capsys.readouterr().err
+    assert steps_in(tmp_path) == [1, 2, 3]
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_every_single_bit_of_the_manifest_is_guarded(tmp_path):
+    written(tmp_path, 5)
+    checkpoint = tmp_path / "step_00000005"
+    assert verified(checkpoint) == Progress(5, 40, 640)
+    size = (checkpoint / MANIFEST).stat().st_size
+    for at in range(size):
+        flip(checkpoint / MANIFEST, at)
+        with pytest.raises(DamagedCheckpoint):
+            verified(checkpoint)
+        flip(checkpoint / MANIFEST, at)
+    verified(checkpoint)
+
+
+def test_other_damage_is_found(tmp_path):
+    for step, content in ((5, "x"), (6, "y")):
+        written(tmp_path, step, content)
+    checkpoint = tmp_path / "step_00000005"
+    file = checkpoint / "state" / "rank_00000.safetensors"
+    sound = {path: path.read_bytes() for path in (file, checkpoint / MANIFEST)}
+
+    def damaged(match: str) -> None:
+        with pytest.raises(DamagedCheckpoint, match=match):
+            verified(checkpoint)
+        for path, content in sound.items():
+            if path.is_dir():
+                path.rmdir()
+            path.write_bytes(content)
+        verified(checkpoint)
+
+    flip(file, 50)
+    damaged("contents differ")
+    file.write_bytes(sound[file][:-1])
+    damaged("not 100 bytes long")
+    file.unlink()
+    damaged("missing")
+    file.unlink()
+    file.mkdir()
+    damaged("missing")
+    shutil.copy(tmp_path / "step_00000006" / "state" / "rank_00000.safetensors", file)
+    damaged("contents differ")
+    shutil.copy(tmp_path / "step_00000006" / MANIFEST, checkpoint / MANIFEST)
+    damaged("it is the manifest of step 6")
+    (checkpoint / MANIFEST).unlink()
+    damaged("no such file")
+    for text in ("", "[]", "null", '{"format": 1}', "\x80"):
+        (checkpoint / MANIFEST).write_text(text)
+        damaged("not a checkpoint manifest")
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../step_00000001/manifest.json", "state/../../x"])
+def test_a_manifest_cannot_name_files_outside(tmp_path, name):
+    written(tmp_path, 5, files={name: {"bytes": 1, "sha256": ""}})
+    with pytest.raises(DamagedCheckpoint, match="outside of the checkpoint"):
+        read_manifest(tmp_path / "step_00000005")
+
+
+def test_a_manifest_of_another_version_is_not_damaged(tmp_path):
+    written(tmp_path, 5, format=7)
+    with pytest.raises(UserError, match="format 7; this version reads 1") as raised:
+        read_manifest(tmp_path / "step_00000005")
+    assert not isinstance(raised.value, DamagedCheckpoint)
+
+
+def test_too_little_space_is_said_with_both_sizes(tmp_path):
+    check_free_space(tmp_path, 1)
+    with pytest.raises(OSError, match=r"a checkpoint takes 1,000,000,000\.0 GB but [\d.,]+ [GM]B are free"):
+        check_free_space(tmp_path, 10**18)
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "open")
+
+
+def test_a_kill_between_any_two_operations_loses_nothing_that_was_complete(tmp_path, monkeypatch):
+    """Saving with retention over an older one of the same step: the newest complete one is always whole."""
+    real = {name: getattr(os, name) for name in CALLS}
+    finished = False
+    for last_call in range(1000):
+        folder = tmp_path / str(last_call)
+        for step in (1, 2, 3):
+            written(folder, step, "old")
+        calls = 0
+
+        def counted(name: str):
+            def call(*arguments: object, **options: object) -> object:
+                nonlocal calls
+                calls += 1
+                if calls > last_call:  # noqa: B023
+                    raise Killed
+                return real[name](*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patched:
+            for name in CALLS:
+                patched.setattr(os, name, counted(name))
+            try:
+                written(folder, 3, "new")
+                prune(folder, Retention(newest=2))
+                finished = True
+            except Killed:
+                pass
+        tidy(folder)
+        newest = complete_checkpoints(folder)[-1]
+        assert verified(newest) == Progress(3, 24, 384), last_call
+        assert checkpoint_folders(folder) == complete_checkpoints(folder)
+        assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+        for path in complete_checkpoints(folder):
+            verified(path)
+        assert expendable(folder, Retention(newest=2)) in ([folder / "step_00000001"], [])
+        if finished:
+            break
+    assert finished and last_call > 15
