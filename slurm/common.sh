@@ -1,0 +1,211 @@
+# shellcheck shell=bash
+# What the training scripts of this folder share: `train_on_slurm REPOSITORY OPTIONS...`, with the options of
+# megatron_lpa.pretrain. docs/slurm.md describes what happens, the environment variables and
+# the exit codes:
+#
+#   0 complete   1 the run folder cannot be written   2 wrong options   3 a node cannot train
+#   4 no progress over several starts   5 SLURM refused to requeue   143 stopped by SIGTERM
+readonly EXIT_FOLDER=1 EXIT_OPTIONS=2 EXIT_HEALTH=3 EXIT_NO_PROGRESS=4 EXIT_NOT_REQUEUED=5 EXIT_STOPPED=143
+
+asked_by="" # USR1: save, then start again. TERM: save, then end.
+signalled=""
+training="" # process id of the training step's srun
+timers=()   # process ids of what ends a checkpoint that takes too long
+
+say() { printf '%s %s: %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "job $SLURM_JOB_ID" "$*"; }
+
+fail() {
+    local code="$1"
+    shift
+    echo "error: $*" >&2
+    exit "$code"
+}
+
+# The batch script alone gets USR1 (sbatch --signal=B:USR1@..., scancel --batch --signal=USR1).
+on_signal() {
+    signalled=yes
+    if [[ $asked_by != TERM ]]; then asked_by="$1"; fi
+    if [[ -z $training ]]; then return; fi
+    say "SIG$1: asking the training processes for a checkpoint"
+    # Through SLURM, which reaches the processes on all nodes; srun takes a SIGTERM of its own for an order to kill.
+    # It fails for a job that is cancelled, whose processes SLURM has told already.
+    scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true
+    if [[ $1 == USR1 ]]; then requeue_at_the_latest; fi
+}
+
+# Once the time limit has ended the job, SLURM does not start it again. So a checkpoint that takes too long is given up.
+requeue_at_the_latest() {
+    local seconds="${SAVE_WITHIN_S:-540}" end
+    end="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" || end=""
+    if end="$(date --date="${end:-none}" +%s 2>/dev/null)"; then
+        end=$((end - $(date +%s) - 60))
+        seconds=$((end < seconds ? end : seconds))
+    fi
+    (
+        trap - USR1 TERM
+        sleep $((seconds > 5 ? seconds : 5))
+        say "no checkpoint within $seconds s; starting again from the newest"
+        scontrol requeue "$SLURM_JOB_ID"
+    ) &
+    disown
+    timers+=("$!")
+}
+
+# The step of the newest complete checkpoint; 0 without one.
+newest_step() {
+    local manifest step newest=0
+    for manifest in "$run"/checkpoints/step_*/manifest.json; do
+        step="${manifest%/manifest.json}"
+        step="${step##*/step_}"
+        if [[ -f $manifest && $step =~ ^[0-9]+$ ]] && ((10#$step > newest)); then newest=$((10#$step)); fi
+    done
+    echo "$newest"
+}
+
+# How many starts in a row of this job, before this one, brought no newer checkpoint. A job that is submitted anew
+# counts from 0: somebody looked at it.
+count_idle_starts() {
+    local job step count file="$run/logs/idle_starts"
+    idle_starts=0
+    if [[ -f $file ]] && read -r job step count <"$file" && [[ "$job $step $count" =~ ^[0-9]+\ [0-9]+\ [0-9]+$ ]] &&
+        [[ $job == "$SLURM_JOB_ID" ]] && ((first_step <= step)); then
+        idle_starts=$((count + 1))
+    fi
+    echo "$SLURM_JOB_ID $first_step $idle_starts" >"$file.partial"
+    mv -- "$file.partial" "$file"
+}
+
+stop_without_progress() {
+    fail "$EXIT_NO_PROGRESS" "$1 starts of this job brought no checkpoint after step $first_step" \
+        "(MAX_RESTARTS_WITHOUT_PROGRESS=$max_idle); see $run/logs. Mend the cause and submit the job again"
+}
+
+check_health() {
+    local gpus="$per_node"
+    if [[ $device == cpu ]]; then gpus=0; fi
+    timeout --kill-after=30 "${HEALTH_CHECK_S:-600}" \
+        srun "${on_all_nodes[@]}" --ntasks="$nodes" --ntasks-per-node=1 --input=none \
+        "${python[@]}" "$repository/tools/health_check.py" node --gpus "$gpus" "$@" |
+        "${python[@]}" "$repository/tools/health_check.py" judge "${hosts[@]}"
+}
+
+# What the ranks' logs say went wrong; rank 0's is in this log already.
+show_errors() {
+    local log
+    for log in "$logs"/rank_*.log; do
+        if [[ -s $log && $log != "$first_log" ]] && grep -q -e '^error:' -e '^Traceback' -- "$log"; then
+            echo "--- the end of $log:"
+            tail -n 15 -- "$log"
+            return
+        fi
+    done
+}
+
+start_again() {
+    local attempt
+    if (($(newest_step) <= first_step && idle_starts >= max_idle)); then stop_without_progress $((idle_starts + 1)); fi
+    for attempt in 1 2 3; do
+        if scontrol requeue "$SLURM_JOB_ID"; then
+            say "requeued"
+            exit 0
+        fi
+        sleep $((attempt * 5))
+    done
+    fail "$EXIT_NOT_REQUEUED" "SLURM does not requeue this job; submit the same line again to continue"
+}
+
+train_on_slurm() {
+    repository="$1"
+    shift
+    trap 'on_signal USR1' USR1
+    trap 'on_signal TERM' TERM
+    device="${DEVICE:-gpu}"
+    if [[ $device != gpu && $device != cpu ]]; then fail "$EXIT_OPTIONS" "DEVICE is $device; it is gpu or cpu"; fi
+    max_idle="${MAX_RESTARTS_WITHOUT_PROGRESS:-3}"
+    if [[ ! $max_idle =~ ^[0-9]+$ ]]; then
+        fail "$EXIT_OPTIONS" "MAX_RESTARTS_WITHOUT_PROGRESS is $max_idle; it is a whole number"
+    fi
+    nodes="$SLURM_JOB_NUM_NODES"
+    per_node="${SLURM_NTASKS_PER_NODE:-}"
+    if [[ ! $per_node =~ ^[0-9]+$ ]]; then
+        fail "$EXIT_OPTIONS" "the processes per node are not known; submit with --ntasks-per-node=N"
+    fi
+    processes=$((nodes * per_node))
+    restarts="${SLURM_RESTART_COUNT:-0}"
+
+    python=(python3)
+    if [[ -x $repository/.venv/bin/python ]]; then python=("$repository/.venv/bin/python"); fi
+    if [[ -n ${PYTHON:-} ]]; then python=("$PYTHON"); fi
+    if [[ -n ${CONTAINER:-} ]]; then python=(apptainer exec --nv "$CONTAINER" "${PYTHON:-python}"); fi
+    # The code of the folder the job was submitted from, whichever is installed; DeepSpeed's compiler needs ninja.
+    export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+    if [[ ${python[0]} == */* ]]; then export PATH="${python[0]%/*}:$PATH"; fi
+    if [[ $device == cpu ]]; then export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu; fi
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export MASTER_ADDR="${MASTER_ADDR:-${hosts[0]}}"
+    # Below the ports that systems hand out by themselves, and those that SLURM's own traffic usually has.
+    export MASTER_PORT="${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 10000))}"
+
+    # A run that must be new, or must not be, has answered that at its first start.
+    if ((restarts > 0)); then set -- "$@" --train.resume auto; fi
+    run="$("${python[@]}" "$repository/tools/snapshot_run.py" \
+        --processes "$processes" --job-script "${BASH_SOURCE[-1]}" "$@")" || exit "$EXIT_OPTIONS"
+    logs="$run/logs/$SLURM_JOB_ID.$restarts"
+    first_log="$logs/rank_0000.log"
+    mkdir -p -- "$logs" || exit "$EXIT_FOLDER"
+    first_step="$(newest_step)"
+    count_idle_starts
+    if ((idle_starts > max_idle)); then stop_without_progress "$idle_starts"; fi
+    # A process that was killed while it compiled an operator leaves a lock that everybody then waits for, for ever.
+    # So a run compiles in a folder of its own, where nothing else can be at work now.
+    if [[ -z ${TORCH_EXTENSIONS_DIR:-} ]]; then
+        export TORCH_EXTENSIONS_DIR="$PWD/$run/.extensions"
+        if [[ $run == /* ]]; then TORCH_EXTENSIONS_DIR="$run/.extensions"; fi
+        rm -f -- "$TORCH_EXTENSIONS_DIR"/*/lock
+    fi
+    say "start $((restarts + 1)) on $(IFS=,; echo "${hosts[*]}"): $processes processes, logs in $logs"
+
+    on_all_nodes=(--nodes="$nodes" --distribution=block --mpi=none)
+    check_health "$@" || fail "$EXIT_HEALTH" "the nodes are not ready, so training was not started"
+
+    if [[ -z $asked_by ]]; then
+        # shellcheck disable=SC2016  # the variables of each task
+        srun "${on_all_nodes[@]}" --ntasks="$processes" --ntasks-per-node="$per_node" --kill-on-bad-exit=1 --input=none \
+            ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+            --open-mode=append --output="${logs//%/%%}/rank_%4t.log" \
+            bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS \
+                LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE; exec "$@"' rank \
+            "${python[@]}" -m megatron_lpa.pretrain "$@" &
+        training=$!
+        # scancel's SIGTERM reaches tail as well, which has to tell how training ends.
+        (trap '' TERM && exec tail -n +1 -F --pid="$training" -- "$first_log" 2>/dev/null) &
+        tail_process=$!
+        wait_for_training
+        training=""
+        if ((${#timers[@]})); then kill "${timers[@]}" 2>/dev/null || true; fi
+        wait "$tail_process" || true
+    else
+        status=$EXIT_STOPPED
+    fi
+
+    if ((status == 0)); then
+        say "complete"
+        exit 0
+    fi
+    say "training ended with exit code $status at the checkpoint of step $(newest_step)"
+    if [[ $asked_by == TERM ]]; then exit "$EXIT_STOPPED"; fi
+    if [[ -z $asked_by ]]; then show_errors; fi
+    start_again
+}
+
+# Sets `status`. A trap ends bash's wait, not what it waits for; waiting again gives the exit code once more.
+wait_for_training() {
+    while true; do
+        signalled=""
+        status=0
+        wait "$training" || status=$?
+        if [[ -z $signalled ]]; then return; fi
+    done
+}

@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""Records in a run folder what is about to run: once the whole of it, then a line for every further start.
+
+    python tools/snapshot_run.py --processes 16 --preset 3b/lpa --data.prefix data/pile_text_document
+
+Takes the options of megatron_lpa.pretrain, checks them for so many processes, and prints the run folder. The first
+start makes ``snapshot/`` there, which later ones never touch: the resolved configuration, the command, the code and
+its commit, the packages, the job. Every start adds a line to ``logs/starts.jsonl``. Of the environment, only
+variables that cannot hold a secret are recorded, and known secrets are removed from every text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_lpa import __version__
+from megatron_lpa.config import RunConfig, load_config, save_config, validate_config
+from megatron_lpa.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = (
+    "megatron_lpa/**/*.py", "megatron_lpa/**/*.yaml", "ds_configs/*.json", "slurm/*.sh", "tools/*.py",
+    "pyproject.toml", "constraints.txt",
+)  # fmt: skip
+ENVIRONMENT = re.compile(
+    r"(NCCL|TORCH_NCCL|GLOO|OMP|DS|CUDA_VISIBLE|SLURM_JOB|SLURM_NTASKS|SLURM_GPUS|MASTER)_\w+|DEVICE|CONTAINER|PYTHON"
+)
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+SHORTEST_SECRET = 8
+COMMAND_S = 30
+
+
+def without_secrets(text: str) -> str:
+    """``text`` without the values of variables that are called like secrets, and without passwords in URLs."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, f"<{name}>")
+    return re.sub(r"(\w://)[^\s/@]+@", r"\1<removed>@", text)
+
+
+def output_of(*command: str) -> str | None:
+    """What a command prints, or ``None`` where it cannot be run or fails."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=COMMAND_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def code_files() -> Iterator[Path]:
+    for pattern in CODE:
+        yield from sorted(path for path in ROOT.glob(pattern) if path.is_file())
+
+
+def code_digest() -> str:
+    """One hash of names and contents of all the code."""
+    digest = hashlib.sha256()
+    for path in code_files():
+        contents = path.read_bytes()
+        digest.update(f"{path.relative_to(ROOT)}\0{len(contents)}\0".encode() + contents)
+    return digest.hexdigest()
+
+
+def version() -> dict[str, Any]:
+    """Which code this is."""
+    untracked = output_of("git", "ls-files", "--others", "--exclude-standard")
+    return {
+        "code_sha256": code_digest(),
+        "commit": (output_of("git", "rev-parse", "HEAD") or "unknown").strip(),
+        "described": (output_of("git", "describe", "--always", "--dirty", "--tags") or "unknown").strip(),
+        "untracked": [] if untracked is None else untracked.splitlines(),
+        "megatron_lpa": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def packages() -> str:
+    """Names and versions as ``pip freeze`` has them, but no addresses, which may hold passwords."""
+    found = {f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions()}
+    return "".join(f"{line}\n" for line in sorted(found, key=str.lower))
+
+
+def write_snapshot(folder: Path, config: RunConfig, options: Sequence[str], job_script: str | None) -> None:
+    """Everything at once, or nothing; nothing where there is a snapshot already."""
+    if folder.exists():
+        return
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        _write_into(partial, config, options, job_script)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_into(folder: Path, config: RunConfig, options: Sequence[str], job_script: str | None) -> None:
+    texts = {
+        "command.txt": shlex.join(["python", "-m", "megatron_lpa.pretrain", *options]) + "\n",
+        "version.json": json.dumps(version(), indent=2) + "\n",
+        "changes.diff": output_of("git", "diff", "HEAD") or "",
+        "packages.txt": packages(),
+        "environment.txt": "".join(
+            f"{name}={value}\n"
+            for name, value in sorted(os.environ.items())
+            if ENVIRONMENT.fullmatch(name) and not SECRET.search(name)
+        ),
+    }
+    if job_script is not None:
+        texts["job_script.sh"] = Path(job_script).read_text(errors="replace")
+    if job := os.environ.get("SLURM_JOB_ID"):
+        texts["job.txt"] = output_of("scontrol", "show", "job", job) or ""
+    for name, text in texts.items():
+        if text:
+            (folder / name).write_text(without_secrets(text))
+    path = folder / "config.yaml"
+    save_config(config, path)
+    path.write_text(without_secrets(path.read_text()))
+    with tarfile.open(folder / "code.tar.gz", "w:gz") as archive:
+        for path in code_files():
+            contents = without_secrets(path.read_text(errors="surrogateescape")).encode(
+                errors="surrogateescape"
+            )
+            entry = tarfile.TarInfo(str(path.relative_to(ROOT)))
+            entry.size, entry.mtime, entry.mode = len(contents), int(path.stat().st_mtime), 0o644
+            archive.addfile(entry, io.BytesIO(contents))
+
+
+def note_start(run: Path, processes: int) -> list[str]:
+    """Adds a line to ``logs/starts.jsonl``; what the user should know of this start."""
+    (run / "logs").mkdir(exist_ok=True)
+    first = json.loads((run / "snapshot" / "version.json").read_text())
+    start = {
+        "time": time.time(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "nodes": os.environ.get("SLURM_JOB_NODELIST"),
+        "processes": processes,
+        "code_sha256": code_digest(),
+    }
+    with (run / "logs" / "starts.jsonl").open("a") as log:
+        log.write(json.dumps(start) + "\n")
+    if start["code_sha256"] == first["code_sha256"]:
+        return []
+    return [f"the code is not that of the first start, which {run / 'snapshot' / 'code.tar.gz'} holds"]
+
+
+def prepare(argv: Sequence[str]) -> Path:
+    """Check, snapshot, note; the run folder.
+
+    Raises:
+        UserError: options that cannot run, or a run folder that cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--processes", type=int, required=True, metavar="N", help="of all nodes together")
+    parser.add_argument("--job-script", metavar="FILE", help="a copy of it goes into the snapshot")
+    own, options = parser.parse_known_args(argv)
+    config = load_config(options)
+    warnings = validate_config(config, own.processes)
+    assert config.logging.name is not None
+    run = Path(config.logging.run_dir) / config.logging.name
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_snapshot(run / "snapshot", config, options, own.job_script)
+        notes = note_start(run, own.processes)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run}: cannot be written: {error}; choose another logging.run_dir") from error
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return run
+
+
+def main(argv: Sequence[str]) -> int:
+    """0, or 1 with a message for what the user can mend."""
+    try:
+        print(prepare(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
