@@ -144,7 +144,7 @@ def test_killed_and_requeued_tasks_go_on_and_the_last_one_merges(
     first, second = (
         int(line.split()[3]) for line in output.splitlines() if line.startswith("going on after ")
     )  # both starts wrote into one file
-    assert 0 < first < second, output
+    assert 0 < first <= second, output  # equal where nothing came back from the workers in between
     assert "shards still to be done" not in output
     assert outputs(prefix) == pile.expected
 
