@@ -56,7 +56,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Merge; 0, or 1 with a message for what the user can mend."""
+    """Merge; 0, 3 if the inputs lack bad records, or 1 with a message for what the user can mend."""
     arguments = parse_arguments(argv)
     # A polite kill unwinds the stack, which removes unfinished files.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

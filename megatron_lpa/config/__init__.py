@@ -1,5 +1,6 @@
 """Configuration of a run: dataclasses, loading from YAML and the command line, saving, checking."""
 
+from megatron_lpa.config.kernels import KernelConfig
 from megatron_lpa.config.loading import load_config, save_config
 from megatron_lpa.config.model import (
     INPUT_PROJECTIONS,
@@ -23,6 +24,7 @@ __all__ = [
     "INPUT_PROJECTIONS",
     "OUTPUT_PROJECTIONS",
     "DataConfig",
+    "KernelConfig",
     "LoggingConfig",
     "ModelConfig",
     "OptimConfig",

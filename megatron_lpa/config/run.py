@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_lpa.config.kernels import KernelConfig
 from megatron_lpa.config.model import ModelConfig
 
 
@@ -184,4 +185,5 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

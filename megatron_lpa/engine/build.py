@@ -88,7 +88,7 @@ class Engine:
             else self.device
         )
         with construction:
-            module = Decoder(config.model, groups, config.parallel.lowdim_layout, recompute)
+            module = Decoder(config.model, groups, config.parallel.lowdim_layout, recompute, config.kernels)
         if partitioned:
             # A layer's parameters are gathered together, by one set of hooks instead of one per module inside.
             deepspeed.utils.set_z3_leaf_modules(module, [DecoderLayer])

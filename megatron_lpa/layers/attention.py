@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megatron_lpa.config import ModelConfig
+from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.linear import InputProjections, OutputProjection
+from megatron_lpa.ops.lowdim import Norm
 from megatron_lpa.parallel.groups import ParallelGroups
 
 
@@ -39,19 +40,35 @@ class Attention(nn.Module):
         model: the decoder's config.
         groups: process groups; H and K are divisible by ``tp_size``.
         layout: tensor-parallel layout of low-dimensional modules.
+        kernels: what computes the products.
     """
 
-    def __init__(self, model: ModelConfig, groups: ParallelGroups, layout: str) -> None:
+    def __init__(
+        self, model: ModelConfig, groups: ParallelGroups, layout: str, kernels: KernelConfig
+    ) -> None:
         super().__init__()
         self.head_dim = model.head_width
         self.grouped = model.kv_heads != model.num_heads
-        self.qkv = InputProjections(("q", "k", "v"), model, groups, layout)
-        self.o = OutputProjection("o", model, groups, layout)
+        self.qkv = InputProjections(("q", "k", "v"), model, groups, layout, kernels)
+        self.o = OutputProjection("o", model, groups, layout, kernels)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        """(B, S, D) -> (B, S, D); ``rope`` holds the tables of ``rope_tables``, or None."""
+    @property
+    def takes_norm(self) -> bool:
+        """Whether ``forward`` can be given the norm before it."""
+        return self.qkv.takes_norm
+
+    def forward(
+        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, norm: Norm | None = None
+    ) -> torch.Tensor:
+        """(B, S, D) -> (B, S, D).
+
+        Args:
+            x: the residual stream.
+            rope: the tables of ``rope_tables``, or None.
+            norm: an RMSNorm of ``x`` before everything; only where ``takes_norm``.
+        """
         # (B, S, heads/T * E) -> (B, heads/T, S, E)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv(x))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv(x, norm))
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)

@@ -6,25 +6,33 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megatron_lpa.config import ModelConfig
+from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.linear import InputProjections, OutputProjection
+from megatron_lpa.ops.lowdim import Norm
 from megatron_lpa.parallel.groups import ParallelGroups
 
 
 class FeedForward(nn.Module):
     """``down(act(up(x)))``, or ``down(silu(gate(x)) * up(x))`` for SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, model: ModelConfig, groups: ParallelGroups, layout: str) -> None:
+    def __init__(
+        self, model: ModelConfig, groups: ParallelGroups, layout: str, kernels: KernelConfig
+    ) -> None:
         super().__init__()
         self.activation = model.activation
         names = ("gate", "up") if model.activation == "swiglu" else ("up",)
-        self.inputs = InputProjections(names, model, groups, layout)
-        self.down = OutputProjection("down", model, groups, layout)
+        self.inputs = InputProjections(names, model, groups, layout, kernels)
+        self.down = OutputProjection("down", model, groups, layout, kernels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, S, D) -> (B, S, D)"""
+    @property
+    def takes_norm(self) -> bool:
+        """Whether ``forward`` can be given the norm before it."""
+        return self.inputs.takes_norm
+
+    def forward(self, x: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
+        """(B, S, D) -> (B, S, D); ``norm`` is an RMSNorm of ``x`` before everything, where ``takes_norm``."""
         if self.activation == "swiglu":
-            gate, up = self.inputs(x)
+            gate, up = self.inputs(x, norm)
             return self.down(functional.silu(gate) * up)
-        (up,) = self.inputs(x)
+        (up,) = self.inputs(x, norm)
         return self.down(functional.relu(up) if self.activation == "relu" else functional.gelu(up))

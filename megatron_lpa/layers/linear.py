@@ -11,10 +11,11 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from megatron_lpa.config import ModelConfig
+from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.dense import DenseInput, DenseOutput
 from megatron_lpa.layers.lowdim import LowDimInput, LowDimOutput
 from megatron_lpa.layers.structure import InputStructure, OutputStructure
+from megatron_lpa.ops.lowdim import Norm, lowdim_linears
 from megatron_lpa.parallel.collectives import copy_to_tp, gather_shards, reduce_scatter_shards
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import new_parameter
@@ -29,40 +30,67 @@ def input_structure(name: str, model: ModelConfig, tp_size: int, layout: str) ->
     return LowDimInput(d_in, d_out, spec.rank, model.linear_bias, tp_size, layout)
 
 
-def output_structure(name: str, model: ModelConfig, tp_size: int, layout: str) -> OutputStructure:
+def output_structure(
+    name: str, model: ModelConfig, tp_size: int, layout: str, path: str = "auto"
+) -> OutputStructure:
     """The structure that ``model.projections.<name>`` asks for, for a projection back to the stream."""
     d_in, d_out = model.projection_widths()[name]
     spec = getattr(model.projections, name)
     if spec.kind == "dense":
         return DenseOutput(d_in, d_out, model.linear_bias)
-    return LowDimOutput(d_in, d_out, spec.rank, model.linear_bias, tp_size, layout)
+    return LowDimOutput(d_in, d_out, spec.rank, model.linear_bias, tp_size, layout, path)
 
 
 class InputProjections(nn.Module):
     """Several projections of one replicated input; the outputs are split over tensor-parallel ranks.
 
-    Projections of equal collective share one call, whatever their widths.
+    Projections of equal collective share one call, whatever their widths. Low-dimensional modules share
+    one product, which may read the input once for all of them.
 
     Args:
         names: projections in the order in which ``forward`` returns them.
         model: the decoder's config.
         groups: process groups.
         layout: tensor-parallel layout of low-dimensional modules.
+        kernels: what computes the products.
     """
 
-    def __init__(self, names: Iterable[str], model: ModelConfig, groups: ParallelGroups, layout: str) -> None:
+    def __init__(
+        self,
+        names: Iterable[str],
+        model: ModelConfig,
+        groups: ParallelGroups,
+        layout: str,
+        kernels: KernelConfig,
+    ) -> None:
         super().__init__()
         self.groups = groups
+        self.path = kernels.lowdim
         self.structures = {name: input_structure(name, model, groups.tp_size, layout) for name in names}
         for name, structure in self.structures.items():
             for key, spec in structure.specs().items():
                 self.register_parameter(f"{name}_{key}", new_parameter(spec, groups.tp_size))
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(..., d_in) -> one (..., d_out/T) per projection."""
+    @property
+    def takes_norm(self) -> bool:
+        """Whether ``forward`` can be given the norm of its input, to fold it into the products.
+
+        With tensor parallelism it cannot: every rank would have only its part of the norm's gradient.
+        """
+        lowdim = all(isinstance(structure, LowDimInput) for structure in self.structures.values())
+        return lowdim and self.groups.tp_size == 1
+
+    def forward(self, x: torch.Tensor, norm: Norm | None = None) -> tuple[torch.Tensor, ...]:
+        """(..., d_in) -> one (..., d_out/T) per projection.
+
+        Args:
+            x: the input, replicated over ranks.
+            norm: an RMSNorm of ``x`` before everything; only where ``takes_norm``.
+        """
+        assert norm is None or self.takes_norm
         x = copy_to_tp(x, self.groups)
         parameters = {name: self._parameters_of(name) for name in self.structures}
-        results = {name: s.before(x, parameters[name]) for name, s in self.structures.items()}
+        results = self._before(x, parameters, norm)
         for collective, call in (("gather", gather_shards), ("reduce_scatter", reduce_scatter_shards)):
             members = [name for name, s in self.structures.items() if s.collective == collective]
             if not members:
@@ -78,6 +106,23 @@ class InputProjections(nn.Module):
                 results[name] = self.structures[name].after(part, parameters[name])
         return tuple(results.values())
 
+    def _before(
+        self, x: torch.Tensor, parameters: dict[str, dict[str, torch.Tensor]], norm: Norm | None
+    ) -> dict[str, torch.Tensor]:
+        """The products before the collectives, in the order of the projections."""
+        at_once = {
+            name: structure
+            for name, structure in self.structures.items()
+            if isinstance(structure, LowDimInput) and structure.multiplies_at_once
+        }
+        pairs = [structure.pair(parameters[name]) for name, structure in at_once.items()]
+        products = lowdim_linears(x, pairs, norm, self.path) if pairs else ()
+        shared = dict(zip(at_once, products, strict=True))
+        return {
+            name: at_once[name].shaped(shared[name]) if name in at_once else s.before(x, parameters[name])
+            for name, s in self.structures.items()
+        }
+
     def _parameters_of(self, name: str) -> dict[str, torch.Tensor]:
         return {key: getattr(self, f"{name}_{key}") for key in self.structures[name].specs()}
 
@@ -90,12 +135,15 @@ class OutputProjection(nn.Module):
         model: the decoder's config.
         groups: process groups.
         layout: tensor-parallel layout of low-dimensional modules.
+        kernels: what computes the products.
     """
 
-    def __init__(self, name: str, model: ModelConfig, groups: ParallelGroups, layout: str) -> None:
+    def __init__(
+        self, name: str, model: ModelConfig, groups: ParallelGroups, layout: str, kernels: KernelConfig
+    ) -> None:
         super().__init__()
         self.groups = groups
-        self.structure = output_structure(name, model, groups.tp_size, layout)
+        self.structure = output_structure(name, model, groups.tp_size, layout, kernels.lowdim)
         for key, spec in self.structure.specs().items():
             self.register_parameter(key, new_parameter(spec, groups.tp_size))
 

@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from megatron_lpa.layers.structure import Collective, Parameters
-from megatron_lpa.ops.lowdim import lowdim_linear
+from megatron_lpa.ops.lowdim import Pair, lowdim_linear
 from megatron_lpa.parallel.collectives import reduce_from_tp, reduce_scatter_shards
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import ParameterSpec
@@ -50,7 +50,22 @@ class LowDimInput:
     @property
     def collective(self) -> Collective:
         """``rank`` sums outputs, ``latent`` collects latents."""
+        if self.tp_size == 1:
+            return "none"
         return "reduce_scatter" if self.layout == "rank" else "gather"
+
+    @property
+    def multiplies_at_once(self) -> bool:
+        """Whether no collective comes between the two products, so that one kernel can do both."""
+        return self.tp_size == 1 or self.layout == "rank"
+
+    def pair(self, p: Parameters) -> Pair:
+        """The factors, for a product of several modules at once."""
+        return Pair(p["w_a"], p["w_b"], p.get("bias_a"))
+
+    def shaped(self, product: torch.Tensor) -> torch.Tensor:
+        """What ``before`` returns, from the product with ``pair``."""
+        return product if self.tp_size == 1 else product.unflatten(-1, (self.tp_size, -1))
 
     def specs(self) -> dict[str, ParameterSpec]:
         """``w_a`` (r, d_in), ``w_b`` (d_out, r), ``bias_a`` (r,)."""
@@ -64,10 +79,9 @@ class LowDimInput:
         return specs
 
     def before(self, x: torch.Tensor, p: Parameters) -> torch.Tensor:
-        """(..., d_in) -> (..., T, d_out/T) partial sums, or the latents (..., r/T)."""
-        if self.layout == "rank":
-            partial = lowdim_linear(x, p["w_a"], p["w_b"], p.get("bias_a"))
-            return partial.unflatten(-1, (self.tp_size, -1))
+        """(..., d_in) -> the output, (..., T, d_out/T) partial sums of it, or the latents (..., r/T)."""
+        if self.multiplies_at_once:
+            return self.shaped(lowdim_linear(x, *self.pair(p)))
         return functional.linear(x, p["w_a"], p.get("bias_a"))
 
     def after(self, y: torch.Tensor, p: Parameters) -> torch.Tensor:
@@ -89,6 +103,7 @@ class LowDimOutput:
         tp_size: tensor-parallel size.
         layout: ``rank`` splits W_B along r; ``latent`` keeps W_B whole on every rank, which costs its
             memory and product T times and saves the all-reduce of the output.
+        path: how the product is computed where one process has both factors whole.
     """
 
     d_in: int
@@ -97,6 +112,7 @@ class LowDimOutput:
     bias: bool
     tp_size: int
     layout: str
+    path: str = "auto"
 
     def specs(self) -> dict[str, ParameterSpec]:
         """``w_a`` (r, d_in), ``w_b`` (d_out, r), ``bias_b`` (d_out,)."""
@@ -112,7 +128,7 @@ class LowDimOutput:
     def apply(self, x: torch.Tensor, p: Parameters, groups: ParallelGroups) -> torch.Tensor:
         """(..., d_in/T) -> (..., d_out)"""
         if self.tp_size == 1:
-            return lowdim_linear(x, p["w_a"], p["w_b"], None, p.get("bias_b"))
+            return lowdim_linear(x, p["w_a"], p["w_b"], None, p.get("bias_b"), self.path)
         latent = functional.linear(x, p["w_a"])
         if self.layout == "latent":
             return functional.linear(reduce_from_tp(latent, groups), p["w_b"], p.get("bias_b"))

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_lpa.config import ModelConfig
+from megatron_lpa.ops.lowdim import Norm
 from megatron_lpa.parallel.sharding import ParameterSpec, new_parameter
 
 
@@ -31,6 +32,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = new_parameter(ParameterSpec((width,), "norm_weight", width), 1)
+
+    @property
+    def folded(self) -> Norm:
+        """What a product needs in order to compute this norm itself."""
+        return Norm(self.weight, self.eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., width) -> (..., width)"""

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megatron_lpa.config import ModelConfig
+from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.attention import Attention, rope_tables
 from megatron_lpa.layers.embedding import LanguageModelHead, PositionEmbedding, TokenEmbedding
 from megatron_lpa.layers.ffn import FeedForward
 from megatron_lpa.layers.loss import vocab_parallel_cross_entropy
-from megatron_lpa.layers.norm import build_norm
+from megatron_lpa.layers.norm import RMSNorm, build_norm
 from megatron_lpa.parallel.groups import ParallelGroups
 
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -26,21 +26,29 @@ class DecoderLayer(nn.Module):
     """Attention and FFN, each added to the residual stream.
 
     ``pre``: ``x + dropout(sublayer(norm(x)))``. ``post_sublayer``: ``x + dropout(norm(sublayer(x)))``.
+    A sublayer that can fold the norm into its products is given it; whether it does, the kernels decide.
     """
 
-    def __init__(self, model: ModelConfig, groups: ParallelGroups, layout: str) -> None:
+    def __init__(
+        self, model: ModelConfig, groups: ParallelGroups, layout: str, kernels: KernelConfig
+    ) -> None:
         super().__init__()
         self.norm_first = model.norm_position == "pre"
         self.dropout = model.dropout
         self.attention_norm = build_norm(model)
-        self.attention = Attention(model, groups, layout)
+        self.attention = Attention(model, groups, layout, kernels)
         self.ffn_norm = build_norm(model)
-        self.ffn = FeedForward(model, groups, layout)
+        self.ffn = FeedForward(model, groups, layout, kernels)
 
     def forward(self, x: torch.Tensor, rope: Rope | None) -> torch.Tensor:
         """(B, S, D) -> (B, S, D)"""
         if self.norm_first:
-            x = x + self._drop(self.attention(self.attention_norm(x), rope))
+            if self.attention.takes_norm and isinstance(self.attention_norm, RMSNorm):
+                x = x + self._drop(self.attention(x, rope, self.attention_norm.folded))
+            else:
+                x = x + self._drop(self.attention(self.attention_norm(x), rope))
+            if self.ffn.takes_norm and isinstance(self.ffn_norm, RMSNorm):
+                return x + self._drop(self.ffn(x, self.ffn_norm.folded))
             return x + self._drop(self.ffn(self.ffn_norm(x)))
         x = x + self._drop(self.attention_norm(self.attention(x, rope)))
         return x + self._drop(self.ffn_norm(self.ffn(x)))
@@ -57,6 +65,7 @@ class Decoder(nn.Module):
         groups: process groups; ``ParallelGroups.single()`` for one process.
         layout: tensor-parallel layout of low-dimensional modules.
         recompute: activation checkpointing of each layer; None keeps all activations.
+        kernels: what computes the operations.
 
     Parameters are uninitialised until ``megatron_lpa.model.init.initialize`` has run.
     """
@@ -67,6 +76,7 @@ class Decoder(nn.Module):
         groups: ParallelGroups,
         layout: str = "latent",
         recompute: Recompute | None = None,
+        kernels: KernelConfig = KernelConfig(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
         self.config = model
@@ -75,7 +85,9 @@ class Decoder(nn.Module):
         self.token_embedding = TokenEmbedding(model, groups)
         learned = model.position_embedding == "learned"
         self.position_embedding = PositionEmbedding(model) if learned else None
-        self.layers = nn.ModuleList(DecoderLayer(model, groups, layout) for _ in range(model.num_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(model, groups, layout, kernels) for _ in range(model.num_layers)
+        )
         self.final_norm = build_norm(model) if model.final_norm else None
         self.head = LanguageModelHead(model, groups, self.token_embedding if model.tie_embeddings else None)
         self._rope: Rope | None = None

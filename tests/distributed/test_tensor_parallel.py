@@ -10,7 +10,7 @@ from support import reference
 from support.models import LPA, MODELS, SETTING_1, lowdim
 from support.world import groups_for
 
-from megatron_lpa.config import ModelConfig, ParallelConfig
+from megatron_lpa.config import KernelConfig, ModelConfig, ParallelConfig
 from megatron_lpa.layers.attention import Attention
 from megatron_lpa.model.accounting import collective_elements_per_token
 from megatron_lpa.model.init import initialize
@@ -127,7 +127,7 @@ def test_padded_ids_have_probability_zero_and_no_gradient(world):
 def attention_traffic(layout: str, model: ModelConfig, tokens: int) -> tuple[int, int, int, int]:
     """Elements and bytes that one attention layer moves on this rank, forward and backward."""
     groups = groups_for(4)
-    attention = Attention(model, groups, layout)
+    attention = Attention(model, groups, layout, KernelConfig())
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.01)
     x = torch.randn(1, tokens, model.hidden_size, requires_grad=True)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import sentencepiece
+from support.preprocessing import write_jsonl
 
 from megatron_lpa.data.preparation.train_tokenizer import train_tokenizer
-
-
-def write_jsonl(path: Path, records: Iterable[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +38,9 @@ def sentencepiece_model(prose: list[str], tmp_path_factory: pytest.TempPathFacto
         minloglevel=2,
     )
     return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="session")
+def corpus(prose: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = [*prose, "", "naïve 日本 🙂"] * 2
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "a.jsonl", [{"text": text} for text in texts])

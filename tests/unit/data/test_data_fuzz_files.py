@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_data_fuzz_oracle import Bench, mutated, reproducible, time_limit
+from support.fuzz_bench import Bench, mutated, reproducible, time_limit
 
 from megatron_lpa.data.inspection.document_view import view_document
 from megatron_lpa.data.inspection.report import summary_json, summary_text

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from test_data_fuzz_oracle import Bench, Case, mutated, reproducible
+from support.fuzz_bench import Bench, mutated, reproducible
+from support.record_oracle import Case
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -374,7 +375,7 @@ def test_a_file_cut_at_every_byte(bench: Bench, ending: str) -> None:
 
 
 def _is_whole(case: Case) -> bool:
-    from test_data_fuzz_oracle import Damaged, records_of
+    from support.record_oracle import Damaged, records_of
 
     try:
         return bool(records_of(case))

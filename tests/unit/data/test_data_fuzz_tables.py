@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
-from test_data_fuzz_oracle import Bench, Record, mutated, reproducible, time_limit
+from support.fuzz_bench import Bench, mutated, reproducible, time_limit
+from support.record_oracle import Record
 
 from megatron_lpa.data.preparation.preprocess import preprocess
 from megatron_lpa.data.preparation.sources import resolve_inputs

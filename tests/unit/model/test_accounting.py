@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_lpa.config import (
+    KernelConfig,
     ModelConfig,
     ParallelConfig,
     ProjectionConfig,
@@ -219,7 +220,7 @@ def test_the_decoder_has_as_many_parameters(model: ModelConfig) -> None:
 )
 def test_saved_bytes_are_what_autograd_keeps(model: ModelConfig) -> None:
     """layernorm without dropout: the CPU, unlike CUDA, has no fused rmsnorm and no one-byte masks."""
-    layer = DecoderLayer(model, ParallelGroups.single(), "latent")
+    layer = DecoderLayer(model, ParallelGroups.single(), "latent", KernelConfig())
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(2, 64, 64, requires_grad=True)

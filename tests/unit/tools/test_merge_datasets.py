@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -42,7 +43,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     for number in range(4):
-        write_dataset(tmp_path / "shards" / f"s.{number}", random_documents(number, 20))
+        write_dataset(
+            tmp_path / "shards" / f"s.{number}",
+            random_documents(number, 20),
+            change=lambda manifest: replace(manifest, rejected_documents=0),
+        )
     everything = [document for number in range(4) for document in random_documents(number, 20)]
     write_dataset(tmp_path / "once", everything)
     return tmp_path / "shards"
@@ -80,6 +85,14 @@ def test_merges_and_says_what_there_is(tmp_path: Path, shards: Path) -> None:
     )
     assert done.returncode == 0 and done.stdout.endswith("no manifest, as not all inputs have one\n")
     assert files(tmp_path / "out") == {"all.bin", "all.idx"}
+
+
+def test_records_that_the_inputs_lack_show_as_exit_code_3(tmp_path: Path, shards: Path) -> None:
+    write_dataset(shards / "s.4", random_documents(4, 5))  # its manifest says that 3 records were left out
+    done = run("--input", shards / "s.*.idx", "--output-prefix", tmp_path / "out/all", "--expect", 5)
+    assert (done.returncode, done.stderr) == (3, "warning: 3 bad records were left out of the inputs\n")
+    manifest = read_manifest(tmp_path / "out/all")
+    assert manifest is not None and (manifest.documents, manifest.rejected_documents) == (85, 3)
 
 
 def test_refusals_are_one_line(tmp_path: Path, shards: Path) -> None:
