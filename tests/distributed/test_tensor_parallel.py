@@ -38,10 +38,12 @@ def unsharded_weights(model: ModelConfig) -> dict[str, torch.Tensor]:
     }
 
 
-def sharded_results(tp_size: int, layout: str, model: ModelConfig, weights: dict[str, torch.Tensor]) -> dict:
+def sharded_results(
+    tp_size: int, layout: str, model: ModelConfig, weights: dict[str, torch.Tensor], path: str = "auto"
+) -> dict:
     """On each rank: gathered logits, losses, and gradients in local shards."""
     groups = groups_for(tp_size)
-    decoder = Decoder(model, groups, layout)
+    decoder = Decoder(model, groups, layout, kernels=KernelConfig(lowdim=path))
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             spec = spec_of(parameter)
@@ -63,20 +65,27 @@ def sharded_results(tp_size: int, layout: str, model: ModelConfig, weights: dict
 
 
 CASES = [
-    (name, tp_size, layout)
+    (name, tp_size, layout, "auto")
     for name, model in MODELS.items()
     for tp_size in (1, 2, 4)
     for layout in LAYOUTS
     # A model without low-dimensional modules has no layout to vary.
     if layout == "latent" or any(spec.kind == "lowdim" for spec in vars(model.projections).values())
 ]
+# The fused kernel's turn is in tests/kernels.
+CASES += [
+    (name, tp_size, "rank", path)
+    for name in ("s1_low_all", "s2_lpa", "s2_low_all", "s2_lpa_kv", "gqa_wide_heads")
+    for tp_size in (1, 2)
+    for path in ("joined", "merged")
+]
 
 
-@pytest.mark.parametrize(("name", "tp_size", "layout"), CASES)
-def test_logits_losses_and_gradients_equal_the_unsharded_reference(world, name, tp_size, layout):
+@pytest.mark.parametrize(("name", "tp_size", "layout", "path"), CASES)
+def test_logits_losses_and_gradients_equal_the_unsharded_reference(world, name, tp_size, layout, path):
     model = MODELS[name]
     weights = unsharded_weights(model)
-    results = world(4).run(sharded_results, tp_size, layout, model, weights)[:tp_size]
+    results = world(4).run(sharded_results, tp_size, layout, model, weights, path)[:tp_size]
 
     exact = {key: value.double().requires_grad_() for key, value in weights.items()}
     ids = random_ids(model)

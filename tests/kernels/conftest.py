@@ -16,4 +16,4 @@ collect_ignore = []
 if importlib.util.find_spec("triton") is None or not (
     torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 ):
-    collect_ignore = ["test_lowdim_kernel.py"]
+    collect_ignore = ["test_lowdim_kernel.py", "test_decoder_kernel.py"]
