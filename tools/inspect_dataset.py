@@ -66,7 +66,9 @@ def verification_text(found: Verification) -> str:
     lines += [f"{count} more problems of the kind {kind}" for kind, count in found.unlisted.items()]
     lines += [f"not checked: {what}" for what in found.unchecked]
     number = len(found.problems) + sum(found.unlisted.values())
-    return "\n".join([*lines, f"verified: {number} problems" if number else "verified: no problems"])
+    return "\n".join(
+        [*lines, f"verified: {number} problem{'s' * (number > 1)}" if number else "verified: no problems"]
+    )
 
 
 def inspect(arguments: argparse.Namespace) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from megatron_lpa.config import RunConfig
+from megatron_lpa.config import DataConfig, RunConfig
 from megatron_lpa.data.samples import Samples
 from megatron_lpa.data.splits import Splits, open_splits
+from megatron_lpa.data.storage.indexed import bin_path
 from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
 from megatron_lpa.data.tokenizers.loading import Tokenizer
 from megatron_lpa.errors import UserError
@@ -20,8 +22,9 @@ def open_data(config: RunConfig) -> Splits:
     Raises:
         UserError: missing or damaged data, data of another tokenizer, or fewer tokens than ``train.tokens``.
     """
+    # First, because it takes no time; a sample index can take minutes.
+    notes = _check_manifests(_prefixes(config.data), config.model.vocab_size)
     splits = open_splits(config.data, config.model.sequence_length, config.train.seed)
-    notes = _check_manifests(splits, config.model.vocab_size)
     steps = total_steps(config.train, config.model, splits.train.num_samples)
     samples = steps * config.train.global_batch_size
     if config.train.tokens is not None and not config.data.allow_repeats:
@@ -38,8 +41,8 @@ def check_tokenizer(tokenizer: Tokenizer, splits: Splits, config: RunConfig) -> 
     given = f"data.tokenizer={config.data.tokenizer}"
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"{given} has {tokenizer.vocab_size} ids, but model.vocab_size is {config.model.vocab_size}; set "
-            "model.vocab_size to at least that"
+            f"{given} has {tokenizer.vocab_size} ids, but model.vocab_size is {config.model.vocab_size}; pass "
+            f"--model.vocab_size {tokenizer.vocab_size}"
         )
     for prefix in splits.prefixes:
         manifest = read_manifest(prefix)
@@ -51,7 +54,12 @@ def check_tokenizer(tokenizer: Tokenizer, splits: Splits, config: RunConfig) -> 
             )
 
 
-def _check_manifests(splits: Splits, vocab_size: int) -> list[str]:
+def _prefixes(data: DataConfig) -> list[str]:
+    named = (data.prefix, *(data.blend or ()), data.train_prefix, data.valid_prefix, data.test_prefix)
+    return [prefix for prefix in named if prefix is not None]
+
+
+def _check_manifests(prefixes: Sequence[str], vocab_size: int) -> list[str]:
     """One tokenizer and one way to end documents for all data, with no more ids than the model.
 
     Data without a manifest was written by another tool: the ids of each batch are checked, and a note says that
@@ -60,9 +68,11 @@ def _check_manifests(splits: Splits, vocab_size: int) -> list[str]:
     notes: list[str] = []
     first: tuple[str, str] | None = None
     first_ends: tuple[str | None, str] | None = None
-    for prefix in splits.prefixes:
+    for prefix in prefixes:
         manifest = read_manifest(prefix)
         if manifest is None:
+            if not bin_path(prefix).exists():
+                continue  # no such data: opening it says so
             notes.append(
                 f"{prefix} has no manifest ({manifest_path(prefix).name}), so which tokenizer made it is not known: "
                 "only the range of its ids is checked"
@@ -72,7 +82,7 @@ def _check_manifests(splits: Splits, vocab_size: int) -> list[str]:
         if tokenizer.vocab_size > vocab_size:
             raise UserError(
                 f"{path}: the tokenizer of this data has {tokenizer.vocab_size} ids, but model.vocab_size is "
-                f"{vocab_size}; preprocess with the model's tokenizer, or set model.vocab_size"
+                f"{vocab_size}; pass --model.vocab_size {tokenizer.vocab_size}, or preprocess with the model's tokenizer"
             )
         described = f"{tokenizer.name} ({tokenizer.fingerprint[:16]})"
         if first is not None and first[0] != tokenizer.fingerprint:
@@ -123,16 +133,20 @@ def _reading_notes(samples: int, train: Samples) -> list[str]:
     epochs = [float(samples * weight / held) for _, weight, held in parts]
     if len(parts) == 1:
         prefix = parts[0][0]
-        return [f"the run reads {prefix} {epochs[0]:.2f} times"] if samples > parts[0][2] else []
+        return [f"the run reads {prefix} {_times(epochs[0])}"] if samples > parts[0][2] else []
     described = [
-        f"{prefix}{_share(weight)} {times:.2f} times"
+        f"{prefix}{_share(weight)} {_times(times)}"
         for (prefix, weight, _), times in zip(parts, epochs, strict=True)
     ]
     return [f"the run reads {', '.join(described)}"]
 
 
 def _share(weight: Fraction) -> str:
-    return "" if weight == 1 else f" ({float(weight):.4%} of the samples)"
+    return "" if weight == 1 else f" ({100 * float(weight):.4g} % of the samples)"
+
+
+def _times(epochs: float) -> str:
+    return f"{epochs:.3g} times"
 
 
 def _ceil(value: Fraction) -> int:

@@ -131,6 +131,8 @@ def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: Paralle
     """
     if groups.rank != 0:
         return None
+    if config.data.tokenizer is not None:  # before anything is made: a refused run leaves no folder
+        check_tokenizer(load_tokenizer(config.data.tokenizer), splits, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - stays open as long as the run
@@ -141,7 +143,6 @@ def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: Paralle
     except BlockingIOError:
         raise UserError(f"{folder}: another run is writing here; choose another logging.name") from None
     if config.data.tokenizer is not None:
-        check_tokenizer(load_tokenizer(config.data.tokenizer), splits, config)
         save_tokenizer(config.data.tokenizer, folder / "tokenizer")
     return lock
 
@@ -173,6 +174,12 @@ def _introduce(run: Run, checkpoint: Path | None, changed: list[str]) -> None:
     )
     if config.train.epochs is not None and config.optim.warmup_steps > run.steps:
         print(f"warning: the run ends after {run.steps} steps, within optim.warmup_steps", flush=True)
+    held = [split for split in (run.splits.train, run.splits.valid, run.splits.test) if split is not None]
+    sizes = (
+        f"{s.name} {s.num_samples:,} samples ({_amount(s.num_samples * s.sequence_length)} tokens)"
+        for s in held
+    )
+    print(f"data: {', '.join(sizes)}", flush=True)
     for note in run.splits.notes:
         print(f"note: {note}", flush=True)
     if checkpoint is not None:
@@ -181,6 +188,13 @@ def _introduce(run: Run, checkpoint: Path | None, changed: list[str]) -> None:
             print(f"note: {note}", flush=True)
         for line in changed:
             print(f"note: since the last start, {line}", flush=True)
+
+
+def _amount(number: int) -> str:
+    for unit, name in ((10**9, "B"), (10**6, "M")):
+        if number >= unit:
+            return f"{number / unit:,.1f} {name}"
+    return f"{number:,}"
 
 
 def _callbacks(run: Run) -> list[Callback]:

@@ -80,7 +80,7 @@ CASES = {
     ),
     "too few tokens in a blend": (
         [], ["--data.blend", '{"good": 0.75, "foreign": 0.25}', "--train.steps", "null", "--train.tokens", "1e5"],
-        ["good (75.0000% of the samples)", "foreign (25.0000% of the samples)", "short"],
+        ["good (75 % of the samples)", "foreign (25 % of the samples)", "short"],
     ),
     "missing tokenizer": (DATA, ["--data.tokenizer", "/nowhere/tokenizer.json"], ["/nowhere/tokenizer.json"]),
     "shorter than one sequence": (DATA[2:], ["--data.prefix", "short"], ["short", "11", "17"]),

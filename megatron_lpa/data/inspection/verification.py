@@ -88,7 +88,8 @@ def _verify_files(prefix: str, manifest: Manifest | None, log: ProblemLog, unche
     dataset = _open(prefix, log)
     if manifest is not None:
         _check_counts(prefix, manifest, dataset, log)
-        dtype = np.dtype(manifest.dtype)  # rather than that of an index that may be damaged
+        if dataset is None:
+            dtype = np.dtype(manifest.dtype)  # rather than that of a damaged index
     if dtype is None:
         unchecked.append(f"the tokens: {path.name} does not tell their dtype")
         return
@@ -103,8 +104,6 @@ def _verify_files(prefix: str, manifest: Manifest | None, log: ProblemLog, unche
             manifest.tokenizer.vocab_size,
             manifest.tokenizer.eod_id if ends else None,
         )
-    if dataset is not None and dataset.dtype != dtype:
-        dataset = None  # their disagreement is logged already
     check_tokens(prefix, dtype, dataset, expected, log)
 
 
@@ -142,3 +141,18 @@ def _check_counts(prefix: str, manifest: Manifest, dataset: IndexedDataset | Non
             log.add(
                 "counts", manifest_path(prefix), f"{what} {recorded}, but {idx_path(prefix).name} has {found}"
             )
+    # Some records belong to no subset, so those can be fewer.
+    subsets = manifest.subsets.values()
+    for what, found, limit in (
+        ("documents by subset", sum(subset.documents for subset in subsets), manifest.documents),
+        ("tokens by subset", sum(subset.tokens for subset in subsets), manifest.tokens),
+    ):
+        if found > limit:
+            log.add("counts", manifest_path(prefix), f"{what} sum up to {found}, more than all {limit}")
+    by_source = sum(source.documents for source in manifest.sources)
+    if manifest.sources and by_source != manifest.documents:
+        log.add(
+            "counts",
+            manifest_path(prefix),
+            f"documents by source sum up to {by_source}, not to all {manifest.documents}",
+        )

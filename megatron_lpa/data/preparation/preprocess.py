@@ -30,6 +30,7 @@ from megatron_lpa.data.preparation.preprocess_config import (
 )
 from megatron_lpa.data.preparation.progress_lines import ProgressLines
 from megatron_lpa.data.preparation.readers import CHUNK_BYTES, Chunk, SourceReader
+from megatron_lpa.data.preparation.records import PILE_SUBSET
 from megatron_lpa.data.preparation.sources import Source, file_sources, shard_of
 from megatron_lpa.data.storage.files import explained_write_errors
 from megatron_lpa.data.storage.indexed import best_dtype, bin_path, idx_path
@@ -320,6 +321,11 @@ def missing_subsets(config: PreprocessConfig, manifests: dict[str, Manifest]) ->
     seen = {
         name for manifest in manifests.values() for name in (*manifest.subsets, *manifest.dropped_subsets)
     }
+    if not seen and config.subset_key != PILE_SUBSET:
+        print(
+            f"warning: no record names its subset under {config.subset_key!r} (--subset-key); is it spelled so?",
+            file=sys.stderr,
+        )
     missing = [name for name in (*config.keep_subsets, *config.drop_subsets) if name not in seen]
     for name in missing:
         print(f"warning: no record was of subset {name!r}; is it spelled so?", file=sys.stderr)

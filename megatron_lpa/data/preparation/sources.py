@@ -66,6 +66,10 @@ def resolve_inputs(inputs: Sequence[str]) -> list[Path]:
             raise UserError(f"an input is {name!r}, an empty name; give a file, a folder or a pattern")
         path = Path(name)
         if _is_dir(path):
+            if any((path / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
+                raise UserError(
+                    f"{name}: a folder that datasets' save_to_disk wrote; give it as --dataset {name}"
+                )
             found = sorted(_texts_of_folder(path))
             if not found:
                 raise UserError(f"{name}: no text in this folder; known endings: {', '.join(SUFFIXES)}")

@@ -169,6 +169,9 @@ def test_subsets_are_counted_kept_and_dropped(bpe_folder: Path, tmp_path: Path) 
     kept = run_tool(*arguments, "--output-prefix", tmp_path / "k", "--keep-subsets", "A", "C")
     assert kept.returncode == 3 and "4 dropped by subset" in kept.stdout
     assert "warning: no record was of subset 'C'" in kept.stderr
+    misspelt = run_tool(*arguments, "--output-prefix", tmp_path / "m", "--subset-key", "meta.set")
+    assert misspelt.returncode == 0
+    assert "warning: no record names its subset under 'meta.set' (--subset-key)" in misspelt.stderr
     dropped = run_tool(*arguments, "--output-prefix", tmp_path / "d", "--drop-subsets", "B")
     assert dropped.returncode == 0
     assert outputs(tmp_path, "k_*.bin") == outputs(tmp_path, "d_*.bin")
@@ -242,6 +245,8 @@ def test_a_dataset_that_changed_is_another_job(bpe_folder: Path, tmp_path: Path)
         rows.save_to_disk(str(tmp_path / "d"))
 
     save("old")
+    with pytest.raises(UserError, match=r"save_to_disk wrote; give it as --dataset"):
+        preprocess(PreprocessConfig(f"{tmp_path}/x", str(bpe_folder), (str(tmp_path / "d"),)))
     config = PreprocessConfig(
         f"{tmp_path}/x", str(bpe_folder), dataset=str(tmp_path / "d"), engine="reference"
     )

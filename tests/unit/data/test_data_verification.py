@@ -15,6 +15,7 @@ from megatron_lpa.data.inspection import index_check, token_check
 from megatron_lpa.data.inspection.problems import Problem
 from megatron_lpa.data.inspection.verification import verify
 from megatron_lpa.data.storage.indexed import HEADER, IndexedDataset
+from megatron_lpa.data.storage.manifest import Manifest, SubsetCount
 from megatron_lpa.errors import UserError
 
 BLOCK = 256
@@ -235,9 +236,31 @@ def test_a_manifest_of_other_counts_is_found(tmp_path: Path, name: str, value: o
         random_documents(0, 40),
         change=lambda m: replace(m, **{name: value}),  # type: ignore[arg-type]
     )
-    found = of_kind(verify(str(prefix)).problems, "counts")
+    problems = verify(str(prefix)).problems
+    found = of_kind(problems, "counts")
     assert any(f"{name} {value}, but d.idx has" in problem.message for problem in found)
     assert {problem.path for problem in found} == {f"{prefix}.json"}
+    if name == "dtype":  # nothing is made of tokens read in the wrong dtype
+        assert {problem.kind for problem in problems} <= {"counts", "length"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: replace(m, subsets={"a": SubsetCount(41, 1)}),
+            "documents by subset sum up to 41, more than all 40",
+        ),
+        (lambda m: replace(m, subsets={"a": SubsetCount(1, 10**6)}), "tokens by subset sum up to 1000000"),
+        (lambda m: replace(m, sources=m.sources[:1]), "documents by source sum up to 20, not to all 40"),
+    ],
+)
+def test_sums_of_a_manifest_that_do_not_fit_are_found(
+    tmp_path: Path, change: Callable[[Manifest], Manifest], message: str
+) -> None:
+    prefix = write_dataset(tmp_path / "d", random_documents(0, 40), change=change)
+    (found,) = verify(str(prefix)).problems
+    assert found.kind == "counts" and message in found.message
 
 
 def damaged_manifests() -> list[Callable[[dict[str, object]], object]]:

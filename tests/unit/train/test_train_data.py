@@ -76,7 +76,7 @@ def test_tokens_without_repetition_or_not_at_all(tmp_path: Path) -> None:
     for part in ("train.tokens is 801", "a: 880 needed, 800 there, 80 short", "to 800", "data.allow_repeats"):
         assert part in text
     allowed = opened(replace(data, allow_repeats=True), TrainConfig(tokens=801))
-    assert allowed.notes == (f"the run reads {tmp_path}/a 1.10 times",)
+    assert allowed.notes == (f"the run reads {tmp_path}/a 1.1 times",)
 
 
 @pytest.mark.parametrize("num_samples", [8, 9, 15, 83])
@@ -124,8 +124,8 @@ def test_documents_of_one_run_end_alike(tmp_path: Path) -> None:
 def test_steps_and_epochs_may_repeat_and_say_so(tmp_path: Path) -> None:
     data = DataConfig(train_prefix=write(tmp_path / "a", 80))
     assert opened(data, TrainConfig(steps=10)).notes == ()
-    assert opened(data, TrainConfig(steps=25)).notes == (f"the run reads {tmp_path}/a 2.50 times",)
-    assert opened(data, TrainConfig(epochs=2.0)).notes == (f"the run reads {tmp_path}/a 2.00 times",)
+    assert opened(data, TrainConfig(steps=25)).notes == (f"the run reads {tmp_path}/a 2.5 times",)
+    assert opened(data, TrainConfig(epochs=2.0)).notes == (f"the run reads {tmp_path}/a 2 times",)
 
 
 def test_a_blend_tells_the_shortfall_of_each_dataset(tmp_path: Path) -> None:
@@ -134,16 +134,16 @@ def test_a_blend_tells_the_shortfall_of_each_dataset(tmp_path: Path) -> None:
     splits = opened(data, TrainConfig(tokens=400))
     assert splits.notes == (
         "the run reads " + ", ".join(
-            f"{prefix} ({weight:.4%} of the samples) {times:.2f} times"
-            for prefix, weight, times in (
-                ((a, 0.75, 0.5), (b, 0.25, 1.0)) if splits.train.parts[0][0] == a else ((b, 0.25, 1.0), (a, 0.75, 0.5))
+            f"{prefix} ({percent} % of the samples) {times} times"
+            for prefix, percent, times in (
+                ((a, 75, 0.5), (b, 25, 1)) if splits.train.parts[0][0] == a else ((b, 25, 1), (a, 75, 0.5))
             )
         ),
     )  # fmt: skip
     text = refusal(data, TrainConfig(tokens=640))
-    assert f"{b} (25.0000% of the samples): 160 needed, 100 there, 60 short" in text
+    assert f"{b} (25 % of the samples): 160 needed, 100 there, 60 short" in text
     assert f"{a} (" not in text and "Lower train.tokens to 400" in text
-    assert f"{a} (75.0000% of the samples): 1,200 needed, 600 there, 600 short" in refusal(
+    assert f"{a} (75 % of the samples): 1,200 needed, 600 there, 600 short" in refusal(
         data, TrainConfig(tokens=1600)
     )
 
