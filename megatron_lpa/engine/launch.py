@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 
+from megatron_lpa.engine.compile_lock import wait_for_compilers
 from megatron_lpa.errors import RankError, UserError
 from megatron_lpa.parallel.groups import ParallelGroups
 
@@ -82,6 +83,8 @@ def start_distributed(tensor_parallel_size: int) -> ParallelGroups:
         backend = "nccl"
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_world_size(world_size)))
+    if local_rank == 0:
+        wait_for_compilers()
     with redirect_stdout(io.StringIO()):  # the name of an extension it builds
         try:
             deepspeed.init_distributed(
