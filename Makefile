@@ -4,6 +4,7 @@ PYTHON    ?= python3
 PIP_ARGS  ?=
 TEST_ARGS ?=
 DEMO_ARGS ?=
+GPU_ARGS  ?=
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -16,14 +17,15 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check clean
+.PHONY: help install demo test check gpu-suite clean
 
 help:  ## this list
 	@echo "usage: make TARGET"
 	@echo
-	@sed -n 's/^\([a-z]*\):.*##\(.*\)/\1:\2/p' Makefile | awk -F': *' '{ printf "  %-9s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/\1:\2/p' Makefile | awk -F': *' '{ printf "  %-9s %s\n", $$1, $$2 }'
 	@echo
 	@echo "  variables: PYTHON=python3.12  TEST_ARGS='-k tokenizer'  DEMO_ARGS='--help'"
+	@echo "             GPU_ARGS='--dry-run', which needs no GPU"
 	@echo "             PIP_ARGS='--extra-index-url URL', for example of a CPU build of torch"
 
 install: $(VENV)/.test.stamp  ## everything for development, into .venv
@@ -39,6 +41,9 @@ check: $(VENV)/.test.stamp  ## lint, formatting, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+gpu-suite: $(VENV)/.test.stamp  ## a GPU's tests, tuning and benchmarks, in ten minutes
+	$(BIN)/python -m benchmarks.gpu_suite --record $(GPU_ARGS)
 
 clean:  ## remove .venv, caches, build and demo output (runs/ stays)
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -9,7 +9,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not an installed package
 
-from benchmarks import data_index, gpu_suite, kernel, kernel_tune, preprocess, preprocess_memory
+from benchmarks import (
+    data_index,
+    evaluate_step,
+    gpu_suite,
+    kernel,
+    kernel_tune,
+    preprocess,
+    preprocess_memory,
+    step_profile,
+    train_step,
+)
 from megatron_lpa.errors import UserError
 
 COMMANDS = {
@@ -18,6 +28,9 @@ COMMANDS = {
     "data-index": data_index,
     "kernel": kernel,
     "tune": kernel_tune,
+    "train-step": train_step,
+    "evaluate-step": evaluate_step,
+    "profile": step_profile,
     "gpu-suite": gpu_suite,
 }
 

@@ -77,6 +77,7 @@ def plan(argv: Sequence[str]) -> tuple[dict[str, object], list[str], bool]:
         model,
         parallel,
         train,
+        config.kernels,
         data_parallel_size=data_parallel_size,
         zero_stage=zero_stage,
         offload_optimizer=offload or own.offload_optimizer,

@@ -8,13 +8,49 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """How operations are computed. ``auto`` takes what was measured to be fastest on the device.
+    """How operations are computed (docs/kernels.md). What cannot run on the device is refused, never replaced.
 
     Args:
-        lowdim: path of low-dimensional products (docs/kernels.md): ``eager`` is two matrix products per
+        lowdim: path of low-dimensional products: ``eager`` is two matrix products per
             module, ``joined`` lets q, k and v share the first one, ``fused`` is the two-product kernel,
-            ``merged`` multiplies the factors first. The environment variable ``MEGATRON_LPA_LOWDIM``
-            goes before it.
+            ``merged`` multiplies the factors first, ``auto`` takes what was measured to be fastest on the device.
+            The environment variable ``MEGATRON_LPA_LOWDIM`` goes before it.
+        elementwise: norms, rotary embedding and SwiGLU: ``eager`` by PyTorch's operations, ``compiled`` by
+            torch.compile, ``liger`` by the package liger-kernel; ``auto`` is ``compiled`` on a GPU and ``eager`` on
+            a CPU.
+        loss: ``whole`` keeps the logits of a micro-batch, ``chunked`` never holds them at once and computes them
+            again in the backward pass; ``auto`` is ``chunked`` where the logits of a micro-batch would take more
+            than 2 GiB.
+        attention: ``sdpa`` is PyTorch's, ``flash_attn`` the package flash-attn; ``auto`` is ``sdpa``.
     """
 
     lowdim: Literal["auto", "eager", "joined", "fused", "merged"] = "auto"
+    elementwise: Literal["auto", "eager", "compiled", "liger"] = "auto"
+    loss: Literal["auto", "whole", "chunked"] = "auto"
+    attention: Literal["auto", "sdpa", "flash_attn"] = "auto"
+
+
+LARGE_LOGITS_BYTES = 2 * 2**30
+"""From here on ``loss=auto`` is ``chunked``. A choice by arithmetic, not by measurement."""
+
+LOSS_CHUNK_BYTES = 512 * 2**20
+"""fp32 logits of one chunk: about 4,000 tokens of 32,000 ids, enough rows for a product at full speed."""
+
+
+def takes_chunks(loss: str, tokens: int, columns: int, element_bytes: int) -> bool:
+    """Whether ``kernels.loss`` means chunks.
+
+    Args:
+        loss: ``auto``, ``whole`` or ``chunked``.
+        tokens: of a micro-batch.
+        columns: ids of one tensor-parallel rank, V/T.
+        element_bytes: of a logit.
+    """
+    if loss == "auto":
+        return tokens * columns * element_bytes > LARGE_LOGITS_BYTES
+    return loss == "chunked"
+
+
+def chunk_tokens(columns: int, element_bytes: int) -> int:
+    """Tokens per chunk of ``columns`` logits that are computed in ``element_bytes`` each; at least one."""
+    return max(1, LOSS_CHUNK_BYTES // (columns * element_bytes))

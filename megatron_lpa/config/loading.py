@@ -15,8 +15,6 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
-
 from megatron_lpa.config.help import help_text
 from megatron_lpa.config.presets import preset_trees
 from megatron_lpa.config.run import RunConfig
@@ -165,6 +163,9 @@ def _integral(value: Any) -> Any:
 
 def _build(merged: Mapping[str, tuple[Any, str]]) -> RunConfig:
     """Type-check and construct; jsonargparse does the typing, the messages are ours."""
+    # Here, because models can be built and measured where little but PyTorch is installed.
+    from jsonargparse import ArgumentError, ArgumentParser
+
     parser = ArgumentParser(exit_on_error=False, default_env=False)
     parser.add_class_arguments(RunConfig, as_group=True)
     values = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_lpa.config import OptimConfig, RunConfig
 from megatron_lpa.engine.ds_config import build_ds_config
@@ -20,6 +18,7 @@ from megatron_lpa.engine.launch import device_of_rank  # imported first: sets th
 from megatron_lpa.engine.mpu import ModelParallelUnit
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.init import initialize
+from megatron_lpa.model.recompute import recompute_for
 from megatron_lpa.model.transformer import Decoder, DecoderLayer
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.rng import seed_dropout
@@ -34,15 +33,11 @@ class StepResult:
 
     Args:
         loss: mean loss of this rank's micro-batches, 0-d fp32, on the device.
-        grad_norm: global gradient norm before clipping.
+        grad_norm: global gradient norm before clipping; a tensor stays on the device until someone reads it.
     """
 
     loss: torch.Tensor
     grad_norm: float | torch.Tensor
-
-
-def _recompute(layer: nn.Module, x: torch.Tensor, *args: Any) -> torch.Tensor:
-    return checkpoint(layer, x, *args, use_reentrant=False, preserve_rng_state=True)
 
 
 class Engine:
@@ -59,6 +54,7 @@ class Engine:
         self.device = device_of_rank()
         self.ds_config = build_ds_config(config, groups.dp_size)
         self.zero_stage: int = self.ds_config["zero_optimization"]["stage"]
+        self._own_skipped_steps = 0
         self.module = self._build_module()
         optimizer = self._build_optimizer(config.optim)
         with redirect_stdout(io.StringIO()):  # DeepSpeed prints memory statistics whatever its log level
@@ -72,7 +68,7 @@ class Engine:
 
     def _build_module(self) -> Decoder:
         config, groups = self.config, self.groups
-        recompute = _recompute if config.train.activation_checkpointing == "full" else None
+        recompute = recompute_for(config.train.activation_checkpointing)
         partitioned = self.zero_stage == 3
         # Both groups matter: with mpu alone, zero.Init would partition over the whole world and
         # overwrite the shards of the other tensor-parallel ranks with those of rank 0. The precision
@@ -120,6 +116,15 @@ class Engine:
         return torch.optim.AdamW(param_groups, fused=True, **arguments)
 
     @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing because the global norm of the gradient was not finite; equal on all ranks."""
+        return int(self.ds.skipped_steps) + self._own_skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        self.ds.skipped_steps, self._own_skipped_steps = count, 0
+
+    @property
     def micro_steps(self) -> int:
         """Micro-batches per optimizer step on each rank."""
         return int(self.ds.gradient_accumulation_steps())
@@ -143,23 +148,34 @@ class Engine:
         for index, (batch, first_sample) in enumerate(zip(micro_batches, first_samples, strict=True)):
             if self.config.model.dropout > 0:
                 seed_dropout(self.config.train.seed, first_sample)
-            ids = batch.to(self.device)
+            ids = self.to_device(batch)
             loss = self.ds(ids[:, :-1], ids[:, 1:]).mean()
             self.ds.backward(loss)
             losses.append(loss.detach())
             if index == self.micro_steps - 1 and self._plain_optimizer:
                 grad_norm = self._gradient_norm()
+                finite = bool(grad_norm.isfinite())
+                self._own_skipped_steps += not finite
+                # What DeepSpeed's optimizers do by themselves: nothing changes. PyTorch's AdamW calls this flag
+                # by the name it has for gradient scaling.
+                self.optimizer.found_inf = None if finite else torch.ones((), device=self.device)
             self.ds.step()
         if grad_norm is None:
             grad_norm = self.ds.get_global_grad_norm()
         assert grad_norm is not None
         return StepResult(torch.stack(losses).mean(), grad_norm)
 
+    def to_device(self, batch: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor on the device, without waiting for it: copies from unpinned memory would."""
+        if self.device.type == "cuda" and batch.device.type == "cpu":
+            batch = batch.pin_memory()  # the allocator reuses the pages only after the copy
+        return batch.to(self.device, non_blocking=True)
+
     def losses(self, batch: torch.Tensor) -> torch.Tensor:
         """Per-token losses (B, S) of ids (B, S + 1), without gradients or dropout."""
         self.ds.eval()
         with torch.no_grad():
-            ids = batch.to(self.device)
+            ids = self.to_device(batch)
             return self.ds(ids[:, :-1], ids[:, 1:])
 
     def mean_over_replicas(self, value: torch.Tensor) -> torch.Tensor:
@@ -179,8 +195,8 @@ class Engine:
         """DeepSpeed wraps the optimizer, and reports a norm, in every case but fp32 at stage 0."""
         return self.zero_stage == 0 and self.config.train.precision == "fp32"
 
-    def _gradient_norm(self) -> float:
-        """Global norm of whole gradients: every shard once, replicated parameters once."""
+    def _gradient_norm(self) -> torch.Tensor:
+        """0-d fp64 on the device: reading it here would make every step wait. Global norm of whole gradients: every shard once, replicated parameters once."""
         squares: dict[bool, list[torch.Tensor]] = {True: [], False: []}
         for parameter in self.module.parameters():
             assert parameter.grad is not None
@@ -190,7 +206,7 @@ class Engine:
         total = sum(squares[True], zero)
         if self.groups.tp_size > 1:
             dist.all_reduce(total, group=self.groups.tp_group)
-        return math.sqrt(float(total + sum(squares[False], zero)))
+        return (total + sum(squares[False], zero)).sqrt()
 
 
 def _gathered_for_writing(parameter: nn.Parameter) -> Any:

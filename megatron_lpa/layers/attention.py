@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.linear import InputProjections, OutputProjection
+from megatron_lpa.ops.attention import causal_attention
+from megatron_lpa.ops.elementwise import rotate
 from megatron_lpa.ops.lowdim import Norm
 from megatron_lpa.parallel.groups import ParallelGroups
 
@@ -26,13 +27,6 @@ def rope_tables(
     return angles.cos().float(), angles.sin().float()
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate (B, heads, S, E) by position: the first half of E is paired with the second."""
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return x * cos.to(x.dtype) + rotated * sin.to(x.dtype)
-
-
 class Attention(nn.Module):
     """Projections q, k, v, scaled dot-product attention, projection o.
 
@@ -40,7 +34,7 @@ class Attention(nn.Module):
         model: the decoder's config.
         groups: process groups; H and K are divisible by ``tp_size``.
         layout: tensor-parallel layout of low-dimensional modules.
-        kernels: what computes the products.
+        kernels: what computes products, rotation and attention.
     """
 
     def __init__(
@@ -48,7 +42,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = model.head_width
-        self.grouped = model.kv_heads != model.num_heads
+        self.kernels = kernels
         self.qkv = InputProjections(("q", "k", "v"), model, groups, layout, kernels)
         self.o = OutputProjection("o", model, groups, layout, kernels)
 
@@ -67,9 +61,8 @@ class Attention(nn.Module):
             rope: the tables of ``rope_tables``, or None.
             norm: an RMSNorm of ``x`` before everything; only where ``takes_norm``.
         """
-        # (B, S, heads/T * E) -> (B, heads/T, S, E)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for y in self.qkv(x, norm))
+        # (B, S, heads/T * E) -> (B, S, heads/T, E)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x, norm))
         if rope is not None:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
-        return self.o(mixed.transpose(1, 2).flatten(-2))
+            q, k = rotate(q, k, *rope, self.kernels.elementwise)
+        return self.o(causal_attention(q, k, v, self.kernels.attention).flatten(-2))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from megatron_lpa.layers.structure import Collective, Parameters
+from megatron_lpa.ops.linear import linear
 from megatron_lpa.parallel.collectives import reduce_from_tp
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import ParameterSpec
@@ -31,7 +31,7 @@ class DenseInput:
 
     def before(self, x: torch.Tensor, p: Parameters) -> torch.Tensor:
         """(..., d_in) -> (..., d_out/T)"""
-        return functional.linear(x, p["weight"], p.get("bias"))
+        return linear(x, p["weight"], p.get("bias"))
 
     def after(self, y: torch.Tensor, p: Parameters) -> torch.Tensor:
         """Nothing is left to do."""
@@ -55,5 +55,5 @@ class DenseOutput:
 
     def apply(self, x: torch.Tensor, p: Parameters, groups: ParallelGroups) -> torch.Tensor:
         """(..., d_in/T) -> (..., d_out): one all-reduce of the output."""
-        y = reduce_from_tp(functional.linear(x, p["weight"]), groups)
+        y = reduce_from_tp(linear(x, p["weight"], None), groups)
         return y if "bias" not in p else y + p["bias"]

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from megatron_lpa.config import ModelConfig
+from megatron_lpa.config import KernelConfig, ModelConfig
+from megatron_lpa.config.kernels import takes_chunks
+from megatron_lpa.layers.loss import chunked_cross_entropy, vocab_parallel_cross_entropy
 from megatron_lpa.parallel.collectives import copy_to_tp, reduce_from_tp
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import ParameterSpec, new_parameter
@@ -52,17 +54,27 @@ class PositionEmbedding(nn.Module):
 
 
 class LanguageModelHead(nn.Module):
-    """Column-parallel projection to the vocabulary; logits stay split over ranks.
+    """Column-parallel projection to the vocabulary, and the loss; logits stay split over ranks.
+
+    The loss is computed in here because *chunked* needs the weight, and ZeRO-3 gathers that only while the module
+    that owns it runs.
 
     Args:
         model: the decoder's config.
         groups: process groups.
         tied: the token embedding whose matrix is reused; None for a matrix of its own.
+        kernels: how the loss is computed.
     """
 
-    def __init__(self, model: ModelConfig, groups: ParallelGroups, tied: TokenEmbedding | None) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        groups: ParallelGroups,
+        tied: TokenEmbedding | None,
+        kernels: KernelConfig,
+    ) -> None:
         super().__init__()
-        self.groups = groups
+        self.groups, self.kernels, self.vocab_size = groups, kernels, model.vocab_size
         rows, width = model.padded_vocab_size, model.hidden_size
         if tied is None:
             spec = ParameterSpec((rows, width), "head", width, tp_dim=0, real_rows=model.vocab_size)
@@ -74,6 +86,17 @@ class LanguageModelHead(nn.Module):
             bias_spec = ParameterSpec((rows,), "bias", width, tp_dim=0, real_rows=model.vocab_size)
             self.bias = new_parameter(bias_spec, groups.tp_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, S, D) -> logits (B, S, V/T) of this rank's ids"""
-        return functional.linear(copy_to_tp(x, self.groups), self.weight, self.bias)
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, S, D) -> logits (B, S, V/T) of this rank's ids; with labels (B, S), losses (B, S)."""
+        x = copy_to_tp(x, self.groups)
+        backend = self.kernels.elementwise
+        if labels is not None and takes_chunks(
+            self.kernels.loss, labels.numel(), self.weight.shape[0], x.element_size()
+        ):
+            return chunked_cross_entropy(
+                x, self.weight, self.bias, labels, self.groups, self.vocab_size, backend
+            )
+        logits = functional.linear(x, self.weight, self.bias)
+        if labels is None:
+            return logits
+        return vocab_parallel_cross_entropy(logits, labels, self.groups, self.vocab_size, backend)

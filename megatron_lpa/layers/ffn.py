@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.linear import InputProjections, OutputProjection
+from megatron_lpa.ops.elementwise import swiglu
 from megatron_lpa.ops.lowdim import Norm
 from megatron_lpa.parallel.groups import ParallelGroups
 
@@ -19,7 +20,7 @@ class FeedForward(nn.Module):
         self, model: ModelConfig, groups: ParallelGroups, layout: str, kernels: KernelConfig
     ) -> None:
         super().__init__()
-        self.activation = model.activation
+        self.activation, self.backend = model.activation, kernels.elementwise
         names = ("gate", "up") if model.activation == "swiglu" else ("up",)
         self.inputs = InputProjections(names, model, groups, layout, kernels)
         self.down = OutputProjection("down", model, groups, layout, kernels)
@@ -33,6 +34,6 @@ class FeedForward(nn.Module):
         """(B, S, D) -> (B, S, D); ``norm`` is an RMSNorm of ``x`` before everything, where ``takes_norm``."""
         if self.activation == "swiglu":
             gate, up = self.inputs(x, norm)
-            return self.down(functional.silu(gate) * up)
+            return self.down(swiglu(gate, up, self.backend))
         (up,) = self.inputs(x, norm)
         return self.down(functional.relu(up) if self.activation == "relu" else functional.gelu(up))

@@ -65,7 +65,7 @@ class InputProjections(nn.Module):
     ) -> None:
         super().__init__()
         self.groups = groups
-        self.path = kernels.lowdim
+        self.path, self.backend = kernels.lowdim, kernels.elementwise
         self.structures = {name: input_structure(name, model, groups.tp_size, layout) for name in names}
         for name, structure in self.structures.items():
             for key, spec in structure.specs().items():
@@ -116,7 +116,7 @@ class InputProjections(nn.Module):
             if isinstance(structure, LowDimInput) and structure.multiplies_at_once
         }
         pairs = [structure.pair(parameters[name]) for name, structure in at_once.items()]
-        products = lowdim_linears(x, pairs, norm, self.path) if pairs else ()
+        products = lowdim_linears(x, pairs, norm, self.path, self.backend) if pairs else ()
         shared = dict(zip(at_once, products, strict=True))
         return {
             name: at_once[name].shaped(shared[name]) if name in at_once else s.before(x, parameters[name])

@@ -18,9 +18,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from megatron_lpa.layers.structure import Collective, Parameters
+from megatron_lpa.ops.linear import linear
 from megatron_lpa.ops.lowdim import Pair, lowdim_linear
 from megatron_lpa.parallel.collectives import reduce_from_tp, reduce_scatter_shards
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -82,13 +82,13 @@ class LowDimInput:
         """(..., d_in) -> the output, (..., T, d_out/T) partial sums of it, or the latents (..., r/T)."""
         if self.multiplies_at_once:
             return self.shaped(lowdim_linear(x, *self.pair(p)))
-        return functional.linear(x, p["w_a"], p.get("bias_a"))
+        return linear(x, p["w_a"], p.get("bias_a"))
 
     def after(self, y: torch.Tensor, p: Parameters) -> torch.Tensor:
         """The sums are the output; latents (..., T, r/T) go through W_B to (..., d_out/T)."""
         if self.layout == "rank":
             return y
-        return functional.linear(y.flatten(-2), p["w_b"])
+        return linear(y.flatten(-2), p["w_b"], None)
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ class LowDimOutput:
         """(..., d_in/T) -> (..., d_out)"""
         if self.tp_size == 1:
             return lowdim_linear(x, p["w_a"], p["w_b"], None, p.get("bias_b"), self.path)
-        latent = functional.linear(x, p["w_a"])
+        latent = linear(x, p["w_a"], None)
         if self.layout == "latent":
-            return functional.linear(reduce_from_tp(latent, groups), p["w_b"], p.get("bias_b"))
+            return linear(reduce_from_tp(latent, groups), p["w_b"], p.get("bias_b"))
         latent = reduce_scatter_shards(latent.unflatten(-1, (self.tp_size, -1)), groups)
-        y = reduce_from_tp(functional.linear(latent, p["w_b"]), groups)
+        y = reduce_from_tp(linear(latent, p["w_b"], None), groups)
         return y if "bias_b" not in p else y + p["bias_b"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from megatron_lpa.config import ModelConfig
+from megatron_lpa.config import KernelConfig, ModelConfig
+from megatron_lpa.ops import elementwise
 from megatron_lpa.ops.lowdim import Norm
 from megatron_lpa.parallel.sharding import ParameterSpec, new_parameter
 
@@ -14,23 +14,23 @@ from megatron_lpa.parallel.sharding import ParameterSpec, new_parameter
 class LayerNorm(nn.Module):
     """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last axis."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, backend: str = "eager") -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.backend = eps, backend
         self.weight = new_parameter(ParameterSpec((width,), "norm_weight", width), 1)
         self.bias = new_parameter(ParameterSpec((width,), "norm_bias", width), 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., width) -> (..., width)"""
-        return functional.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+        return elementwise.layer_norm(x, self.weight, self.bias, self.eps, self.backend)
 
 
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, backend: str = "eager") -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.backend = eps, backend
         self.weight = new_parameter(ParameterSpec((width,), "norm_weight", width), 1)
 
     @property
@@ -40,9 +40,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., width) -> (..., width)"""
-        return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return elementwise.rms_norm(x, self.weight, self.eps, self.backend)
 
 
-def build_norm(model: ModelConfig) -> nn.Module:
+def build_norm(model: ModelConfig, kernels: KernelConfig) -> nn.Module:
     """The norm that ``model.norm`` asks for."""
-    return (LayerNorm if model.norm == "layernorm" else RMSNorm)(model.hidden_size, model.norm_eps)
+    kind = LayerNorm if model.norm == "layernorm" else RMSNorm
+    return kind(model.hidden_size, model.norm_eps, kernels.elementwise)

@@ -101,7 +101,8 @@ def flops_per_token_training(model: ModelConfig) -> int:
 def hardware_flops_per_token_training(model: ModelConfig, activation_checkpointing: str) -> int:
     """FLOPs that are executed: with ``full`` checkpointing every layer runs forward once more.
 
-    The head is outside the checkpointed layers and runs forward once.
+    ``selective`` repeats no matrix product. The head is outside the checkpointed layers and runs forward once
+    (once more with ``kernels.loss=chunked``, which is not counted here).
     """
     forward = flops_per_token_forward(model)
     head = 2 * model.padded_vocab_size * model.hidden_size

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lpa.config.model import ModelConfig
+from megatron_lpa.config.kernels import KernelConfig, chunk_tokens, takes_chunks
+from megatron_lpa.config.model import INPUT_PROJECTIONS, ModelConfig
 from megatron_lpa.config.run import ParallelConfig, TrainConfig
 from megatron_lpa.model.accounting import count_parameters, projection_parameters
+
+DEFAULT = KernelConfig()
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ def parameters_per_tensor_rank(model: ModelConfig, parallel: ParallelConfig) -> 
 
 
 def saved_bytes_per_token_layer(
-    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
+    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, kernels: KernelConfig = DEFAULT
 ) -> tuple[int, int]:
-    """``(bytes, bytes of its input)`` that one layer keeps per token for its backward pass.
+    """``(bytes, bytes of its input)`` that one layer keeps per token for its backward pass, without checkpointing.
 
     With flash attention, fused norms and dropout (as on a GPU), the two-product path of low-dimensional
     modules, and T the tensor-parallel size, each in the run's precision unless said otherwise:
@@ -69,7 +72,7 @@ def saved_bytes_per_token_layer(
     - attention: q (rotated), k (rotated) and v, ``(H + 2K) E / T``; the output ``H E / T``, which is also
       o's input; the log-sum-exp, fp32, ``H / T``;
     - FFN: relu keeps its output ``F/T``, also down's input; gelu its input and output, ``2F/T``; swiglu
-      gate, silu(gate), up and their product, ``4F/T``;
+      gate, up and their product, ``3F/T``, and with ``kernels.elementwise=eager`` silu(gate) too;
     - each low-dimensional module: its latent, r in layout ``latent``, ``r/T`` in ``rank``.
     """
     size, b = parallel.tensor_parallel_size, element_bytes(train)
@@ -78,34 +81,82 @@ def saved_bytes_per_token_layer(
     sublayers = 2 * (2 * d * b + statistics + (d if model.dropout > 0 else 0))
     q_width, kv_width = model.num_heads * model.head_width, model.kv_heads * model.head_width
     attention = (2 * q_width + 2 * kv_width) // size * b + 4 * model.num_heads // size
-    ffn = {"relu": 1, "gelu": 2, "swiglu": 4}[model.activation] * model.ffn_hidden_size // size * b
+    gated = 4 if kernels.elementwise == "eager" else 3
+    ffn = {"relu": 1, "gelu": 2, "swiglu": gated}[model.activation] * model.ffn_hidden_size // size * b
     ranks = [getattr(model.projections, name).rank or 0 for name in model.projection_widths()]
     latents = sum(ranks) * b // (size if parallel.lowdim_layout == "rank" else 1)
     return sublayers + attention + ffn + latents, d * b
 
 
-def bytes_activations(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> int:
+def kept_bytes_per_token_layer(
+    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, kernels: KernelConfig = DEFAULT
+) -> int:
+    """Bytes that one layer keeps per token from its forward to its backward pass.
+
+    ``full`` checkpointing keeps its input. ``selective`` keeps its input, attention's output and log-sum-exp, and
+    the result of each product: of a dense projection its output, of a low-dimensional one both results as this
+    rank computes them, before the collective. A gathered latent is gathered again. Layout ``rank`` computes
+    outputs of whole width on every rank, so there it keeps more than ``none`` does with much tensor parallelism.
+    """
+    saved, layer_input = saved_bytes_per_token_layer(model, parallel, train, kernels)
+    if train.activation_checkpointing != "selective":
+        return layer_input if train.activation_checkpointing == "full" else saved
+    size, b = parallel.tensor_parallel_size, element_bytes(train)
+    kept = model.num_heads * model.head_width // size * b + 4 * model.num_heads // size
+    for name, (_, d_out) in model.projection_widths().items():
+        projection = getattr(model.projections, name)
+        # Which of the two products has its inner axis split decides what is whole on every rank.
+        if projection.kind == "dense":
+            kept += (d_out // size if name in INPUT_PROJECTIONS else d_out) * b
+        elif name in INPUT_PROJECTIONS:
+            out = d_out // size if parallel.lowdim_layout == "latent" else d_out
+            kept += (projection.rank // size + out) * b
+        else:
+            kept += (projection.rank + d_out) * b
+    return layer_input + kept
+
+
+def bytes_loss(
+    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, kernels: KernelConfig = DEFAULT
+) -> int:
+    """Bytes at the loss of one micro-batch, beside the head's input.
+
+    ``whole``: the logits of ``V/T`` ids and their gradient in the run's precision, and the fp32 numbers of one
+    chunk of tokens. ``chunked``: logits, gradient and fp32 numbers of one chunk, the gradient of the head's
+    input, and the fp32 sum of the head's gradient.
+    """
+    tokens, b = train.micro_batch_size * model.sequence_length, element_bytes(train)
+    columns = model.padded_vocab_size // parallel.tensor_parallel_size
+    chunk = min(tokens, chunk_tokens(columns, 4)) * columns
+    if takes_chunks(kernels.loss, tokens, columns, b):
+        return chunk * (2 * b + 4) + tokens * model.hidden_size * b + columns * model.hidden_size * 4
+    return tokens * columns * 2 * b + chunk * 4
+
+
+def bytes_activations(
+    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, kernels: KernelConfig = DEFAULT
+) -> int:
     """Peak bytes kept for backward on one GPU, for one micro-batch.
 
-    Every layer's saved tensors; the final norm's and the head's inputs; and, at the loss, the logits of
-    ``V/T`` ids in the run's precision, their fp32 softmax and its fp32 gradient. With ``full``
-    checkpointing a layer keeps only its input, and the peak is at the loss or where one layer has been
-    recomputed, whichever is larger.
+    What every layer keeps; the final norm's and the head's inputs, and what the loss needs. With checkpointing the
+    peak is at the loss or where one layer has been recomputed, whichever is larger; for ``selective`` that
+    layer is counted whole although some of it was kept.
     """
     tokens = train.micro_batch_size * model.sequence_length
-    b = element_bytes(train)
-    saved, layer_input = saved_bytes_per_token_layer(model, parallel, train)
-    head = model.hidden_size * b * (2 if model.final_norm else 1)
-    loss = model.padded_vocab_size // parallel.tensor_parallel_size * (b + 8)
-    if train.activation_checkpointing == "full":
-        return tokens * (model.num_layers * layer_input + max(head + loss, saved))
-    return tokens * (model.num_layers * saved + head + loss)
+    saved, _ = saved_bytes_per_token_layer(model, parallel, train, kernels)
+    kept = model.num_layers * kept_bytes_per_token_layer(model, parallel, train, kernels)
+    head = tokens * model.hidden_size * element_bytes(train) * (2 if model.final_norm else 1)
+    peak = head + bytes_loss(model, parallel, train, kernels)
+    if train.activation_checkpointing != "none":
+        peak = max(peak, tokens * saved)
+    return tokens * kept + peak
 
 
 def estimate_memory(
     model: ModelConfig,
     parallel: ParallelConfig,
     train: TrainConfig,
+    kernels: KernelConfig = DEFAULT,
     *,
     data_parallel_size: int,
     zero_stage: int,
@@ -121,6 +172,7 @@ def estimate_memory(
         model: the decoder.
         parallel: its tensor-parallel layout.
         train: micro-batch size, precision, activation checkpointing.
+        kernels: how loss and gated activations are computed; ``auto`` as on a GPU.
         data_parallel_size: ranks that ZeRO shards over.
         zero_stage: 0 to 3.
         offload_optimizer: the optimizer state lives on the host.
@@ -137,5 +189,5 @@ def estimate_memory(
         bytes_gradients=share(count * 4, 2),
         bytes_optimizer_state=0 if offload_optimizer else optimizer_state,
         bytes_optimizer_state_host=optimizer_state if offload_optimizer else 0,
-        bytes_activations=bytes_activations(model, parallel, train),
+        bytes_activations=bytes_activations(model, parallel, train, kernels),
     )

@@ -13,13 +13,12 @@ from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.attention import Attention, rope_tables
 from megatron_lpa.layers.embedding import LanguageModelHead, PositionEmbedding, TokenEmbedding
 from megatron_lpa.layers.ffn import FeedForward
-from megatron_lpa.layers.loss import vocab_parallel_cross_entropy
 from megatron_lpa.layers.norm import RMSNorm, build_norm
 from megatron_lpa.parallel.groups import ParallelGroups
 
 Rope = tuple[torch.Tensor, torch.Tensor]
-Recompute = Callable[..., torch.Tensor]
-"""Calls ``layer(x, rope)`` now and again in the backward pass, keeping only ``x``."""
+Recompute = Callable[[Callable[..., torch.Tensor], torch.Tensor, Rope | None], torch.Tensor]
+"""Calls ``function(x, rope)`` now and again in the backward pass, keeping ``x`` and perhaps some results."""
 
 
 class DecoderLayer(nn.Module):
@@ -27,21 +26,42 @@ class DecoderLayer(nn.Module):
 
     ``pre``: ``x + dropout(sublayer(norm(x)))``. ``post_sublayer``: ``x + dropout(norm(sublayer(x)))``.
     A sublayer that can fold the norm into its products is given it; whether it does, the kernels decide.
+
+    Activation checkpointing stands inside ``forward``: hooks on the module, by which ZeRO-3 gathers parameters,
+    run once and outside. Selective checkpointing compares the operations of both runs, and theirs differ.
+
+    Args:
+        model: the decoder's config.
+        groups: process groups.
+        layout: tensor-parallel layout of low-dimensional modules.
+        kernels: what computes the operations.
+        recompute: activation checkpointing while training; None keeps all activations.
     """
 
     def __init__(
-        self, model: ModelConfig, groups: ParallelGroups, layout: str, kernels: KernelConfig
+        self,
+        model: ModelConfig,
+        groups: ParallelGroups,
+        layout: str,
+        kernels: KernelConfig,
+        recompute: Recompute | None = None,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.norm_first = model.norm_position == "pre"
         self.dropout = model.dropout
-        self.attention_norm = build_norm(model)
+        self.attention_norm = build_norm(model, kernels)
         self.attention = Attention(model, groups, layout, kernels)
-        self.ffn_norm = build_norm(model)
+        self.ffn_norm = build_norm(model, kernels)
         self.ffn = FeedForward(model, groups, layout, kernels)
 
     def forward(self, x: torch.Tensor, rope: Rope | None) -> torch.Tensor:
         """(B, S, D) -> (B, S, D)"""
+        if self.recompute is not None and self.training and torch.is_grad_enabled():
+            return self.recompute(self._compute, x, rope)
+        return self._compute(x, rope)
+
+    def _compute(self, x: torch.Tensor, rope: Rope | None) -> torch.Tensor:
         if self.norm_first:
             if self.attention.takes_norm and isinstance(self.attention_norm, RMSNorm):
                 x = x + self._drop(self.attention(x, rope, self.attention_norm.folded))
@@ -81,15 +101,15 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = model
         self.groups = groups
-        self.recompute = recompute
         self.token_embedding = TokenEmbedding(model, groups)
         learned = model.position_embedding == "learned"
         self.position_embedding = PositionEmbedding(model) if learned else None
         self.layers = nn.ModuleList(
-            DecoderLayer(model, groups, layout, kernels) for _ in range(model.num_layers)
+            DecoderLayer(model, groups, layout, kernels, recompute) for _ in range(model.num_layers)
         )
-        self.final_norm = build_norm(model) if model.final_norm else None
-        self.head = LanguageModelHead(model, groups, self.token_embedding if model.tie_embeddings else None)
+        self.final_norm = build_norm(model, kernels) if model.final_norm else None
+        tied = self.token_embedding if model.tie_embeddings else None
+        self.head = LanguageModelHead(model, groups, tied, kernels)
         self._rope: Rope | None = None
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -107,14 +127,10 @@ class Decoder(nn.Module):
             x = x + self.position_embedding(tokens.shape[1])
         rope = self._rope_tables(tokens) if self.config.position_embedding == "rope" else None
         for layer in self.layers:
-            recompute = self.recompute is not None and self.training
-            x = self.recompute(layer, x, rope) if recompute and self.recompute else layer(x, rope)
+            x = layer(x, rope)
         if self.final_norm is not None:
             x = self.final_norm(x)
-        logits = self.head(x)
-        if labels is None:
-            return logits
-        return vocab_parallel_cross_entropy(logits, labels, self.groups, self.config.vocab_size)
+        return self.head(x, labels)
 
     def _rope_tables(self, tokens: torch.Tensor) -> Rope:
         length = max(tokens.shape[1], self.config.sequence_length)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional
 
+from megatron_lpa.ops import elementwise as separate
 from megatron_lpa.ops.dispatch import Case, Plan, choose
+from megatron_lpa.ops.linear import linear
 from megatron_lpa.ops.lowdim_math import merge
 from megatron_lpa.ops.lowdim_op import lowdim_op
 
@@ -69,7 +70,11 @@ def lowdim_linear(
 
 
 def lowdim_linears(
-    x: torch.Tensor, pairs: Sequence[Pair], norm: Norm | None = None, path: str = "auto"
+    x: torch.Tensor,
+    pairs: Sequence[Pair],
+    norm: Norm | None = None,
+    path: str = "auto",
+    elementwise: str = "eager",
 ) -> tuple[torch.Tensor, ...]:
     """Several low-dimensional modules of one x, such as q, k and v.
 
@@ -80,6 +85,7 @@ def lowdim_linears(
             without its norm can leave. The other paths compute it before: without the kernel, scaling latents and
             gradients would be as many passes over memory as the norm is.
         path: as in ``lowdim_linear``.
+        elementwise: what computes the norm where it is not folded; one of ``elementwise.BACKENDS``.
 
     Returns:
         (..., d_out) of each pair.
@@ -102,14 +108,11 @@ def lowdim_linears(
     )
     plan = choose(path, case, x.shape[:-1].numel(), x.device)
     if norm is not None and (plan.path != "fused" or dtype == torch.float16):
-        x, norm = functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps), None
+        x, norm = separate.rms_norm(x, norm.weight, norm.eps, elementwise), None
     if plan.path == "eager":
-        return tuple(
-            functional.linear(functional.linear(x, pair.w_a, pair.bias_a), pair.w_b, pair.bias_b)
-            for pair in pairs
-        )
+        return tuple(linear(linear(x, pair.w_a, pair.bias_a), pair.w_b, pair.bias_b) for pair in pairs)
     if plan.path == "merged":
-        return tuple(functional.linear(x, *merge(*pair)) for pair in pairs)
+        return tuple(linear(x, *merge(*pair)) for pair in pairs)
     return lowdim_by_plan(x.to(dtype), [_cast(pair, dtype) for pair in pairs], norm, plan, training)
 
 

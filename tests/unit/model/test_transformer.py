@@ -11,9 +11,10 @@ from support import reference
 from support.models import MODELS, SETTING_1, SETTING_2
 
 from megatron_lpa.config import ModelConfig
-from megatron_lpa.layers.attention import apply_rope, rope_tables
+from megatron_lpa.layers.attention import rope_tables
 from megatron_lpa.model.init import initialize
 from megatron_lpa.model.transformer import Decoder
+from megatron_lpa.ops.elementwise import apply_rope
 from megatron_lpa.parallel.groups import ParallelGroups
 
 

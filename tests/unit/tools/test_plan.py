@@ -60,7 +60,8 @@ def test_own_options_and_dotted_overrides_both_count(
     base = numbers_of(plan, capsys, "--preset", "s1_small/lpa")
     assert base["zero_stage"] == 1  # the preset's deepspeed_config
     half = numbers_of(plan, capsys, "--preset", "s1_small/lpa", "--micro-batch-size", "5")
-    assert half["bytes_activations_per_gpu"] * 2 == base["bytes_activations_per_gpu"]  # type: ignore[operator]
+    activations = [numbers["bytes_activations_per_gpu"] for numbers in (half, base)]
+    assert 0.5 <= activations[0] / activations[1] < 0.6  # type: ignore[operator] # a chunk of the loss stays
     same = numbers_of(plan, capsys, "--preset", "s1_small/lpa", "--train.micro_batch_size=5")
     assert same == half
     stage_3 = numbers_of(plan, capsys, "--preset", "s1_small/lpa", "--gpus", "2", "--zero-stage", "3")

@@ -1,0 +1,202 @@
+"""Times a loop's steps: alone in a process of its own, or several loops in turns in one process.
+
+``python -m benchmarks.step_runs SPEC.json RESULT.json`` is the process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.processes import ROOT
+from benchmarks.step_config import Contender
+from benchmarks.step_loops import Loop, build_loop
+from megatron_lpa.train.hardware import peak_memory_bytes
+
+TURN_STEPS = 3
+"""Steps in a row of one model before the next one's turn, in one process."""
+
+
+def device_here() -> torch.device:
+    """The first GPU, or the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed_steps(loop: Loop, count: int, device: torch.device) -> list[float]:
+    """Milliseconds from the end of one step to the end of the next.
+
+    On a GPU between events, without waiting between steps: what the host does while the device still works costs
+    nothing, and where the device has to wait for the host, the wait counts. That is how training runs.
+    """
+    synchronize(device)
+    if device.type != "cuda":
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            loop.step()
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        loop.step()
+        event.record()
+    synchronize(device)
+    return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """What is recorded in place of figures."""
+    if isinstance(error, ModuleNotFoundError):
+        return {"missing_package": error.name, "error": f"not measured: the package {error.name} is missing"}
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return {"out_of_memory": True, "error": f"out of memory: {error}"[:500]}
+    return {"error": f"{type(error).__name__}: {error}"[:2000]}
+
+
+def release() -> None:
+    """Gives back what a failed or finished model held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def run_alone(contender: Contender, warm_up: int, steps: int) -> dict[str, Any]:
+    """Builds, warms up, measures; the process should have done nothing else, or memory is not its own."""
+    device = device_here()
+    try:
+        loop = build_loop(contender, device)
+        for _ in range(warm_up):
+            loop.step()
+        synchronize(device)
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        resting = torch.cuda.memory_allocated() if on_gpu else None
+        times = timed_steps(loop, steps, device)
+        return {
+            "rounds_ms": [times],
+            "parameters": loop.parameters,
+            "kernels": dataclasses.asdict(loop.config.kernels),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "reserved_memory_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
+            "memory_between_steps_bytes": resting,
+        }
+    except Exception as error:  # recorded; the other models' figures are worth having
+        return failure(error)
+
+
+def run_in_process(contender: Contender, warm_up: int, steps: int, limit_s: float | None) -> dict[str, Any]:
+    """``run_alone`` in a process of its own.
+
+    Args:
+        contender: what to measure.
+        warm_up: steps before measuring.
+        steps: steps measured.
+        limit_s: after this the process is ended and nothing of it counts.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        spec, result = Path(folder) / "spec.json", Path(folder) / "result.json"
+        spec.write_text(
+            json.dumps({"contender": dataclasses.asdict(contender), "warm_up": warm_up, "steps": steps})
+        )
+        command = [sys.executable, "-m", "benchmarks.step_runs", str(spec), str(result)]
+        with (Path(folder) / "log").open("w+") as log:
+            # A session of its own: compilers that it starts have to end with it.
+            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            try:
+                code = process.wait(limit_s)
+            except BaseException as error:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                if isinstance(error, subprocess.TimeoutExpired):
+                    return {"error": f"stopped after {limit_s:.0f} s", "out_of_time": True}
+                raise
+            if result.exists():
+                return json.loads(result.read_text())
+            log.seek(0)
+            return {"error": f"exit code {code}: {log.read()[-1500:]}"}
+
+
+def run_together(
+    contenders: Sequence[Contender], rounds: int, warm_up: int, steps: int, deadline: float | None
+) -> list[dict[str, Any]]:
+    """All models in this process, in turns of a few steps, so that whatever slows the machine slows all alike.
+
+    Memory has to hold all of them, and no figure of memory is given.
+
+    Args:
+        contenders: what to measure.
+        rounds: times that each model has its turn; each turn is ``steps`` steps in runs of ``TURN_STEPS``.
+        warm_up: steps of each before measuring.
+        steps: steps of each per round.
+        deadline: no turn starts after this, on the clock of ``time.monotonic``.
+    """
+    device = device_here()
+    loops: list[Loop | None] = []
+    results: list[dict[str, Any]] = []
+    for contender in contenders:
+        try:
+            loop = build_loop(contender, device)
+            for _ in range(warm_up):
+                loop.step()
+            loops.append(loop)
+            results.append(
+                {
+                    "rounds_ms": [],
+                    "parameters": loop.parameters,
+                    "kernels": dataclasses.asdict(loop.config.kernels),
+                    "peak_memory_bytes": None,
+                }
+            )
+        except Exception as error:  # recorded; the other models' figures are worth having
+            loops.append(None)
+            results.append(failure(error))
+            release()
+    for _ in range(rounds):
+        turns: list[list[float]] = [[] for _ in loops]
+        for start in range(0, steps, TURN_STEPS):
+            for loop, times in zip(loops, turns, strict=True):
+                if loop is not None:
+                    times += timed_steps(loop, min(TURN_STEPS, steps - start), device)
+        for result, times in zip(results, turns, strict=True):
+            if times:
+                result["rounds_ms"].append(times)
+        if deadline is not None and time.monotonic() > deadline:
+            break
+    return results
+
+
+def main(spec_file: str, result_file: str) -> None:
+    """The process of its own."""
+    spec = json.loads(Path(spec_file).read_text())
+    fields = spec["contender"]
+    contender = Contender(**fields | {"settings": tuple(fields["settings"])})
+    result = run_alone(contender, spec["warm_up"], spec["steps"])
+    Path(result_file).write_text(json.dumps(result))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,196 @@
+"""The whole training step on one device: Transformer, same-param Transformer and LPA, in three loops.
+
+* bare: our decoder and PyTorch's fused AdamW, no DeepSpeed;
+* engine: what training runs, with ZeRO stage 3;
+* llama: the dense model in Llama's form as transformers runs it, with torch.compile and the same AdamW.
+
+All keep fp32 master weights and sum gradients in fp32 (benchmarks/step_loops.py says why). Ids are random, and so are
+weights. Each model is measured in a process of its own, one after another, and again in the opposite order, so
+that a drift of the machine hits all alike and shows; with --one-process in turns of a few steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.kernel_timing import describe, setting_of
+from benchmarks.machine import versions_of, warn_if_busy, write_result
+from benchmarks.step_config import LOOPS, Contender
+from benchmarks.step_figures import Record, comparisons, measured, table, throughput
+from benchmarks.step_runs import run_in_process, run_together
+from megatron_lpa.errors import UserError
+from megatron_lpa.train.hardware import peak_flops_per_second
+
+HELP = "the whole training step: Transformer against LPA, bare loop against engine and against Llama"
+VARIANTS = ("transformer", "same_param", "lpa")
+PACKAGES = ("torch", "triton", "deepspeed", "transformers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="3b", metavar="FAMILY", help="family of presets, as 3b or s2_small (default: 3b)")  # fmt: skip
+    parser.add_argument("--models", nargs="+", default=list(VARIANTS), metavar="VARIANT", help=f"variants of the family (default: {' '.join(VARIANTS)})")  # fmt: skip
+    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=list(LOOPS), help="default: all three")
+    parser.add_argument("--micro-batch", type=int, default=4, metavar="N", help="sequences per forward pass (default: 4)")  # fmt: skip
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: 1)")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=30, metavar="N", help="steps measured of each, over all rounds (default: 30)")  # fmt: skip
+    parser.add_argument(
+        "--warm-up", type=int, default=4, metavar="N", help="steps before measuring (default: 4)"
+    )
+    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="turns of each model (default: 2)")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--layers", type=int, metavar="N", help="decoder layers instead of the preset's")
+    parser.add_argument("--sequence", type=int, metavar="N", help="tokens per sequence instead of the preset's")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the run, as kernels.lowdim=joined; can be given again")  # fmt: skip
+    parser.add_argument("--one-process", action="store_true", help="all models at once in memory, in turns of a few steps; for small models")  # fmt: skip
+    parser.add_argument("--minutes", type=float, metavar="N", help="no process starts after this")
+    parser.add_argument("--dry-run", action="store_true", help="tiny models, to try the command")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to record the result, after each model")  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures, prints a table, records where asked.
+
+    Raises:
+        UserError: a number that cannot be, or a model that does not exist.
+    """
+    for name in ("micro_batch", "accumulate", "steps", "rounds"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; give 1 or more")
+    if arguments.rounds > arguments.steps:
+        raise UserError(f"--rounds is {arguments.rounds}; give --steps at least as many")
+    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
+    last = None
+    for last in results(arguments, deadline):
+        write_result(arguments.output, last)
+    assert last is not None
+    print(table(last["contenders"], last["comparisons"]))
+
+
+def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
+    """Every model in every loop that can run it; models of one loop are neighbours.
+
+    Raises:
+        UserError: an unknown preset, key or value.
+    """
+    small = {"layers": 1, "sequence": 16, "dry": True} if arguments.dry_run else {}
+    found = []
+    for loop in arguments.loops:
+        for variant in arguments.models:
+            if loop == "llama" and variant != "transformer":
+                continue  # it is there for the dense model's speed
+            contender = Contender(
+                preset=f"{'tiny' if arguments.dry_run else arguments.preset}/{variant}",
+                loop=loop,
+                micro_batch=1 if arguments.dry_run else arguments.micro_batch,
+                accumulate=arguments.accumulate,
+                precision="fp32" if arguments.dry_run else arguments.precision,
+                settings=tuple(arguments.set),
+                **{"layers": arguments.layers, "sequence": arguments.sequence, **small},
+            )
+            contender.config()
+            found.append(contender)
+    if not found:
+        raise UserError("--loops llama runs the transformer only; add it to --models, or choose another loop")
+    # Where time is short, the model with the least to tell goes without.
+    return sorted(found, key=lambda contender: contender.preset.endswith("/same_param"))
+
+
+def results(arguments: argparse.Namespace, deadline: float | None) -> Iterator[dict[str, Any]]:
+    """The whole result, anew after every measurement.
+
+    Args:
+        arguments: as ``add_arguments`` defines them.
+        deadline: on the clock of ``time.monotonic``; what is then running is ended.
+    """
+    contenders = contenders_of(arguments)
+    setting = setting_of(arguments.dry_run, 0.0)
+    head = {"benchmark": "train-step", **describe(setting), "versions": versions_of(PACKAGES)}
+    head |= {
+        "dtype": contenders[0].precision,
+        "threads": torch.get_num_threads(),
+        "one_process": arguments.one_process or arguments.dry_run,
+        "settings": list(arguments.set),
+    }
+    warn_if_busy(head["machine"])
+    warm_up, steps = (1, 1) if arguments.dry_run else (arguments.warm_up, arguments.steps)
+    rounds = 1 if arguments.dry_run else arguments.rounds
+    if head["one_process"]:
+        found = run_together(contenders, rounds, warm_up, -(-steps // rounds), deadline)
+        yield finished(head, contenders, found)
+        return
+    found = [{} for _ in contenders]
+    yield finished(head, contenders, found)
+    for number in range(rounds):
+        order = range(len(contenders))
+        for index in order if number % 2 == 0 else reversed(order):
+            left = None if deadline is None else deadline - time.monotonic()
+            if "error" in found[index] or (left is not None and left <= 0):
+                continue
+            turn = run_in_process(contenders[index], warm_up, -(-steps // rounds), left)
+            found[index] = joined(found[index], turn)
+            print(f"{contenders[index].name}, round {number + 1}: {outcome(turn)}", flush=True)
+            yield finished(head, contenders, found)
+
+
+def outcome(turn: dict[str, Any]) -> str:
+    return (
+        turn["error"][:200]
+        if "error" in turn
+        else f"{measured(turn['rounds_ms'])['step_ms']['median']:.1f} ms"
+    )
+
+
+def joined(before: dict[str, Any], turn: dict[str, Any]) -> dict[str, Any]:
+    """A further round; one that fails leaves the earlier ones."""
+    if "rounds_ms" not in before:
+        return turn
+    if "error" in turn:
+        return before | {"later_error": turn["error"]}
+    peaks = [turn["peak_memory_bytes"], before["peak_memory_bytes"]]
+    return before | {
+        "rounds_ms": before["rounds_ms"] + turn["rounds_ms"],
+        "peak_memory_bytes": None if None in peaks else max(peaks),
+    }
+
+
+def finished(
+    head: dict[str, Any], contenders: Sequence[Contender], found: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The result with every figure that follows from the times."""
+    peak = peak_flops_per_second(None)
+    records: list[Record] = []
+    models = {}
+    for contender, result in zip(contenders, found, strict=True):
+        model = contender.config().model
+        models[contender.preset, contender.loop] = model
+        record: Record = {
+            "preset": contender.preset,
+            "loop": contender.loop,
+            "layers": model.num_layers,
+            "layers_changed": contender.layers is not None,
+            "sequence_length": model.sequence_length,
+            "ffn_hidden_size": model.ffn_hidden_size,
+            "micro_batch": contender.micro_batch,
+            "accumulate": contender.accumulate,
+            "tokens_per_step": contender.tokens_per_step,
+            **result,
+        }
+        rounds = record.pop("rounds_ms", [])
+        if rounds:
+            record |= measured(rounds)
+            record |= throughput(model, contender.tokens_per_step, record["step_ms"]["median"], peak)
+            record["all_steps_ms"] = [[round(ms, 3) for ms in turn] for turn in rounds]
+        records.append(record)
+    return {**head, "peak_flops_per_second": peak, "contenders": records, "comparisons": comparisons(records, models)}  # fmt: skip
+
+
+if __name__ == "__main__":
+    own = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(own)
+    run(own.parse_args())

@@ -1,0 +1,201 @@
+"""``tools/benchmark.py train-step``, ``evaluate-step`` and ``profile`` at tiny sizes; no test looks at a time."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.step_config import Contender
+from benchmarks.step_loops import MasterAdamW, build_loop
+from benchmarks.step_runs import failure, run_in_process
+from megatron_lpa.config import OptimConfig
+
+ROOT = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="sizes and precision are a CPU's")
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_tool", ROOT / "tools" / "benchmark.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_train_step_of_every_loop(tmp_path: Path) -> None:
+    """In a process of its own: DeepSpeed stays in a process that has started it."""
+    output = tmp_path / "result.json"
+    command = [sys.executable, ROOT / "tools" / "benchmark.py", "train-step", "--dry-run", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    records = {(r["preset"], r["loop"]): r for r in result["contenders"]}
+    variants = ("transformer", "same_param", "lpa")
+    assert set(records) == {(f"tiny/{v}", loop) for v in variants for loop in ("bare", "engine")} | {
+        ("tiny/transformer", "llama")
+    }
+    for r in records.values():
+        assert "error" not in r, r
+        assert r["tokens_per_step"] == 16 and r["layers"] == 1 and r["layers_changed"]
+        assert r["tokens_per_second"] == pytest.approx(16e3 / r["step_ms"]["median"])
+        assert r["model_flops_per_second"] == pytest.approx(r["tokens_per_second"] * r["flops_per_token"])
+        assert r["mfu"] is None and r["kernels"]["lowdim"] == "auto"
+    # lpa and same_param save against transformer in two loops; engine against bare three times; llama once.
+    assert len(result["comparisons"]) == 4 + 3 + 1
+    assert result["one_process"] and result["machine"]["cores"] and result["versions"]["deepspeed"]
+    assert "tiny/lpa engine" in done.stdout and "FLOPs allow" in done.stdout
+
+
+def test_train_step_in_processes_of_their_own(
+    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "result.json"
+    words = (
+        "train-step --preset tiny --models transformer lpa --loops bare --micro-batch 1 --steps 2 --warm-up 1"
+    )
+    words += " --precision fp32 --layers 1 --sequence 8 --set kernels.lowdim=joined"
+    assert benchmark.main([*words.split(), "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    for r in result["contenders"]:
+        assert r["steps"] == 2 and len(r["round_medians_ms"]) == 2, r
+        assert r["peak_memory_bytes"] > 50e6 and r["kernels"]["lowdim"] == "joined"
+    (line,) = result["comparisons"]
+    assert 0 < line["limit"] < 1 and line["memory_ratio"] > 0
+    assert "tiny/lpa bare, round 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("train-step --steps 0", "--steps is 0; give 1 or more"),
+        ("train-step --steps 1", "--rounds is 2; give --steps at least as many"),
+        ("train-step --preset nothing", "unknown preset 'nothing/transformer'"),
+        ("train-step --set kernels.lowdim=best", "expected one of auto"),
+        ("train-step --models lpa --loops llama", "runs the transformer only"),
+        ("evaluate-step --models nothing", "unknown preset 'nothing'"),
+        ("evaluate-step --tokens 0", "--tokens is 0; give 1 or more"),
+        ("profile --steps 0", "--steps is 0; give 1 or more"),
+    ],
+)
+def test_refusals(
+    benchmark: ModuleType, words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert benchmark.main(words.split()) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_step(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "result.json"
+    assert benchmark.main(["evaluate-step", "--dry-run", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    dense, lpa = result["models"]
+    assert (dense["preset"], lpa["preset"]) == ("tiny/transformer", "tiny/lpa")
+    for r in (dense, lpa):
+        assert r["tokens_per_step"] == 32 and r["weight_bytes"] == 4 * r["parameters"]
+        assert r["tokens_per_second"] == pytest.approx(32e3 / r["step_ms"]["median"])
+    (line,) = result["comparisons"]
+    assert line["time"] == pytest.approx(1 - lpa["step_ms"]["median"] / dense["step_ms"]["median"])
+    assert "tiny/lpa saves" in capsys.readouterr().out
+
+
+def test_profile(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, path = tmp_path / "result.json", tmp_path / "trace.json.gz"
+    words = ["profile", "--dry-run", "--steps", "2", "--trace", str(path), "--output", str(output)]
+    assert benchmark.main(words) == 0
+    figures = json.loads(output.read_text())["profile"]
+    assert path.stat().st_size > 1000 and figures["steps"] == 2 and not figures["on_gpu"]
+    assert {"matrix products", "attention", "optimizer", "elementwise"} <= set(figures["categories_ms"])
+    assert sum(figures["categories_ms"].values()) + figures["idle_ms"] == pytest.approx(figures["step_ms"], rel=0.05)  # fmt: skip
+    assert "idle gaps" in capsys.readouterr().out
+
+
+def test_failures_are_recorded() -> None:
+    contender = Contender("tiny/lpa", "llama", 1, precision="fp32")
+    result = run_in_process(contender, 1, 1, None)
+    assert "dense models only" in result["error"]
+    assert "stopped after" in run_in_process(contender, 1, 1, 0.01)["error"]
+    assert failure(ModuleNotFoundError("no", name="deepspeed"))["missing_package"] == "deepspeed"
+    assert failure(torch.cuda.OutOfMemoryError("3 GiB"))["out_of_memory"] is True
+
+
+def test_masters_are_updated_in_fp32() -> None:
+    """Against PyTorch's AdamW on fp32 copies, gradients of two micro-batches summed by hand."""
+    optim = OptimConfig(lr=0.1, eps=1e-8, weight_decay=0.01, grad_clip=0.5)
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4).bfloat16()
+    inputs = [torch.randn(3, 8).bfloat16() for _ in range(2)]
+    copies = [p.detach().float() for p in model.parameters()]
+    reference = torch.optim.AdamW(
+        copies, lr=0.1, betas=(optim.beta1, optim.beta2), eps=1e-8, weight_decay=0.01
+    )
+    ours = MasterAdamW(model.parameters(), optim)
+    for _ in range(3):
+        parts = [torch.autograd.grad(model(x).square().sum(), list(model.parameters())) for x in inputs]
+        for copy, first, second in zip(copies, *parts, strict=True):
+            copy.grad = first.float() + second.float()
+        torch.nn.utils.clip_grad_norm_(copies, 0.5)
+        reference.step()
+        for x in inputs:
+            model(x).square().sum().backward()
+        assert all(p.grad is None for p in model.parameters())
+        ours.step()
+        for master, copy, parameter in zip(ours.masters, copies, model.parameters(), strict=True):
+            torch.testing.assert_close(master, copy)
+            assert torch.equal(parameter, master.bfloat16())
+
+
+ENGINE_AGAINST_BARE = """
+import torch
+from benchmarks.step_config import Contender
+from benchmarks.step_loops import build_loop
+losses = []
+for loop in ("engine", "bare"):
+    torch.manual_seed(0)
+    contender = Contender("tiny/lpa", loop, 1, accumulate=2, precision=PRECISION, layers=1, sequence=16)
+    step = build_loop(contender, torch.device("cpu")).step
+    losses.append([float(step()) for _ in range(5)])
+print(losses[0]); print(losses[1])
+assert abs(losses[0][0] - losses[0][4]) > 0.01, "it has to learn"
+torch.testing.assert_close(*map(torch.tensor, losses), rtol=TOLERANCE, atol=0)
+"""
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-3)])
+def test_engine_and_bare_loop_do_the_same(precision: str, tolerance: float) -> None:
+    code = ENGINE_AGAINST_BARE.replace("PRECISION", repr(precision)).replace("TOLERANCE", str(tolerance))
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_llama_learns_too() -> None:
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    contender = Contender("tiny/transformer", "llama", 2, precision="fp32", layers=1, sequence=16, dry=True)
+    step = build_loop(contender, CPU).step
+    losses = [float(step()) for _ in range(9)]
+    assert losses[8] < losses[0]  # the same batch twice, 8 steps apart
+
+
+def test_parts_of_the_suite_share_the_time() -> None:
+    from benchmarks import gpu_suite
+
+    ends = gpu_suite.ends_of(list(gpu_suite.SHARES))
+    assert list(ends) == list(gpu_suite.SHARES) and ends["profile"] == pytest.approx(1)
+    assert ends["tests"] == pytest.approx(0.18) and ends["ceilings"] == pytest.approx(0.19)
+    assert gpu_suite.ends_of(["train-step", "profile"]) == pytest.approx(
+        {"train-step": 34 / 39, "profile": 1}
+    )
+    tests = gpu_suite.gpu_tests()
+    assert "tests/kernels/test_lowdim_gpu.py" in tests and "tests/kernels/test_tiles.py" not in tests
+    assert all((ROOT / test).is_file() for test in tests)

@@ -1,0 +1,148 @@
+"""The loss that computes the head's product chunk by chunk, and what both kinds keep and allocate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_lpa.config.kernels import chunk_tokens, takes_chunks
+from megatron_lpa.layers import loss
+from megatron_lpa.layers.loss import chunked_cross_entropy, vocab_parallel_cross_entropy
+from megatron_lpa.parallel.groups import ParallelGroups
+
+SINGLE = ParallelGroups.single()
+BATCH, LENGTH, WIDTH, IDS, REAL = 3, 7, 16, 40, 37
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def draw(dtype: torch.dtype, bias: bool) -> tuple[list[torch.Tensor | None], torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    inputs = [normal(BATCH, LENGTH, WIDTH), normal(IDS, WIDTH), normal(IDS) if bias else None]
+    if bias:
+        with torch.no_grad():
+            inputs[2][REAL:] = 1e4  # padded ids would win every prediction
+    return inputs, torch.randint(REAL, (BATCH, LENGTH), generator=generator)
+
+
+def with_gradients(losses: torch.Tensor, inputs: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    upstream = torch.linspace(-1, 2, losses.numel(), dtype=losses.dtype).view(losses.shape)
+    return [losses, *torch.autograd.grad(losses, [t for t in inputs if t is not None], upstream)]
+
+
+def exact(inputs: list[torch.Tensor | None], labels: torch.Tensor) -> list[torch.Tensor]:
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
+    scores = functional.linear(*wide)[..., :REAL]
+    losses = functional.cross_entropy(scores.flatten(0, 1), labels.flatten(), reduction="none")
+    return with_gradients(losses.view(labels.shape), wide)
+
+
+@pytest.mark.parametrize(
+    ("backend", "tokens"), [("eager", 1), ("eager", 4), ("eager", 21), ("eager", 1000), ("compiled", 4)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", ["whole", "chunked"])
+def test_losses_and_gradients_equal_torch(kind, dtype, bias, tokens, backend, monkeypatch):
+    monkeypatch.setattr(loss, "chunk_tokens", lambda *_: tokens)
+    inputs, labels = draw(dtype, bias)
+    if kind == "chunked":
+        losses = chunked_cross_entropy(*inputs, labels, SINGLE, REAL, backend)
+    else:
+        losses = vocab_parallel_cross_entropy(functional.linear(*inputs), labels, SINGLE, REAL, backend)
+    assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for found, expected in zip(with_gradients(losses, inputs), exact(inputs, labels), strict=True):
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < TOLERANCE[dtype], float(error)
+    grads = with_gradients(chunked_cross_entropy(*inputs, labels, SINGLE, REAL, backend), inputs)[2:]
+    assert all(not g[REAL:].any() and g[:REAL].any() for g in grads)
+
+
+def test_extreme_logits_stay_finite():
+    x = torch.full((1, 2, 4), 1e4).requires_grad_()
+    weight = torch.tensor([[1e4] * 4, [-1e4] * 4, [0.0] * 4])
+    losses = chunked_cross_entropy(x, weight, None, torch.tensor([[0, 1]]), SINGLE, 3)
+    assert losses.tolist() == [[0.0, pytest.approx(8e8)]]
+    losses.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_frozen_inputs_get_no_gradient():
+    (x, weight, bias), labels = draw(torch.float32, True)
+    losses = chunked_cross_entropy(x, weight.detach(), bias.detach(), labels, SINGLE, REAL)
+    (found,) = torch.autograd.grad(losses.sum(), [x])
+    whole = vocab_parallel_cross_entropy(functional.linear(x, weight, bias), labels, SINGLE, REAL)
+    torch.testing.assert_close(found, torch.autograd.grad(whole.sum(), [x])[0], rtol=1e-5, atol=1e-6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns, forward or backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+def kept_bytes(compute: Any, given: list[torch.Tensor]) -> int:
+    """Bytes that autograd keeps besides the given tensors."""
+    known = {t.untyped_storage().data_ptr() for t in given}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert compute().requires_grad
+    return sum(kept.values())
+
+
+def test_chunks_never_hold_all_logits_and_keep_a_few_numbers_per_token(monkeypatch):
+    tokens, ids = 256, 512
+    x = torch.randn(1, tokens, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(ids, 8, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(ids, (1, tokens))
+    monkeypatch.setattr(loss, "chunk_tokens", lambda *_: 16)
+
+    def chunked() -> torch.Tensor:
+        return chunked_cross_entropy(x, weight, None, labels, SINGLE, ids)
+
+    def whole() -> torch.Tensor:
+        return vocab_parallel_cross_entropy(functional.linear(x, weight), labels, SINGLE, ids)
+
+    statistics = tokens * (8 + 4 + 8)  # label column; largest; sum, which shares its storage with the target
+    assert kept_bytes(chunked, [x, weight]) == statistics
+    assert (
+        kept_bytes(whole, [x, weight]) == statistics + 2 * tokens * ids
+    )  # logits as they are: no fp32 softmax
+    for compute, largest in ((chunked, 16 * ids), (whole, tokens * ids)):
+        with LargestTensor() as found:
+            compute().sum().backward()
+        assert found.elements == largest
+
+
+def test_auto_takes_chunks_for_large_logits():
+    assert not takes_chunks("auto", 16384, 32000, 2)  # 1.05 GB
+    assert takes_chunks("auto", 16384, 128000, 2)  # 4.2 GB
+    assert takes_chunks("chunked", 1, 1, 2) and not takes_chunks("whole", 10**6, 10**6, 4)
+
+
+def test_a_chunk_has_at_least_one_token():
+    assert chunk_tokens(10**9, 4) == 1
+    assert chunk_tokens(32000, 4) == 4194
