@@ -2,7 +2,7 @@
 
 Also ``python -m megatron_lpa.pretrain`` for one process, and ``torchrun -m`` for several.
 
-Exit codes: 0 complete, 1 an error, 128 + n stopped by signal n.
+Exit codes: 0 complete, 1 an error, 75 a hang that the watchdog ended, 128 + n stopped by signal n.
 """
 
 from __future__ import annotations

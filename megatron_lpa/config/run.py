@@ -113,7 +113,8 @@ class TrainConfig:
         global_batch_size: sequences per optimizer step over all processes.
         micro_batch_size: sequences per process and forward pass; gradient accumulation follows.
         precision: ``fp32``, or ``bf16`` with fp32 master weights.
-        activation_checkpointing: ``full`` recomputes every layer in the backward pass.
+        activation_checkpointing: ``selective`` keeps results of matrix products and attention and recomputes the
+            rest of every layer in the backward pass, ``full`` recomputes all of every layer.
         deepspeed_config: a name in ``ds_configs/`` (``zero3``) or the path of such a JSON file.
         seed: seeds initial weights, data order and dropout.
         eval_interval: optimizer steps between validations; 0 turns them off.
@@ -123,6 +124,16 @@ class TrainConfig:
         keep_every: checkpoints whose step is a multiple of this are never removed; 0 turns the rule off.
         keep_best: keep the checkpoint with the lowest validation loss too, of those at whose step
             validation ran.
+        max_skipped_steps: a step whose gradient is not finite on some process changes nothing and is counted;
+            after this many in a row the run goes back to its newest checkpoint. 0 never goes back.
+        loss_spike: go back also when a step's loss is this much (in nats) above the mean of the 50 steps
+            before; 0 turns it off. With it every step waits for its loss.
+        step_timeout_s: seconds that a process may be in one stage of a step (reading data, computing, writing a
+            checkpoint, ...); then it tells where it is, writes the stacks of its threads and ends the run
+            with exit code 75. 0 waits for ever.
+        max_rollbacks: how often one start of a run may go back; the next time it ends with an error.
+        checkpoint_overlap: write checkpoints beside training, from a copy in the CPU's memory; false stops
+            training while they are written and needs no copy.
         on_checkpoint_failure: what to do when a checkpoint cannot be written, as on a full disk: ``continue``
             warns, trains on and tries again at the next interval; ``stop`` ends the run. The last checkpoint
             of a run always has to be written. Earlier checkpoints stay usable either way.
@@ -137,7 +148,7 @@ class TrainConfig:
     global_batch_size: int = 160
     micro_batch_size: int = 8
     precision: Literal["fp32", "bf16"] = "bf16"
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     deepspeed_config: str = "zero3"
     seed: int = 27
     eval_interval: int = 200
@@ -146,6 +157,11 @@ class TrainConfig:
     keep_checkpoints: int = 3
     keep_every: int = 0
     keep_best: bool = False
+    max_skipped_steps: int = 5
+    loss_spike: float = 0.0
+    max_rollbacks: int = 3
+    step_timeout_s: float = 1800.0
+    checkpoint_overlap: bool = True
     on_checkpoint_failure: Literal["continue", "stop"] = "continue"
     resume: Literal["auto", "never", "must"] = "auto"
 

@@ -170,6 +170,10 @@ def _check_train(train: TrainConfig) -> None:
         "checkpoint_interval",
         "keep_checkpoints",
         "keep_every",
+        "max_skipped_steps",
+        "max_rollbacks",
+        "loss_spike",
+        "step_timeout_s",
     ):
         at_least(f"train.{name}", getattr(train, name), 0)
     if train.keep_best and not train.eval_interval:

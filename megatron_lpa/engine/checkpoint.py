@@ -14,11 +14,15 @@ checkpoint can run code. ``resume.py`` reads it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +52,7 @@ from megatron_lpa.engine.store import (
     publish,
 )
 from megatron_lpa.engine.tensor_file import write_tensors
-from megatron_lpa.engine.weights import write_weights
+from megatron_lpa.engine.weights import gathered_weights, write_weights
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all
@@ -91,15 +95,12 @@ def _guarded(work: Callable[[], list[WrittenFile]], groups: ParallelGroups) -> l
     return files
 
 
-def save_checkpoint(
-    engine: Engine,
-    folder: Path,
-    progress: Progress,
-    order: SampleOrder,
-    retention: Retention = KEEP_ALL,
-    validation_loss: float | None = None,
-) -> Path:
-    """Write a checkpoint of the current state; every rank calls it.
+class Saving:
+    """A checkpoint on its way. Every rank makes one, which returns as soon as training may go on.
+
+    With ``overlap`` the state is copied to the CPU's memory, which is all that training waits for, and written by a
+    thread. The thread takes no part in collectives: ``complete`` agrees on the outcome. Without ``overlap`` nothing is
+    copied and everything is written before this returns.
 
     Args:
         engine: what to save.
@@ -108,63 +109,153 @@ def save_checkpoint(
         order: what the order of samples depends on; a resumed run must have the same.
         retention: which earlier checkpoints stay.
         validation_loss: of exactly these weights; rank 0's counts. None when validation did not run here.
-
-    Returns:
-        The folder of the complete checkpoint.
+        overlap: write beside training.
 
     Raises:
         CheckpointNotWritten: on every rank when any rank could not write; nothing half-written stays.
     """
-    final = folder / f"step_{progress.step:08d}"
-    partial = partial_of(final)
-    groups = engine.groups
-    if engine.device.type == "cuda":
-        torch.cuda.synchronize()  # DeepSpeed works on streams of its own
-    fragments = where.held_fragments(engine)
-    step = largest_of_all(where.optimizer_step(fragments), groups)
-    kinds = (where.MASTER, *where.MOMENTS) if step else (where.MASTER,)
 
-    def make_folders() -> list[WrittenFile]:
-        if groups.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            check_free_space(folder, _checkpoint_bytes(engine, len(kinds)))
-            partial.mkdir()
+    def __init__(
+        self,
+        engine: Engine,
+        folder: Path,
+        progress: Progress,
+        order: SampleOrder,
+        retention: Retention = KEEP_ALL,
+        validation_loss: float | None = None,
+        overlap: bool = False,
+    ) -> None:
+        started = time.perf_counter()
+        self._engine, self._folder, self._retention = engine, folder, retention
+        self.progress = progress
+        self._final = folder / f"step_{progress.step:08d}"
+        self._partial = partial_of(self._final)
+        self._files: list[WrittenFile] = []
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()  # DeepSpeed works on streams of its own
+        fragments = where.held_fragments(engine)
+        step = largest_of_all(where.optimizer_step(fragments), engine.groups)
+        kinds = (where.MASTER, *where.MOMENTS) if step else (where.MASTER,)
+        # Made now, as the counts that it holds move on with training.
+        self._content = _manifest(engine, progress, order, step, validation_loss)
+        with self._nothing_half_written():
+            _guarded(lambda: self._make_folders(len(kinds)), engine.groups)
+            self._begin(_own_tensors(fragments, kinds, engine.groups), overlap)
+        self.blocked_s = time.perf_counter() - started
+        """Seconds that training waited so far; without ``overlap`` all but agreeing and renaming."""
+
+    def _make_folders(self, kinds: int) -> list[WrittenFile]:
+        if self._engine.groups.rank == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self._partial, ignore_errors=True)
+            check_free_space(self._folder, _checkpoint_bytes(self._engine, kinds))
+            self._partial.mkdir()
         return []
 
-    def write_state() -> list[WrittenFile]:
-        tensors = _own_tensors(fragments, kinds, groups)
-        return [write_tensors(partial, f"state/rank_{groups.rank:05d}.safetensors", tensors)]
+    def _begin(self, tensors: list[tuple[str, torch.Tensor]], overlap: bool) -> None:
+        weights: Iterable[tuple[str, torch.Tensor | None]] = gathered_weights(self._engine)
+        if not overlap:
+            self._write(tensors, weights)
+            _guarded(self._outcome, self._engine.groups)
+            return
+        copies = [(key, tensor.to("cpu", copy=True)) for key, tensor in tensors]
+        thread = threading.Thread(target=self._write, args=(copies, list(weights)), daemon=True)
+        self._thread = thread
+        thread.start()
 
-    def write_unsharded() -> list[WrittenFile]:
-        files = write_weights(engine, partial / "weights")
-        return [dataclasses.replace(file, name=f"weights/{file.name}") for file in files]
+    def _write(
+        self,
+        tensors: list[tuple[str, torch.Tensor]],
+        weights: Iterable[tuple[str, torch.Tensor | None]],
+    ) -> None:
+        own: list[WrittenFile] = []
+        try:
+            name = f"state/rank_{self._engine.groups.rank:05d}.safetensors"
+            own.append(write_tensors(self._partial, name, tensors))
+        except Exception as error:
+            self._failure = error
+        try:  # also after a failure: the weights may be on their way here through collectives
+            for file in write_weights(weights, self._partial / "weights"):
+                own.append(dataclasses.replace(file, name=f"weights/{file.name}"))
+        except Exception as error:
+            self._failure = self._failure or error
+        self._files = own
 
-    try:
-        _guarded(make_folders, groups)
-        own = _guarded(write_state, groups)
-        own += _guarded(write_unsharded, groups)
-        described: list[Any] = [own]
-        if groups.control_group is not None:
-            described = [None] * groups.world_size
-            dist.all_gather_object(described, own, group=groups.control_group)
-        files: list[WrittenFile] = [file for rank_files in described for file in rank_files]
+    def _outcome(self) -> list[WrittenFile]:
+        if isinstance(self._failure, (OSError, RuntimeError)):
+            raise self._failure
+        if (
+            self._failure is not None
+        ):  # a bug; in a thread it must not go unseen, nor leave other ranks waiting
+            traceback.print_exception(self._failure)
+            raise RuntimeError(f"{type(self._failure).__name__}: {self._failure}")
+        return self._files
 
-        def complete() -> list[WrittenFile]:
-            if groups.rank == 0:
-                _check_shared(partial, files)
-                content = _manifest(engine, progress, order, files, step, validation_loss)
-                publish(final, json.dumps(sealed(content), indent=1))
-            return []
+    @property
+    def written_here(self) -> bool:
+        """Whether this process has nothing left to write."""
+        return self._thread is None or not self._thread.is_alive()
 
-        _guarded(complete, groups)
-    except CheckpointNotWritten:
+    @property
+    def bytes(self) -> int:
+        """What this process has written."""
+        return sum(file.bytes for file in self._files)
+
+    def complete(self) -> Path:
+        """Wait for all processes' files, and give the checkpoint its name. Every rank calls it.
+
+        Returns:
+            The folder of the complete checkpoint.
+
+        Raises:
+            CheckpointNotWritten: on every rank when any rank could not write; nothing half-written stays.
+        """
+        started, groups = time.perf_counter(), self._engine.groups
+        if self._thread is not None:
+            self._thread.join()
+        with self._nothing_half_written():
+            own = _guarded(self._outcome, groups)
+            described: list[Any] = [own]
+            if groups.control_group is not None:
+                described = [None] * groups.world_size
+                dist.all_gather_object(described, own, group=groups.control_group)
+            files: list[WrittenFile] = [file for rank_files in described for file in rank_files]
+
+            def publish_it() -> list[WrittenFile]:
+                if groups.rank == 0:
+                    _check_shared(self._partial, files)
+                    listed = {file.name: {"bytes": file.bytes, "sha256": file.sha256} for file in files}
+                    publish(self._final, json.dumps(sealed({**self._content, "files": listed}), indent=1))
+                return []
+
+            _guarded(publish_it, groups)
         if groups.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if groups.rank == 0:
-        prune(folder, retention)
-    return final
+            prune(self._folder, self._retention)
+        self.blocked_s += time.perf_counter() - started
+        return self._final
+
+    @contextlib.contextmanager
+    def _nothing_half_written(self) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointNotWritten:
+            if self._engine.groups.rank == 0:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
+
+
+def save_checkpoint(
+    engine: Engine,
+    folder: Path,
+    progress: Progress,
+    order: SampleOrder,
+    retention: Retention = KEEP_ALL,
+    validation_loss: float | None = None,
+) -> Path:
+    """Write a whole checkpoint before anything else goes on; arguments and errors are those of ``Saving``."""
+    return Saving(engine, folder, progress, order, retention, validation_loss).complete()
 
 
 def _own_tensors(
@@ -201,7 +292,6 @@ def _manifest(
     engine: Engine,
     progress: Progress,
     order: SampleOrder,
-    files: Sequence[WrittenFile],
     step: int,
     validation_loss: float | None,
 ) -> dict[str, Any]:
@@ -224,8 +314,7 @@ def _manifest(
             "format": STATE_FORMAT,
             "optimizer": "AdamW",
             "optimizer_step": step,
-            "skipped_steps": int(engine.ds.skipped_steps),
+            "skipped_steps": engine.skipped_steps,
             "parameters": {n: {"shape": list(s.shape), "tp_dim": s.tp_dim} for n, s in specs.items()},
         },
-        "files": {file.name: {"bytes": file.bytes, "sha256": file.sha256} for file in files},
     }

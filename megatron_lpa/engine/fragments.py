@@ -124,6 +124,15 @@ def _stepping(zero: Any, group: int) -> torch.optim.Optimizer:
     return zero.backup_optimizer if on_device else zero.optimizer
 
 
+def state_is_finite(engine: Engine) -> bool:
+    """Whether all masters and moments that this process holds are finite numbers."""
+    checks = []
+    for fragment in held_fragments(engine):
+        kinds = (MASTER, *MOMENTS) if fragment.optimizer.state.get(fragment.flat) else (MASTER,)
+        checks += [fragment.view(kind).isfinite().all() for kind in kinds]
+    return all(map(bool, checks))
+
+
 def optimizer_step(fragments: Sequence[Fragment]) -> int:
     """AdamW's count of steps; 0 before the first, when it has no state yet."""
     steps = {

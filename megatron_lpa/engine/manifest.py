@@ -29,11 +29,18 @@ class Progress:
         step: optimizer steps done.
         consumed_samples: sequences read for training.
         consumed_tokens: tokens predicted in training.
+        skipped_samples: samples passed over when the run went back to a checkpoint; they count as neither.
     """
 
     step: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
+    skipped_samples: int = 0
+
+    @property
+    def position(self) -> int:
+        """Where in the order of samples the next step begins."""
+        return self.consumed_samples + self.skipped_samples
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Res
     progress: Progress = manifest["progress"]
     engine.ds.global_steps = progress.step
     engine.ds.global_samples = progress.consumed_samples
-    engine.ds.skipped_steps = manifest["state"]["skipped_steps"]
+    engine.skipped_steps = manifest["state"]["skipped_steps"]
     return Resumed(checkpoint, progress, notes)
 
 

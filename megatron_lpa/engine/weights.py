@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,55 +21,68 @@ from megatron_lpa.parallel.sharding import merge, spec_of
 
 SHARD_BYTES = 4 << 30
 
-__all__ = ["INDEX", "SHARD_BYTES", "SINGLE", "load_decoder", "unsharded", "write_weights"]
+__all__ = ["INDEX", "SHARD_BYTES", "SINGLE", "gathered_weights", "load_decoder", "unsharded", "write_weights"]
 
 
-def write_weights(engine: Engine, folder: Path, shard_bytes: int = SHARD_BYTES) -> list[WrittenFile]:
-    """Write the unsharded weights from rank 0; every rank calls it.
+def gathered_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Every parameter's name and unsharded value, on the CPU of rank 0 and None on others.
 
-    Rank 0 holds at most ``shard_bytes`` (plus one parameter) in CPU memory. Several files come with an
-    index in the format of Hugging Face's sharded checkpoints.
+    Every rank has to go through all of them: each is gathered by a collective.
+    """
+    for name, parameter in named_parameters_once(engine.module):
+        yield name, unsharded(engine, parameter)
+
+
+def write_weights(
+    weights: Iterable[tuple[str, torch.Tensor | None]], folder: Path, shard_bytes: int = SHARD_BYTES
+) -> list[WrittenFile]:
+    """Write unsharded weights, without a second copy of more than ``shard_bytes`` and one parameter.
+
+    Several files come with an index in the format of Hugging Face's sharded checkpoints.
+
+    Args:
+        weights: what ``gathered_weights`` yields, or a list of it. Gone through to the end even after a failure,
+            or other ranks would wait in a collective. Where all values are None nothing is written.
+        folder: where to.
+        shard_bytes: length of a file from which on another is begun.
 
     Returns:
-        The files that this rank wrote, named inside ``folder``.
+        The files, named inside ``folder``.
+
+    Raises:
+        OSError: a file could not be written.
     """
-    writer = engine.groups.rank == 0
-    failure: Exception | None = None
+    failure: OSError | None = None
     files: list[WrittenFile] = []
     names_in: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
-    pending_bytes = 0
 
     def flush() -> None:
-        nonlocal pending, pending_bytes
         name = f"part-{len(files):05d}.safetensors"
         files.append(write_tensors(folder, name, list(pending.items()), {"format": "pt"}))
         names_in.append(list(pending))
-        pending, pending_bytes = {}, 0
+        pending.clear()
 
-    for name, parameter in named_parameters_once(engine.module):
-        full = unsharded(engine, parameter)
-        if not writer or failure is not None:
+    for name, full in weights:
+        if full is None or failure is not None:
             continue
-        assert full is not None
-        # A rank that stops here would leave the others in a collective: remember, and raise at the end.
         try:
             pending[name] = full
-            pending_bytes += full.numel() * full.element_size()
-            if pending_bytes >= shard_bytes:
+            if sum(tensor.numel() * tensor.element_size() for tensor in pending.values()) >= shard_bytes:
                 flush()
         except OSError as error:
             failure = error
-    if not writer:
-        return []
-    if failure is None:
-        try:
-            if pending:
-                flush()
+            pending.clear()
+    try:
+        if failure is None and pending:
+            flush()
+        if failure is None and files:
             return _name_files(folder, files, names_in)
-        except OSError as error:
-            failure = error
-    raise OSError(f"{folder}: {failure}")
+    except OSError as error:
+        failure = error
+    if failure is not None:
+        raise OSError(f"{folder}: {failure}")
+    return []
 
 
 def _name_files(folder: Path, files: list[WrittenFile], names_in: list[list[str]]) -> list[WrittenFile]:

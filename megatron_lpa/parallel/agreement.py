@@ -24,6 +24,15 @@ def largest_of_all(value: int, groups: ParallelGroups) -> int:
     return int(tensor)
 
 
+def gather_numbers(value: float, groups: ParallelGroups) -> list[float]:
+    """Every rank's value, in order of rank."""
+    if groups.control_group is None or groups.world_size == 1:
+        return [value]
+    tensors = [torch.zeros(1, dtype=torch.float64) for _ in range(groups.world_size)]
+    dist.all_gather(tensors, torch.tensor([value], dtype=torch.float64), group=groups.control_group)
+    return [float(tensor) for tensor in tensors]
+
+
 def gather_messages(message: str | None, groups: ParallelGroups) -> str:
     """Every rank's message with its rank in front, joined; empty when no rank has one.
 

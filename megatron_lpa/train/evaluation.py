@@ -56,7 +56,7 @@ def evaluate_split(run: Run, split: Samples, max_samples: int | None = None) -> 
             return None
         assert batch is not None
         losses = engine.losses(torch.from_numpy(batch)).double()
-        weight = torch.from_numpy(weights).to(engine.device, torch.float64).unsqueeze(-1)
+        weight = engine.to_device(torch.from_numpy(weights)).double().unsqueeze(-1)
         total += torch.stack(((losses * weight).sum(), weight.sum() * losses.shape[-1]))
     loss_sum, tokens = (float(value) for value in engine.sum_over_replicas(total))
     return SplitLoss(loss_sum / tokens, round(tokens))

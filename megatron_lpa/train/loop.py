@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,9 +14,11 @@ from megatron_lpa.data.sampler import micro_batch_indices
 from megatron_lpa.engine.manifest import Progress
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all
-from megatron_lpa.train.callbacks.base import Callback, StepReport
+from megatron_lpa.train.callbacks.base import Callback, RollBack, StepReport
+from megatron_lpa.train.rollback import roll_back
 from megatron_lpa.train.schedule import learning_rate
 from megatron_lpa.train.state import Run, agree_to_go_on
+from megatron_lpa.train.watchdog import Watchdog
 
 
 def train(run: Run, callbacks: Sequence[Callback]) -> int:
@@ -29,6 +32,8 @@ def train(run: Run, callbacks: Sequence[Callback]) -> int:
     Raises:
         UserError: on all ranks, when any rank cannot read its data or write its records.
     """
+    run.watchdog = Watchdog(run.folder, run.engine.groups.rank, run.config.train.step_timeout_s)
+    run.watchdog.start()
     try:
         for callback in callbacks:
             callback.on_start(run)
@@ -36,16 +41,38 @@ def train(run: Run, callbacks: Sequence[Callback]) -> int:
             report = train_one_step(run)
             if report is None:
                 break
-            for callback in callbacks:
-                callback.after_step(run, report)
+            try:
+                for callback in callbacks:
+                    run.enter(f"in {type(callback).__name__}")
+                    callback.after_step(run, report)
+            except RollBack as request:
+                _go_back(run, callbacks, str(request))
         for callback in reversed(callbacks):
+            run.enter(f"in {type(callback).__name__}")
             callback.on_finish(run)
         if largest_of_all(run.problem is not None, run.engine.groups):
             raise UserError(gather_messages(run.problem, run.engine.groups))
     finally:
+        run.watchdog.stop()
         for callback in callbacks:
             callback.close(run)
     return run.stopped_by
+
+
+def _go_back(run: Run, callbacks: Sequence[Callback], reason: str) -> None:
+    bad = run.progress
+    for callback in callbacks:
+        callback.before_rollback(run)
+    resumed = roll_back(run, reason)
+    for callback in callbacks:
+        callback.after_rollback(run)
+    message = (
+        f"went back to {resumed.checkpoint.name} because of step {bad.step}: {reason}; training goes on behind sample "
+        f"{bad.position - 1:,} of the order"
+    )
+    for note in (*resumed.notes, message):
+        for callback in callbacks:
+            callback.on_event(run, note)
 
 
 def train_one_step(run: Run) -> StepReport | None:
@@ -55,6 +82,7 @@ def train_one_step(run: Run) -> StepReport | None:
         What happened; or None, before anything was done, when any rank was asked to stop.
     """
     started = time.perf_counter()
+    run.enter("reading data")
     batches, first_samples, unreadable = _read_batches(run)
     data_wait_s = time.perf_counter() - started
     if not agree_to_go_on(run, run.problem or unreadable):
@@ -69,7 +97,7 @@ def _read_batches(run: Run) -> tuple[list[torch.Tensor], list[int], str | None]:
     """This rank's micro-batches of the next step, or what is wrong with them."""
     train, groups = run.config.train, run.engine.groups
     positions = micro_batch_indices(
-        run.progress.consumed_samples,
+        run.progress.position,
         train.global_batch_size,
         train.micro_batch_size,
         groups.dp_rank,
@@ -86,7 +114,8 @@ def _read_batches(run: Run) -> tuple[list[torch.Tensor], list[int], str | None]:
 
 def _advanced(run: Run) -> Progress:
     samples = run.config.train.global_batch_size
-    return Progress(
+    return replace(
+        run.progress,
         step=run.progress.step + 1,
         consumed_samples=run.progress.consumed_samples + samples,
         consumed_tokens=run.progress.consumed_tokens + samples * run.config.model.sequence_length,

@@ -13,7 +13,7 @@ IMPATIENCE_S = 10.0
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM. Later ones change nothing, but for a SIGINT after ten seconds:
+    """Remembers the first SIGINT, SIGTERM or SIGUSR1. Later ones change nothing, but for a SIGINT after ten seconds:
     whoever presses Ctrl-C again then wants out of a run that does not reach the end of its step.
 
     The exit code of a run stopped by a signal is ``128 + signum``, as shells have it.
@@ -28,8 +28,8 @@ class StopRequest:
         self._launchers = _launchers_above()
 
     def install(self) -> StopRequest:
-        """Take over both signals of this process."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        """Take over these signals of this process."""
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(signum, self._remember)
         return self
 

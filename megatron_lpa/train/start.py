@@ -26,6 +26,7 @@ from megatron_lpa.parallel.agreement import largest_of_all, together
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.callbacks.base import Callback, Sink
 from megatron_lpa.train.callbacks.checkpoints import Checkpoints, LastValidation
+from megatron_lpa.train.callbacks.divergence import Divergence
 from megatron_lpa.train.callbacks.evaluation import Evaluation
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.callbacks.sinks import Console, MetricsFile, TensorBoard, WandB
@@ -206,4 +207,4 @@ def _callbacks(run: Run) -> list[Callback]:
         sinks.append(WandB(logging.wandb))
     validation = LastValidation()
     metrics = Metrics([*sinks, validation])
-    return [metrics, Evaluation(metrics), Checkpoints(metrics, validation)]
+    return [Divergence(metrics), metrics, Evaluation(metrics), Checkpoints(metrics, validation)]

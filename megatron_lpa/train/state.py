@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -13,6 +14,7 @@ from megatron_lpa.engine.manifest import Progress, SampleOrder
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all
 from megatron_lpa.train.signals import StopRequest
+from megatron_lpa.train.watchdog import Watchdog
 
 Record = dict[str, Any]
 """One line of ``metrics.jsonl``; ``kind`` is train, valid, test or event."""
@@ -36,6 +38,9 @@ class Run:
         lock: the open lock file of the run folder, on rank 0.
         stopped_by: the signal that all ranks agreed to stop for; 0 while none came.
         resume_notes: what was noticed while resuming, such as a damaged checkpoint that was skipped.
+        rollbacks: how often this start has gone back to a checkpoint.
+        watchdog: what ends the run when it hangs; None watches nothing.
+        waited_s: seconds that this process has waited for others before steps, since somebody set it to 0.
     """
 
     config: RunConfig
@@ -50,6 +55,14 @@ class Run:
     stopped_by: int = 0
     lock: IO[str] | None = None
     resume_notes: tuple[str, ...] = ()
+    rollbacks: int = 0
+    watchdog: Watchdog | None = None
+    waited_s: float = 0.0
+
+    def enter(self, stage: str) -> None:
+        """Tell the watchdog what comes next, in words that follow "rank 3 is"."""
+        if self.watchdog is not None:
+            self.watchdog.enter(stage, self.progress.step)
 
     @property
     def is_main(self) -> bool:
@@ -82,7 +95,11 @@ def agree_to_go_on(run: Run, problem: str | None) -> bool:
         UserError: on all ranks, when any rank has a problem.
     """
     wish = run.stop.signum()
+    run.enter("waiting for other ranks")
+    arrived = time.perf_counter()
     decision = largest_of_all(FAIL if problem else STOP + wish if wish else GO_ON, run.engine.groups)
+    run.waited_s += time.perf_counter() - arrived
+    run.enter("computing")
     if decision >= FAIL:
         raise UserError(gather_messages(problem, run.engine.groups))
     if decision >= STOP:

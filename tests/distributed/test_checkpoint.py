@@ -113,7 +113,7 @@ def save_only(run: RunConfig, folder: str, steps: int, keep: int = 0, shard_byte
         save_checkpoint(engine, Path(folder), Progress(number + 1), ORDER, Retention(keep))
     named = weights_of(engine)
     if shard_bytes is not None:
-        weights.write_weights(engine, Path(folder) / "sharded", shard_bytes)
+        weights.write_weights(weights.gathered_weights(engine), Path(folder) / "sharded", shard_bytes)
     engine.ds.destroy()
     return named
 

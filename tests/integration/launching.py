@@ -32,9 +32,14 @@ class Finished:
 
 
 class Launch:
-    """Processes of ``python -m megatron_lpa.pretrain`` with a launcher's environment."""
+    """Processes of ``python -m megatron_lpa.pretrain`` with a launcher's environment.
 
-    def __init__(self, arguments: list[str], processes: int, cwd: Path) -> None:
+    ``faults`` are what ``faulty_pretrain.py`` does, by global batch of the order of samples.
+    """
+
+    def __init__(
+        self, arguments: list[str], processes: int, cwd: Path, faults: dict[int, str] | None = None
+    ) -> None:
         port = free_port()
         self.processes: list[subprocess.Popen] = []
         self.outputs: list[tuple[IO[str], IO[str]]] = []
@@ -46,7 +51,11 @@ class Launch:
             }  # fmt: skip
             # Files, not pipes: a full pipe would stop a process that nobody reads from yet.
             self.outputs.append((tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")))  # noqa: SIM115
-            command = [sys.executable, "-m", "megatron_lpa.pretrain", *arguments]
+            entry = ["-m", "megatron_lpa.pretrain"]
+            if faults is not None:
+                environment["FAULTS"] = json.dumps(faults)
+                entry = [str(Path(__file__).parent / "faulty_pretrain.py")]
+            command = [sys.executable, *entry, *arguments]
             out, err = self.outputs[-1]
             self.processes.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=out, stderr=err))
 
@@ -67,8 +76,8 @@ class Launch:
         return finished
 
 
-def launch(arguments: list[str], processes: int, cwd: Path) -> Finished:
-    return Launch(arguments, processes, cwd).wait()
+def launch(arguments: list[str], processes: int, cwd: Path, faults: dict[int, str] | None = None) -> Finished:
+    return Launch(arguments, processes, cwd, faults).wait()
 
 
 def records(run_folder: Path, kind: str) -> list[dict]:

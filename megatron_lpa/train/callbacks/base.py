@@ -25,14 +25,30 @@ class StepReport:
     data_wait_s: float
 
 
+class RollBack(Exception):
+    """Raised by a callback, on all ranks alike: the run is to go back to its newest checkpoint. The text says why."""
+
+
 class Callback:
-    """Does nothing; override what is needed. Collectives are allowed in every hook but ``close``."""
+    """Does nothing; override what is needed. Collectives are allowed in every hook but ``close``.
+
+    ``after_step`` may raise ``RollBack``; callbacks after this one then do not see the step.
+    """
 
     def on_start(self, run: Run) -> None:
         """Before the first step, after a checkpoint was loaded."""
 
     def after_step(self, run: Run, report: StepReport) -> None:
         """After each optimizer step; ``run.progress`` already counts it."""
+
+    def on_event(self, run: Run, message: str) -> None:
+        """Something happened that belongs into the record of the run."""
+
+    def before_rollback(self, run: Run) -> None:
+        """Before the state of a checkpoint replaces the present one."""
+
+    def after_rollback(self, run: Run) -> None:
+        """After it; ``run.progress`` is the checkpoint's."""
 
     def on_finish(self, run: Run) -> None:
         """After the last step, or, with ``run.stopped_by`` above 0, after a signal."""
@@ -54,6 +70,9 @@ class Sink:
 
     def write(self, record: Record) -> None:
         """One record of ``metrics.jsonl``."""
+
+    def rewind(self, run: Run) -> None:
+        """The run went back to ``run.progress``: what was written of later steps will be written again."""
 
     def close(self) -> None:
         """After the last record."""

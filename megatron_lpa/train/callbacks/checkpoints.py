@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
-from megatron_lpa.engine.checkpoint import CheckpointNotWritten, save_checkpoint
+from megatron_lpa.engine.checkpoint import CheckpointNotWritten, Saving
+from megatron_lpa.engine.fragments import state_is_finite
 from megatron_lpa.engine.store import Retention
-from megatron_lpa.train.callbacks.base import Callback, Sink, StepReport
-from megatron_lpa.train.callbacks.metrics import Metrics, check_finite
+from megatron_lpa.errors import UserError
+from megatron_lpa.parallel.agreement import largest_of_all
+from megatron_lpa.train.callbacks.base import Callback, RollBack, Sink, StepReport
+from megatron_lpa.train.callbacks.metrics import Metrics
+from megatron_lpa.train.rollback import DIVERGED
 from megatron_lpa.train.state import Record, Run
 
 
@@ -30,12 +32,16 @@ class LastValidation(Sink):
 
 
 class Checkpoints(Callback):
-    """Writes a checkpoint unless the newest one is of this very step."""
+    """Writes a checkpoint unless the newest one is of this very step.
+
+    At most one is on its way. It is completed at the first step at which all processes have written theirs,
+    before the next one is begun, or at the end.
+    """
 
     def __init__(self, metrics: Metrics, validation: LastValidation) -> None:
         self.metrics = metrics
         self._validation = validation
-        self._losses: torch.Tensor | None = None
+        self._saving: Saving | None = None
 
     def on_start(self, run: Run) -> None:
         """Record what was noticed while resuming."""
@@ -46,17 +52,19 @@ class Checkpoints(Callback):
         """Save at the interval.
 
         Raises:
-            UserError: on all ranks, when a loss since the last checkpoint is not finite. Nothing is saved, so
-                that a diverged model never takes the place of a good checkpoint. Or when the checkpoint cannot
-                be written and ``train.on_checkpoint_failure`` is ``stop``.
+            RollBack: on all ranks, when the state is not finite. Nothing is saved, so that a diverged model never
+                takes the place of a good checkpoint.
+            UserError: the checkpoint cannot be written and ``train.on_checkpoint_failure`` is ``stop``.
         """
-        loss = report.result.loss
-        self._losses = loss if self._losses is None else self._losses + loss  # one bad loss spoils the sum
         train = run.config.train
-        if not train.checkpoint_interval or run.progress.step % train.checkpoint_interval:
-            return
+        due = bool(train.checkpoint_interval) and run.progress.step % train.checkpoint_interval == 0
         try:
-            self._save(run)
+            if self._saving is not None:
+                unwritten = largest_of_all(not self._saving.written_here, run.engine.groups)
+                if due or not unwritten:
+                    self._complete(run)
+            if due:
+                self._start(run, train.checkpoint_overlap and run.progress.step < run.steps)
         except CheckpointNotWritten as error:
             if train.on_checkpoint_failure == "stop" or run.progress.step == run.steps:
                 raise
@@ -71,25 +79,49 @@ class Checkpoints(Callback):
 
     def on_finish(self, run: Run) -> None:
         """Save whatever has not been saved."""
-        self._save(run)
+        if self._saving is not None:
+            try:
+                self._complete(run)
+            except CheckpointNotWritten as error:  # the one that follows decides
+                self._record(run, f"checkpoint failed: {error}")
+        try:
+            self._start(run, overlap=False)
+        except RollBack as problem:
+            raise UserError(f"step {run.progress.step}: {problem}; {DIVERGED}") from problem
 
-    def _save(self, run: Run) -> None:
+    def before_rollback(self, run: Run) -> None:
+        """Complete the checkpoint on its way: it may be the newest there is."""
+        if self._saving is not None:
+            try:
+                self._complete(run)
+            except CheckpointNotWritten as error:
+                self._record(run, f"checkpoint failed: {error}")
+
+    def _start(self, run: Run, overlap: bool) -> None:
         if run.saved_step == run.progress.step:
             return
-        if self._losses is not None:
-            check_finite(float(run.engine.mean_over_replicas(self._losses)), run)
-            self._losses = None
+        if largest_of_all(not state_is_finite(run.engine), run.engine.groups):
+            raise RollBack("the weights or AdamW's moments are not finite")
         train, step = run.config.train, run.progress.step
-        path = save_checkpoint(
+        self._saving = Saving(
             run.engine,
             run.checkpoints,
             run.progress,
             run.order,
             Retention(train.keep_checkpoints, train.keep_every, train.keep_best),
             self._validation.loss_at(step),
+            overlap,
         )
-        run.saved_step = step
-        self._record(run, f"checkpoint {path}")
+        if not overlap:
+            self._complete(run)
 
-    def _record(self, run: Run, message: str) -> None:
-        self.metrics.emit(run, {"kind": "event", "step": run.progress.step, "message": message})
+    def _complete(self, run: Run) -> None:
+        saving, self._saving = self._saving, None
+        assert saving is not None
+        path = saving.complete()
+        run.saved_step = saving.progress.step
+        self._record(run, f"checkpoint {path}", blocked_s=round(saving.blocked_s, 3))
+
+    def _record(self, run: Run, message: str, **details: float) -> None:
+        record = {"kind": "event", "step": run.progress.step, "message": message, **details}
+        self.metrics.emit(run, record)

@@ -12,7 +12,7 @@ import torch
 
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.accounting import flops_per_token_training
-from megatron_lpa.parallel.agreement import together
+from megatron_lpa.parallel.agreement import gather_numbers, together
 from megatron_lpa.train.callbacks.base import Callback, Sink, StepReport
 from megatron_lpa.train.hardware import peak_flops_per_second, peak_memory_bytes
 from megatron_lpa.train.state import Record, Run
@@ -47,8 +47,7 @@ class Metrics(Callback):
     def after_step(self, run: Run, report: StepReport) -> None:
         """Collect, and emit at the end of an interval.
 
-        Raises:
-            UserError: on all ranks, when the interval's mean loss is not finite.
+        The loss is the mean over the steps that have a finite one; the others changed nothing.
         """
         self._losses.append(report.result.loss)
         self._step_s += report.step_s
@@ -57,8 +56,10 @@ class Metrics(Callback):
             return
         steps = len(self._losses)
         waiting = time.perf_counter()
-        loss = float(run.engine.mean_over_replicas(torch.stack(self._losses).mean()))
+        means = run.engine.mean_over_replicas(torch.stack(self._losses))
+        loss = float(means[means.isfinite()].mean()) if means.isfinite().any() else None
         self._step_s += time.perf_counter() - waiting  # for work that the steps only launched on a GPU
+        waits_s, run.waited_s = gather_numbers(run.waited_s, run.engine.groups), 0.0
         tokens = steps * run.config.train.global_batch_size * run.config.model.sequence_length
         rate = tokens / self._step_s
         flops = rate * flops_per_token_training(run.config.model) / run.engine.groups.world_size
@@ -72,19 +73,39 @@ class Metrics(Callback):
                 "samples": run.progress.consumed_samples,
                 "loss": loss,
                 "lr": report.lr,
-                "grad_norm": float(report.result.grad_norm),
+                "grad_norm": _finite(float(report.result.grad_norm)),
                 "tokens_per_second": rate,
                 "step_ms": 1000 * self._step_s / steps,
                 "data_wait_ms": 1000 * self._data_wait_s / steps,
                 "model_flops_per_second_per_device": flops,
                 "mfu": None if peak is None else flops / peak,
                 "memory_peak_bytes": peak_memory_bytes(),
-                "skipped_steps": int(run.engine.ds.skipped_steps),
+                "skipped_steps": run.engine.skipped_steps,
+                **_straggler(waits_s, steps),
             },
         )
+        self._forget()
+
+    def _forget(self) -> None:
         self._losses.clear()
         self._step_s = self._data_wait_s = 0.0
-        check_finite(loss, run)
+
+    def on_event(self, run: Run, message: str) -> None:
+        """Record it, and say it where warnings go."""
+        if run.is_main:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+        self.emit(run, {"kind": "event", "step": run.progress.step, "message": message})
+
+    def after_rollback(self, run: Run) -> None:
+        """Forget the steps since the last record, and let sinks drop what will come again."""
+        self._forget()
+        if not run.is_main:
+            return
+        for sink in list(self.sinks):
+            try:
+                sink.rewind(run)
+            except Exception as error:
+                self._give_up(sink, error, run)
 
     def emit(self, run: Run, record: Record) -> None:
         """Hand a record to all sinks; called on every rank, acts on rank 0."""
@@ -114,18 +135,14 @@ class Metrics(Callback):
                     sink.close()
 
 
-def check_finite(loss: float, run: Run) -> None:
-    """Stop a run that has diverged.
+def _straggler(waits_s: Sequence[float], steps: int) -> dict[str, float]:
+    """The rank that the others waited for before steps, and for how long (ms per step)."""
+    if len(waits_s) == 1:
+        return {}
+    late_s = max(waits_s) - min(waits_s)
+    return {"slowest_rank": waits_s.index(min(waits_s)), "slowest_rank_late_ms": 1000 * late_s / steps}
 
-    Args:
-        loss: a loss averaged over all replicas, so that all ranks decide alike.
-        run: the run, for the message.
 
-    Raises:
-        UserError: the loss is infinite or not a number.
-    """
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} at step {run.progress.step}: training has diverged; lower optim.lr, raise "
-            "optim.warmup_steps, or continue from an earlier checkpoint"
-        )
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None

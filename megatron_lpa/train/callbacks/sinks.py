@@ -16,8 +16,14 @@ from megatron_lpa.train.state import Record, Run
 METRICS = "metrics.jsonl"
 
 
-def drop_records_after(path: Path, step: int) -> None:
-    """Remove records that a resumed run is going to repeat (later steps, the final test), and a torn last line."""
+def drop_records_after(path: Path, step: int, keep_events: bool = False) -> None:
+    """Remove records that a run is going to repeat (later steps, the final test), and a torn last line.
+
+    Args:
+        path: the metrics file.
+        step: the run goes on after this one.
+        keep_events: keep what happened; a run that resumes is going to have other checkpoints.
+    """
     if not path.is_file():
         return
     kept = []
@@ -26,7 +32,10 @@ def drop_records_after(path: Path, step: int) -> None:
             record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(record, dict) and record.get("step", 0) <= step and record.get("kind") != "test":
+        if not isinstance(record, dict):
+            continue
+        earlier = record.get("step", 0) <= step and record.get("kind") != "test"
+        if earlier or (keep_events and record.get("kind") == "event"):
             kept.append(line + "\n")
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept))
@@ -51,6 +60,12 @@ class MetricsFile(Sink):
         """Append one line."""
         assert self._file is not None
         self._file.write(json.dumps(record) + "\n")
+
+    def rewind(self, run: Run) -> None:
+        """Drop later steps; events stay."""
+        self.close()
+        drop_records_after(run.folder / METRICS, run.progress.step, keep_events=True)
+        self._file = open(run.folder / METRICS, "a", buffering=1)  # noqa: SIM115 - closed in close()
 
     def close(self) -> None:
         """Close the file."""
@@ -79,7 +94,7 @@ class Console(Sink):
         self._say(describe(record, self._steps))
         if self._bar is not None and record["kind"] == "train":
             self._bar.update(record["step"] - self._bar.n)
-            self._bar.set_postfix(loss=f"{record['loss']:.3f}")
+            self._bar.set_postfix(loss=_number(record["loss"], ".3f"))
 
     def close(self) -> None:
         """Finish the progress bar."""
@@ -99,7 +114,8 @@ def describe(record: Record, steps: int) -> str:
     if record["kind"] == "train":
         mfu = "" if record["mfu"] is None else f" | mfu {100 * record['mfu']:.1f} %"
         return (
-            f"{step} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | grad norm {record['grad_norm']:.3f}"
+            f"{step} | loss {_number(record['loss'], '.4f')} | lr {record['lr']:.2e}"
+            f" | grad norm {_number(record['grad_norm'], '.3f')}"
             f" | {record['tokens_per_second']:,.0f} tokens/s | {record['step_ms']:.0f} ms/step{mfu}"
         )
     if record["kind"] in ("valid", "test"):
@@ -108,6 +124,10 @@ def describe(record: Record, steps: int) -> str:
             f" | {record['tokens_evaluated']:,} tokens"
         )
     return f"{step} | {record['message']}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
 
 
 class TensorBoard(Sink):

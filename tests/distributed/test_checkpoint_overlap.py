@@ -1,0 +1,106 @@
+"""Checkpoints that are written beside training hold what a checkpoint written at once would."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from distributed.test_checkpoint import ORDER, config, step
+from support.world import groups_for
+
+from megatron_lpa.config import RunConfig
+from megatron_lpa.engine.manifest import MANIFEST, Progress
+
+
+def saved_beside_training(run: RunConfig, folder: str) -> list[tuple[float, float]]:
+    """At once after two steps; the same state again while two more steps are done."""
+    from megatron_lpa.engine import checkpoint
+    from megatron_lpa.engine.build import Engine
+
+    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
+    for number in range(2):
+        step(engine, number)
+    checkpoint.save_checkpoint(engine, Path(folder) / "at_once", Progress(2), ORDER)
+
+    written, go_on = checkpoint.write_tensors, threading.Event()
+
+    def held_up(*arguments):
+        assert go_on.wait(60)
+        return written(*arguments)
+
+    checkpoint.write_tensors = held_up
+    try:
+        saving = checkpoint.Saving(engine, Path(folder) / "beside", Progress(2), ORDER, overlap=True)
+        losses = [step(engine, number) for number in (2, 3)]
+        assert not saving.written_here
+        assert not [*(Path(folder) / "beside").glob("step_*")]  # nothing half-written looks whole
+        go_on.set()
+        saving.complete()
+        assert saving.written_here and saving.bytes > 0
+    finally:
+        go_on.set()
+        checkpoint.write_tensors = written
+    engine.ds.destroy()
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("processes", "name", "tp_size", "zero", "precision"),
+    [
+        (1, "s1_lpa", 1, "zero0", "fp32"),
+        (2, "s2_low_all", 1, "zero2", "bf16"),
+        (4, "s2_lpa", 2, "zero3", "bf16"),
+        (2, "s2_lpa", 1, "zero3_offload", "fp32"),
+    ],
+)
+def test_the_state_is_that_of_the_step_at_which_saving_began(
+    world, tmp_path, processes, name, tp_size, zero, precision
+):
+    run = config(name, tp_size, zero, precision=precision)
+    losses = world(processes).run(saved_beside_training, run, str(tmp_path))
+    assert len({tuple(both) for both in losses}) == 1
+    manifests = [
+        json.loads((tmp_path / kind / "step_00000002" / MANIFEST).read_text())
+        for kind in ("at_once", "beside")
+    ]
+    assert manifests[0]["files"] == manifests[1]["files"]  # names, lengths and hashes
+    assert len(manifests[0]["files"]) == processes + 1
+    for file, described in manifests[1]["files"].items():
+        assert (tmp_path / "beside" / "step_00000002" / file).stat().st_size == described["bytes"]
+
+
+def failing_beside_training(run: RunConfig, folder: str, error: str) -> str:
+    from megatron_lpa.engine import checkpoint
+    from megatron_lpa.engine.build import Engine
+
+    engine = Engine(run, groups_for(1))
+    step(engine, 0)
+    saving = checkpoint.Saving(engine, Path(folder), Progress(1), ORDER, overlap=True)
+    saving.complete()
+    written = checkpoint.write_tensors
+    if engine.groups.rank == 1:
+
+        def failing(*_):
+            raise {"disk": OSError("the disk is full"), "bug": AssertionError("a bug")}[error]
+
+        checkpoint.write_tensors = failing
+    try:
+        saving = checkpoint.Saving(engine, Path(folder), Progress(2), ORDER, overlap=True)
+        step(engine, 1)
+        saving.complete()
+    except checkpoint.CheckpointNotWritten as caught:
+        return str(caught)
+    finally:
+        checkpoint.write_tensors = written
+        engine.ds.destroy()
+    return ""
+
+
+@pytest.mark.parametrize(("error", "said"), [("disk", "the disk is full"), ("bug", "AssertionError: a bug")])
+def test_a_failure_in_one_process_s_thread_is_every_process_s(world, tmp_path, error, said):
+    messages = world(2).run(failing_beside_training, config("s2_lpa", 1, "zero3"), str(tmp_path), error)
+    for message in messages:
+        assert f"rank 1: {said}" in message and "the newest complete checkpoint is untouched" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]

@@ -1,0 +1,47 @@
+"""The entry point with faults in chosen global batches: ``FAULTS={"3": "nan", "7": "spike"}``.
+
+``nan``: what the last rank's final norm gives is not a number. ``spike``: what all ranks' gives is far off.
+``hang``: the last rank reads its data for ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from megatron_lpa.engine.build import Engine, StepResult
+from megatron_lpa.pretrain import leave, main
+from megatron_lpa.train import loop
+from megatron_lpa.train.state import Run
+
+FAULTS = json.loads(os.environ["FAULTS"])
+FACTOR = {"nan": float("nan"), "spike": -50.0}
+original = Engine.train_step
+
+
+def train_step(engine: Engine, batches: Any, first_samples: Any, lr: float) -> StepResult:
+    kind = FAULTS.get(str(first_samples[0] // engine.config.train.global_batch_size))
+    if kind not in FACTOR or (kind == "nan" and engine.groups.rank != engine.groups.world_size - 1):
+        return original(engine, batches, first_samples, lr)
+    hook = engine.module.final_norm.register_forward_hook(
+        lambda module, inputs, output: output * FACTOR[kind]
+    )
+    try:
+        return original(engine, batches, first_samples, lr)
+    finally:
+        hook.remove()
+
+
+def read_batches(run: Run) -> Any:
+    last = run.engine.groups.rank == run.engine.groups.world_size - 1
+    if last and FAULTS.get(str(run.progress.position // run.config.train.global_batch_size)) == "hang":
+        time.sleep(1000)
+    return original_read(run)
+
+
+Engine.train_step = train_step  # type: ignore[method-assign]
+original_read, loop._read_batches = loop._read_batches, read_batches
+leave(main(sys.argv[1:]))
