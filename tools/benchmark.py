@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not an installed package
 
 from benchmarks import (
+    checkpoint,
     data_index,
     evaluate_step,
     gpu_suite,
@@ -26,6 +27,7 @@ COMMANDS = {
     "preprocess": preprocess,
     "preprocess-memory": preprocess_memory,
     "data-index": data_index,
+    "checkpoint": checkpoint,
     "kernel": kernel,
     "tune": kernel_tune,
     "train-step": train_step,
