@@ -27,6 +27,7 @@ def _start_worker(initialize: Callable[..., None], arguments: tuple[Any, ...]) -
     global _problem
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # held back while this process was started
     threading.Thread(target=_die_with_parent, daemon=True).start()
     try:
         initialize(*arguments)
@@ -49,10 +50,13 @@ def _die_with_parent() -> None:
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:
-    """Submits with Ctrl-C held back: a process that starts inherits that, and leaves Ctrl-C to its parent."""
+    """Submits with signals held back: a process that is being started has to get all that its parent tells it.
+
+    It inherits that, and leaves Ctrl-C to its parent.
+    """
     if threading.current_thread() is not threading.main_thread():
         return pool.submit(_call, function, item)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         return pool.submit(_call, function, item)
     finally:

@@ -254,7 +254,7 @@ def test_headers_of_any_counts_need_little_memory(datasets: Path) -> None:
     code = f"import test_data_fuzz_files; test_data_fuzz_files.run_headers({str(datasets)!r})"
     root = Path(__file__).parents[3]
     environment = {
-        "PYTHONPATH": f"{Path(__file__).parent}:{root}",
+        "PYTHONPATH": f"{Path(__file__).parent}:{root / 'tests'}:{root}",
         "PATH": "/usr/bin:/bin",
         "OMP_NUM_THREADS": "1",
     }

@@ -78,7 +78,7 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(
         workers = children(process.pid)
         time.sleep(moments.uniform(0, 0.2))
         process.send_signal(how)
-        assert "Traceback" not in first + process.stderr.read()
+        assert "Traceback" not in without_unborn_workers(first + process.stderr.read(), how)
         assert process.wait(timeout=60) not in (0, 1, 3), "finished before it was killed"
         if not (tmp_path / "x_text_document.json").exists():
             with pytest.raises(UserError):  # nothing half-written looks whole
@@ -93,6 +93,14 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(
         len(long_corpus.read_bytes().splitlines()) - 1,
     ]
     assert rejected[0]["record"] == '{"text": 1}' and "record_base64" in rejected[1]
+
+
+def without_unborn_workers(output: str, how: signal.Signals) -> str:
+    """Output without what Python says of a worker whose parent was killed while it started: that nobody can prevent."""
+    if how != signal.SIGKILL:
+        return output
+    unborn = r'Traceback \(most recent call last\):\n  File "<string>", line 1, in <module>\n(  .*\n)+?EOFError: Ran out of input\n'
+    return re.sub(unborn, "", output)
 
 
 def compare_folders(folder: Path, expected: Path) -> None:
