@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -14,8 +14,9 @@ class KernelConfig:
         lowdim: path of low-dimensional products: ``eager`` is two matrix products per
             module, ``joined`` lets q, k and v share the first one, ``fused`` is the two-product kernel,
             ``merged`` multiplies the factors first, ``auto`` takes what was measured to be fastest on the device.
-            The environment variable ``MEGATRON_LPA_LOWDIM`` goes before it.
-        elementwise: norms, rotary embedding and SwiGLU: ``eager`` by PyTorch's operations, ``compiled`` by
+            The environment variable ``MEGATRON_LPA_LOWDIM`` goes before it. With tensor parallelism it
+            decides for q, k, v, up and gate in layout ``rank``; o and down have a collective in between.
+        elementwise: norms, rotary embedding, SwiGLU and the softmax of the loss: ``eager`` by PyTorch's operations, ``compiled`` by
             torch.compile, ``liger`` by the package liger-kernel; ``auto`` is ``compiled`` on a GPU and ``eager`` on
             a CPU.
         loss: ``whole`` keeps the logits of a micro-batch, ``chunked`` never holds them at once and computes them
@@ -28,6 +29,16 @@ class KernelConfig:
     elementwise: Literal["auto", "eager", "compiled", "liger"] = "auto"
     loss: Literal["auto", "whole", "chunked"] = "auto"
     attention: Literal["auto", "sdpa", "flash_attn"] = "auto"
+
+
+def anywhere(kernels: KernelConfig) -> KernelConfig:
+    """The same, but ``auto`` for what needs a GPU or a package that need not be where a trained model is used."""
+    return replace(
+        kernels,
+        lowdim="auto" if kernels.lowdim == "fused" else kernels.lowdim,
+        elementwise="auto" if kernels.elementwise == "liger" else kernels.elementwise,
+        attention="auto",
+    )
 
 
 LARGE_LOGITS_BYTES = 2 * 2**30

@@ -127,6 +127,13 @@ def _check_tensor_parallel(config: RunConfig) -> None:
                 f"{key} {value} is not divisible by parallel.tensor_parallel_size {size}; make it a multiple "
                 f"of {size}, or use a tensor-parallel size that divides everything: {_divisors(common, 64)}"
             )
+    forced = config.kernels.lowdim not in ("auto", "eager")
+    if forced and size > 1 and config.parallel.lowdim_layout == "latent":
+        raise UserError(
+            f"kernels.lowdim is {config.kernels.lowdim} but with parallel.tensor_parallel_size {size} and "
+            "parallel.lowdim_layout latent a collective comes between the two products; set "
+            "parallel.lowdim_layout to rank, or kernels.lowdim to auto"
+        )
     if model.padded_vocab_size % size:
         multiple = math.lcm(model.pad_vocab_to_multiple_of, size)
         raise UserError(

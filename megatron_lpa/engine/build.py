@@ -154,7 +154,9 @@ class Engine:
             losses.append(loss.detach())
             if index == self.micro_steps - 1 and self._plain_optimizer:
                 grad_norm = self._gradient_norm()
-                finite = bool(grad_norm.isfinite())
+                finite = bool(
+                    grad_norm.isfinite()
+                )  # waits, once a step, as DeepSpeed does at the other stages
                 self._own_skipped_steps += not finite
                 # What DeepSpeed's optimizers do by themselves: nothing changes. PyTorch's AdamW calls this flag
                 # by the name it has for gradient scaling.
@@ -196,7 +198,7 @@ class Engine:
         return self.zero_stage == 0 and self.config.train.precision == "fp32"
 
     def _gradient_norm(self) -> torch.Tensor:
-        """0-d fp64 on the device: reading it here would make every step wait. Global norm of whole gradients: every shard once, replicated parameters once."""
+        """Global norm of whole gradients, 0-d fp64 on the device: every shard once, replicated parameters once."""
         squares: dict[bool, list[torch.Tensor]] = {True: [], False: []}
         for parameter in self.module.parameters():
             assert parameter.grad is not None

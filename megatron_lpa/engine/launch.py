@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import logging
 import os
 import socket
 import warnings
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 
 import torch
@@ -96,6 +98,30 @@ def start_distributed(tensor_parallel_size: int) -> ParallelGroups:
                 "if another run uses this port, give the launcher another --master_port"
             ) from error
     return ParallelGroups.create(tensor_parallel_size, TIMEOUT)
+
+
+_GONE = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
+"""What gloo and NCCL say when the process at the other end has ended."""
+
+
+@contextlib.contextmanager
+def explained_losses() -> Iterator[None]:
+    """Tell in one line that another process is gone; where it happened here says nothing about why.
+
+    Raises:
+        RankError: on each rank that notices.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistNetworkError)
+        if not lost and not any(words in str(error) for words in _GONE):
+            raise
+        rank, _, _ = world_from_environment()
+        raise RankError(
+            f"rank {rank} lost its connection to another process, which has ended or was killed; look into the logs "
+            "of the other ranks, then start the same command again: it continues from the newest checkpoint"
+        ) from error
 
 
 def device_of_rank() -> torch.device:

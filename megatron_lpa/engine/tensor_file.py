@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -35,7 +36,8 @@ def write_tensors(
         metadata: for the file's header.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written; what there was of it is removed at once, as a disk that it filled may be
+            needed by others before the whole checkpoint is given up.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -49,19 +51,25 @@ def write_tensors(
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
+    try:
+        with open(path, "wb") as file:
 
-        def write(data: bytes | memoryview) -> None:
-            file.write(data)
-            digest.update(data)
+            def write(data: bytes | memoryview) -> None:
+                file.write(data)
+                digest.update(data)
 
-        write(len(text).to_bytes(8, "little"))
-        write(text)
-        for _, tensor in tensors:
-            if tensor.numel():
-                flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
-                write(flat.view(torch.uint8).numpy().data)  # bytes, as numpy has no bf16
-        file.flush()
-        os.fsync(file.fileno())
-        size = file.tell()
+            write(len(text).to_bytes(8, "little"))
+            write(text)
+            for _, tensor in tensors:
+                if tensor.numel():
+                    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))
+                    write(flat.view(torch.uint8).numpy().data)  # bytes, as numpy has no bf16
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+    except OSError:
+        with contextlib.suppress(OSError):
+            if path.is_file():  # and not a device
+                path.unlink()
+        raise
     return WrittenFile(name, size, digest.hexdigest())

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_lpa.config import ModelConfig
+from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.model.transformer import Decoder
@@ -18,13 +18,18 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def load_decoder(folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32) -> Decoder:
+def load_decoder(
+    folder: Path,
+    model: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    kernels: KernelConfig = KernelConfig(),  # noqa: B008 - frozen
+) -> Decoder:
     """A decoder in this process with the weights of a checkpoint's ``weights`` folder, in eval mode.
 
     Raises:
         UserError: missing or damaged files, or weights of another model.
     """
-    decoder = Decoder(model, ParallelGroups.single()).to(dtype).eval()
+    decoder = Decoder(model, ParallelGroups.single(), kernels=kernels).to(dtype).eval()
     expected = dict(named_parameters_once(decoder))
     single = folder / SINGLE
     try:

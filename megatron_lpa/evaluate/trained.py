@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_lpa.config import RunConfig, load_config
+from megatron_lpa.config.kernels import anywhere
 from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
 from megatron_lpa.engine.manifest import MANIFEST, complete_checkpoints, read_manifest, verify_files
 from megatron_lpa.engine.weights_reader import load_decoder
@@ -58,7 +59,9 @@ def load_run(run: str | Path, step: int | None = None, tokenizer: str | None = N
     # The tokenizer first: a wrong path should not cost the time of loading a large model.
     loaded = _tokenizer_of(config, folder, tokenizer)
     verify_files(checkpoint, manifest, [name for name in manifest["files"] if name.startswith("weights/")])
-    decoder = load_decoder(checkpoint / "weights", config.model, _DTYPES[config.train.precision])
+    decoder = load_decoder(
+        checkpoint / "weights", config.model, _DTYPES[config.train.precision], anywhere(config.kernels)
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return TrainedRun(config, decoder.to(device), loaded, manifest["progress"].step, folder, manifest)
 

@@ -11,10 +11,7 @@ import torch
 import triton
 
 from megatron_lpa.kernels.lowdim import forward_kernel, input_gradient_kernel
-from megatron_lpa.kernels.tiles import Tile, padded_rank
-
-MAX_PAIRS = 3
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from megatron_lpa.kernels.tiles import MAX_PAIRS, Tile, padded_rank
 
 
 class NormInputs(NamedTuple):

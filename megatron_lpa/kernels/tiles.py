@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass
 MAX_RANK = 512
 """The latent of a tile stays in registers; beyond this no tile of 16 rows or more leaves room for the products."""
 
+MAX_PAIRS = 3
+"""q, k and v; the kernels have so many of each argument."""
+
 FEW_TOKENS = 512
 """Up to here tiles are short, and several programs share the columns of one."""
 

@@ -9,6 +9,7 @@ from torch.nn import functional
 from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.config.kernels import takes_chunks
 from megatron_lpa.layers.loss import chunked_cross_entropy, vocab_parallel_cross_entropy
+from megatron_lpa.ops.linear import autocast_dtype
 from megatron_lpa.parallel.collectives import copy_to_tp, reduce_from_tp
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import ParameterSpec, new_parameter
@@ -91,7 +92,7 @@ class LanguageModelHead(nn.Module):
         x = copy_to_tp(x, self.groups)
         backend = self.kernels.elementwise
         if labels is not None and takes_chunks(
-            self.kernels.loss, labels.numel(), self.weight.shape[0], x.element_size()
+            self.kernels.loss, labels.numel(), self.weight.shape[0], autocast_dtype(x).itemsize
         ):
             return chunked_cross_entropy(
                 x, self.weight, self.bias, labels, self.groups, self.vocab_size, backend

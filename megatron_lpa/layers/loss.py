@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from megatron_lpa.config.kernels import chunk_tokens
 from megatron_lpa.ops import cross_entropy as ops
+from megatron_lpa.ops.linear import autocast_dtype
 from megatron_lpa.parallel.collectives import all_reduce_no_grad
 from megatron_lpa.parallel.groups import ParallelGroups
 
@@ -249,4 +250,7 @@ def chunked_cross_entropy(
     Returns:
         (B, S) fp32 (fp64 for fp64 x), equal on all ranks of the tensor-parallel group.
     """
+    # Autocast has ended when the backward pass computes the logits again; they have to be the same ones.
+    dtype = autocast_dtype(x)
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _Chunked.apply(x, weight, bias, labels, groups, vocab_size, backend)

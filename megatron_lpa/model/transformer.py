@@ -135,7 +135,8 @@ class Decoder(nn.Module):
     def _rope_tables(self, tokens: torch.Tensor) -> Rope:
         length = max(tokens.shape[1], self.config.sequence_length)
         if self._rope is None or self._rope[0].shape[0] < length or self._rope[0].device != tokens.device:
-            self._rope = rope_tables(length, self.config.head_width, self.config.rope_base, tokens.device)
+            with torch.inference_mode(False):  # kept for later calls, which may be training
+                self._rope = rope_tables(length, self.config.head_width, self.config.rope_base, tokens.device)
         cos, sin = self._rope
         return cos[: tokens.shape[1]], sin[: tokens.shape[1]]
 

@@ -24,12 +24,11 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_lpa.errors import UserError
-from megatron_lpa.kernels.tiles import FEW_TOKENS, Tile, default_tile, why_not
+from megatron_lpa.kernels.tiles import FEW_TOKENS, MAX_PAIRS, Tile, default_tile, why_not
 
 PATHS = ("auto", "eager", "joined", "fused", "merged")
 ENVIRONMENT_VARIABLE = "MEGATRON_LPA_LOWDIM"
 TUNING_FOLDER = Path(__file__).parent / "tuning"
-MAX_PAIRS = 3
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 NEAR = 4

@@ -1,4 +1,4 @@
-"""A product with a bias, in one operator."""
+"""Matrix products as the layers need them."""
 
 from __future__ import annotations
 
@@ -17,3 +17,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         return functional.linear(x, weight)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return functional.linear(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """What autocast makes of x in a matrix product: it leaves fp64 alone."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype

@@ -9,7 +9,7 @@ import torch
 
 from megatron_lpa.ops import elementwise as separate
 from megatron_lpa.ops.dispatch import Case, Plan, choose
-from megatron_lpa.ops.linear import linear
+from megatron_lpa.ops.linear import autocast_dtype, linear
 from megatron_lpa.ops.lowdim_math import merge
 from megatron_lpa.ops.lowdim_op import lowdim_op
 
@@ -97,7 +97,7 @@ def lowdim_linears(
     if norm is not None:
         tensors.append(norm.weight)
     training = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     case = Case(
         dtype,
         pairs[0].w_a.shape[1],  # of a parameter, whose shape torch.compile never leaves open
@@ -140,11 +140,3 @@ def lowdim_by_plan(
 
 def _cast(pair: Pair, dtype: torch.dtype) -> Pair:
     return Pair(*(None if t is None else t.to(dtype) for t in pair))  # type: ignore[arg-type]
-
-
-def _autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """What autocast makes of x in a matrix product: it leaves fp64 alone."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype

@@ -175,5 +175,9 @@ def merge(
     w_a: torch.Tensor, w_b: torch.Tensor, bias_a: torch.Tensor | None, bias_b: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The one matrix (d_out, d_in) and bias (d_out,) that a pair is equal to."""
-    bias = bias_b if bias_a is None else functional.linear(bias_a, w_b, bias_b)
+    bias = bias_b
+    if (
+        bias_a is not None
+    ):  # linear() of a vector squeezes its result in place, which selective checkpointing refuses
+        bias = torch.mv(w_b, bias_a) if bias_b is None else torch.addmv(bias_b, w_b, bias_a)
     return w_b @ w_a, bias

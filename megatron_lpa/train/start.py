@@ -16,12 +16,13 @@ from megatron_lpa.data.splits import Splits
 from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.ds_config import read_zero_knobs
-from megatron_lpa.engine.launch import start_distributed, stop_distributed
+from megatron_lpa.engine.launch import explained_losses, start_distributed, stop_distributed
 from megatron_lpa.engine.manifest import checkpoint_folders
 from megatron_lpa.engine.resume import load_newest
 from megatron_lpa.engine.store import damaged_folders, has_checkpoints, tidy
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
+from megatron_lpa.ops.dispatch import requested_path
 from megatron_lpa.parallel.agreement import largest_of_all, together
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.callbacks.base import Callback, Sink
@@ -46,13 +47,15 @@ def run_training(config: RunConfig) -> int:
         UserError: on every rank, with one message.
     """
     read_zero_knobs(config.train.deepspeed_config, config.train.precision)
-    groups = start_distributed(config.parallel.tensor_parallel_size)
-    run = _prepare(config, groups)
-    # Until here a signal ends the process at once: there is nothing to save.
-    run.stop.install()
-    signum = train(run, _callbacks(run))
-    largest_of_all(0, groups)  # nobody leaves while another rank is still talking to it
-    stop_distributed()
+    requested_path(config.kernels.lowdim)  # the environment may name one that does not exist
+    with explained_losses():
+        groups = start_distributed(config.parallel.tensor_parallel_size)
+        run = _prepare(config, groups)
+        # Until here a signal ends the process at once: there is nothing to save.
+        run.stop.install()
+        signum = train(run, _callbacks(run))
+        largest_of_all(0, groups)  # nobody leaves while another rank is still talking to it
+        stop_distributed()
     return signum
 
 

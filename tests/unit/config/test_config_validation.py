@@ -184,3 +184,15 @@ def test_nan_in_a_hand_built_config_is_refused() -> None:
 def test_defaults_alone_lack_a_length_and_data() -> None:
     with pytest.raises(UserError, match=r"exactly one of train\.steps"):
         validate_config(RunConfig(), None, need_data=False)
+
+
+@pytest.mark.parametrize("path", ["joined", "fused", "merged"])
+def test_a_forced_path_needs_both_factors_in_one_place(path):
+    forced = f"--kernels.lowdim={path}"
+    assert warnings_of(forced) == []
+    assert warnings_of(forced, "--parallel.tensor_parallel_size=4", "--parallel.lowdim_layout=rank") == []
+    text = refusal(forced, "--parallel.tensor_parallel_size=4", "--parallel.lowdim_layout=latent")
+    assert (
+        f"kernels.lowdim is {path}" in text
+        and "set parallel.lowdim_layout to rank, or kernels.lowdim to auto" in text
+    )

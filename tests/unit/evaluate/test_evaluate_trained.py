@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_lpa.config import KernelConfig, load_config, save_config
 from megatron_lpa.data.tokenizers.loading import save_tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.trained import load_run, required_tokenizer
@@ -96,3 +98,23 @@ def test_a_run_keeps_its_own_copy_of_the_tokenizer(tmp_path: Path, save_run: Sav
     save_tokenizer(str(tmp_path / recorded.config.data.tokenizer), folder / "tokenizer")
     found = load_run(folder).tokenizer
     assert found is not None and found.fingerprint == recorded.tokenizer.fingerprint
+
+
+def test_a_run_is_evaluated_by_its_own_kernels_or_what_can_run_here(
+    tmp_path: Path, save_run: SaveRun
+) -> None:
+    folder = save_run(tmp_path / "runs" / "kernels")
+    config = load_config(["--config", str(folder / "config.yaml")])
+    for kernels, expected in (
+        (
+            KernelConfig("joined", "eager", "chunked", "sdpa"),
+            KernelConfig("joined", "eager", "chunked", "auto"),
+        ),
+        (
+            KernelConfig("fused", "liger", "whole", "flash_attn"),
+            KernelConfig("auto", "auto", "whole", "auto"),
+        ),
+    ):
+        save_config(replace(config, kernels=kernels), folder / "config.yaml")
+        decoder = load_run(folder).decoder
+        assert decoder.head.kernels == expected and decoder.layers[0].attention.kernels == expected

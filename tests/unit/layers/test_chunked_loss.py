@@ -146,3 +146,20 @@ def test_auto_takes_chunks_for_large_logits():
 def test_a_chunk_has_at_least_one_token():
     assert chunk_tokens(10**9, 4) == 1
     assert chunk_tokens(32000, 4) == 4194
+
+
+@pytest.mark.parametrize("times", [1.0, 20.0])
+def test_under_autocast_gradients_are_those_of_the_logits_that_the_loss_saw(times, monkeypatch):
+    monkeypatch.setattr(loss, "chunk_tokens", lambda *_: 4)
+    inputs, labels = draw(torch.float32, bias=False)
+    inputs[1] = (inputs[1].detach() * times).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = chunked_cross_entropy(*inputs, labels, SINGLE, REAL)
+    low = [None if t is None else t.detach().bfloat16().requires_grad_() for t in inputs]
+    expected = with_gradients(chunked_cross_entropy(*low, labels, SINGLE, REAL), low)
+    found = with_gradients(losses, inputs)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other.to(one.dtype))
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in low]
+    for one, other in zip(found, exact(wide, labels), strict=True):
+        assert (one.double() - other).norm() / other.norm() < 2e-2

@@ -41,8 +41,12 @@ def results(model: ModelConfig, mode: str, kernels: KernelConfig, dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "kernels",
-    [KernelConfig(), KernelConfig(lowdim="joined", elementwise="compiled", loss="chunked")],
-    ids=["eager", "joined-compiled-chunked"],
+    [
+        KernelConfig(),
+        KernelConfig(lowdim="joined", elementwise="compiled", loss="chunked"),
+        KernelConfig(lowdim="merged"),
+    ],
+    ids=["eager", "joined-compiled-chunked", "merged"],
 )
 @pytest.mark.parametrize("name", ["s1_low_all", "s2_low_all", "gqa_wide_heads", "tied_gelu_padded"])
 def test_gradients_are_equal_bit_by_bit(name, kernels, dtype):

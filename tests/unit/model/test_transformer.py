@@ -145,3 +145,12 @@ def test_dropout_scales_and_only_acts_in_training():
     )
     decoder.train()
     assert not torch.equal(decoder(ids), decoder(ids))
+
+
+def test_a_decoder_used_in_inference_mode_can_be_trained_afterwards():
+    decoder = decoder_of(SETTING_2)
+    ids = torch.randint(SETTING_2.vocab_size, (2, 9))
+    with torch.inference_mode():
+        decoder.eval()(ids)
+    decoder.train()(ids[:, :-1], ids[:, 1:]).mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in decoder.parameters())
