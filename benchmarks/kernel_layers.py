@@ -134,12 +134,8 @@ def by_plan(qkv: Plan, o: Plan) -> Projections:
 def project_by_plan(
     plan: Plan, x: torch.Tensor, pairs: Sequence[Pair], norm: Norm | None
 ) -> Sequence[torch.Tensor]:
-    """What ``lowdim_linears`` does once it has chosen a plan."""
-    if norm is not None and plan.path != "fused":
-        x, norm = functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps), None
-    if plan.path == "eager":
-        return separate(x, pairs, norm)
-    return lowdim_by_plan(x, pairs, norm, plan, torch.is_grad_enabled())
+    """As a model does it that has chosen a plan; a norm that is not folded is computed as in a model, too."""
+    return lowdim_by_plan(x, pairs, norm, plan, torch.is_grad_enabled(), "auto")
 
 
 def layer_function(project: Projections, layer: Layer, is_dense: bool, normed: bool) -> Callable[..., Any]:

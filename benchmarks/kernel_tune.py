@@ -151,6 +151,8 @@ def tune(
     attempt(Plan("eager"))
     if pairs > 1:
         attempt(Plan("joined"))
+    if not training:
+        attempt(Plan("merged"))
     if why_not_fused(case, setting.device.type) is None:
         forward_tiles = fitting(setting, shape, 1, tiles)
         best = min(forward_tiles, key=lambda tile: attempt(Plan("fused", tile)), default="")

@@ -107,22 +107,38 @@ def lowdim_linears(
         training,
     )
     plan = choose(path, case, x.shape[:-1].numel(), x.device)
+    return lowdim_by_plan(x, pairs, norm, plan, training, elementwise)
+
+
+def lowdim_by_plan(
+    x: torch.Tensor,
+    pairs: Sequence[Pair],
+    norm: Norm | None,
+    plan: Plan,
+    training: bool,
+    elementwise: str = "eager",
+) -> tuple[torch.Tensor, ...]:
+    """What ``lowdim_linears`` does once it has chosen: models and benchmarks run the same code.
+
+    Args:
+        x, pairs, norm, elementwise: as in ``lowdim_linears``.
+        plan: a path and its tiles. A norm is folded into ``fused``, also where the plan has no tile for a direction.
+        training: whether a backward pass follows.
+    """
+    dtype = autocast_dtype(x)
     if norm is not None and (plan.path != "fused" or dtype == torch.float16):
         x, norm = separate.rms_norm(x, norm.weight, norm.eps, elementwise), None
     if plan.path == "eager":
         return tuple(linear(linear(x, pair.w_a, pair.bias_a), pair.w_b, pair.bias_b) for pair in pairs)
     if plan.path == "merged":
         return tuple(linear(x, *merge(*pair)) for pair in pairs)
-    return lowdim_by_plan(x.to(dtype), [_cast(pair, dtype) for pair in pairs], norm, plan, training)
+    return _registered(x.to(dtype), [_cast(pair, dtype) for pair in pairs], norm, plan, training)
 
 
-def lowdim_by_plan(
+def _registered(
     x: torch.Tensor, pairs: Sequence[Pair], norm: Norm | None, plan: Plan, training: bool
 ) -> tuple[torch.Tensor, ...]:
-    """The registered operator, by joined products or with the plan's tiles; all tensors have one dtype.
-
-    A norm is folded in, also where the plan has no tile for a direction.
-    """
+    """The registered operator, by joined products or with the plan's tiles; all tensors have one dtype."""
     bias_a: torch.Tensor | None = None
     if any(pair.bias_a is not None for pair in pairs):
         full = [p.w_a.new_zeros(p.w_a.shape[0]) if p.bias_a is None else p.bias_a for p in pairs]
