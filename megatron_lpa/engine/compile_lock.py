@@ -1,7 +1,8 @@
-"""PyTorch's locks around compiled extensions, which a killed compilation leaves behind for good.
+"""PyTorch's locks around compiled extensions, which a killed process leaves behind for good.
 
-DeepSpeed compiles small operators at their first use. PyTorch lets one process compile and makes the others
-wait until a file named ``lock`` is gone, without a limit and without a word.
+DeepSpeed compiles small operators at their first use, and takes the lock again whenever it loads one. PyTorch lets one
+process in and makes the others wait until a file named ``lock`` is gone, without a limit and without a word. The process
+that is in keeps the file open, so on one machine it can be told whether there is any.
 """
 
 from __future__ import annotations
@@ -17,30 +18,58 @@ from torch.utils.cpp_extension import get_default_build_root
 STALE_S = 600.0
 """No operator takes that long to compile, so nobody holds a lock of this age."""
 
+UNHELD_STALE_S = 60.0
+"""For a lock on a disk of this machine that no process here has open. Not at once, because a process in another
+container would not be seen."""
+
 _QUIET_S = 30.0
 _POLL_S = 0.5
+_NETWORK = (
+    "nfs",
+    "cifs",
+    "smb",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "gluster",
+    "fuse",
+    "9p",
+    "afs",
+    "panfs",
+    "weka",
+)
 
 
-def wait_for_compilers(root: Path | None = None, stale_s: float = STALE_S) -> None:
-    """Waits until no extension is being compiled; removes locks of ``stale_s`` seconds and more.
+def wait_for_compilers(
+    root: Path | None = None, stale_s: float = STALE_S, unheld_stale_s: float = UNHELD_STALE_S
+) -> None:
+    """Waits until no extension is being compiled or loaded; removes locks that were left over.
 
     Args:
         root: folder of compiled extensions; by default ``TORCH_EXTENSIONS_DIR``, or where PyTorch puts them.
-        stale_s: age from which a lock is taken to be left over.
+        stale_s: age from which on any lock is left over.
+        unheld_stale_s: age from which on a lock is that nobody here holds and nobody elsewhere can.
     """
     folder = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     told: set[Path] = set()
     while locks := _locks(folder):
         for lock, age_s in locks.items():
-            if age_s >= stale_s:
+            unheld = _nobody_holds(lock)
+            left_s = (unheld_stale_s if unheld else stale_s) - age_s
+            if left_s <= 0:
                 with contextlib.suppress(OSError):
                     lock.unlink()
-                    _tell(f"{lock}: removed; a compilation that was killed had left it")
-            elif age_s >= _QUIET_S and lock not in told:
+                    _tell(f"{lock}: removed; a process that was killed had left it")
+            elif (unheld or age_s >= _QUIET_S) and lock not in told:
                 told.add(lock)
+                why = (
+                    "left by a process that was killed"
+                    if unheld
+                    else "waiting for another process to compile this"
+                )
                 _tell(
-                    f"{lock}: waiting for another process to compile this; if there is none, delete the file "
-                    f"(in {stale_s - age_s:.0f} s this run does)"
+                    f"{lock}: {why}; in {left_s:.0f} s this run removes it (sooner: delete it, if no other run starts)"
                 )
         time.sleep(_POLL_S)
 
@@ -53,6 +82,36 @@ def _locks(folder: Path) -> dict[Path, float]:
             with contextlib.suppress(OSError):  # gone in the meantime
                 found[lock] = time.time() - lock.stat().st_mtime
     return found
+
+
+def _nobody_holds(lock: Path) -> bool:
+    """Whether it is sure that no process has ``lock`` open; false where that cannot be told."""
+    try:
+        if lock.stat().st_uid != os.getuid() or _is_shared(lock):
+            return False  # others' files are not to be seen, and other machines' processes neither
+        target = os.path.realpath(lock)
+        for process in Path("/proc").glob("[0-9]*/fd"):
+            with contextlib.suppress(OSError):  # another user's, or gone
+                if any(os.readlink(file) == target for file in process.iterdir()):
+                    return False
+    except OSError:
+        return False
+    return Path("/proc/self/fd").exists()
+
+
+def _is_shared(path: Path) -> bool:
+    """Whether the file system can be one of several machines, by Linux's list of mounts; true where there is none."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    except OSError:
+        return True
+    target = os.path.realpath(path)
+    above = [
+        (len(point), kind)
+        for _, point, kind, *_ in mounts
+        if target == point or target.startswith(point.rstrip("/") + "/")
+    ]
+    return not above or max(above)[1].startswith(_NETWORK)
 
 
 def _tell(text: str) -> None:

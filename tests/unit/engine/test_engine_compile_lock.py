@@ -11,13 +11,17 @@ import pytest
 from torch.utils.cpp_extension import _get_build_directory
 from torch.utils.file_baton import FileBaton
 
+from megatron_lpa.engine import compile_lock
 from megatron_lpa.engine.compile_lock import wait_for_compilers
 
 
-def lock_in(folder: Path, age_s: float = 0.0) -> Path:
+def lock_in(folder: Path, age_s: float = 0.0, held: bool = True) -> Path:
+    """What PyTorch itself takes; not ``held`` as if the process had been killed since."""
     folder.mkdir(parents=True)
-    baton = FileBaton(str(folder / "lock"))  # what PyTorch itself takes
+    baton = FileBaton(str(folder / "lock"))
     assert baton.try_acquire()
+    if not held:
+        os.close(baton.fd)
     then = time.time() - age_s
     os.utime(folder / "lock", (then, then))
     return folder / "lock"
@@ -41,6 +45,44 @@ def test_a_compiler_at_work_is_waited_for(tmp_path: Path, capsys: pytest.Capture
     waiter.join(5)
     assert not waiter.is_alive()
     assert f"{lock}: waiting for another process to compile this" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks for holders through Linux's /proc")
+def test_a_lock_that_nobody_holds_is_not_waited_for_as_long(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held, unheld = lock_in(tmp_path / "held", 70), lock_in(tmp_path / "unheld", 61, held=False)
+    waiter = threading.Thread(target=wait_for_compilers, args=(tmp_path,))
+    waiter.start()
+    waiter.join(1.2)
+    assert waiter.is_alive() and held.exists() and not unheld.exists()
+    held.unlink()
+    waiter.join(5)
+    assert f"{unheld}: removed" in capsys.readouterr().err
+    young = lock_in(tmp_path / "young", held=False)
+    wait_for_compilers(tmp_path, unheld_stale_s=1.0)
+    said = capsys.readouterr().err
+    assert f"{young}: left by a process that was killed; in 1 s this run removes it" in said
+
+
+def test_on_a_shared_file_system_another_machine_may_hold_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = lock_in(tmp_path / "op", 70, held=False)
+    kind = next(
+        line.split()[2]
+        for line in sorted(
+            Path("/proc/self/mounts").read_text().splitlines(), key=lambda line: -len(line.split()[1])
+        )
+        if str(tmp_path).startswith(line.split()[1])
+    )
+    monkeypatch.setattr(compile_lock, "_NETWORK", (kind,))
+    waiter = threading.Thread(target=wait_for_compilers, args=(tmp_path,))
+    waiter.start()
+    waiter.join(1.2)
+    assert waiter.is_alive() and lock.exists()
+    lock.unlink()
+    waiter.join(5)
 
 
 def test_the_folder_is_the_one_that_pytorch_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
