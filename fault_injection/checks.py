@@ -30,13 +30,16 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def unsound(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint; empty when every file is as its manifest says.
+    """What is wrong with a checkpoint; empty when the manifest and every file are as it says.
 
     Read here from the bytes, without the code that is being tested.
     """
     try:
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-        for name, told in files.items():
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        told_checksum = manifest.pop("checksum")
+        if hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest() != told_checksum:
+            return "the manifest differs from its checksum"
+        for name, told in manifest["files"].items():
             content = (checkpoint / name).read_bytes()
             if len(content) != told["bytes"] or hashlib.sha256(content).hexdigest() != told["sha256"]:
                 return f"{name} differs from the manifest"

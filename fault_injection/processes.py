@@ -101,6 +101,8 @@ class Ranks:
         self._first_gone_s: float | None = None
         port = _free_port()
         for rank, spec in enumerate(specs):
+            for ending in ("out", "err"):  # a process may be killed before it could
+                (logs / f"rank_{rank}.{ending}").touch()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             environment = {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.size), "MASTER_ADDR": "127.0.0.1",
