@@ -56,19 +56,23 @@ def write_weights(
     files: list[WrittenFile] = []
     names_in: list[list[str]] = []
     pending: dict[str, torch.Tensor] = {}
+    pending_bytes = 0
 
     def flush() -> None:
+        nonlocal pending_bytes
         name = f"part-{len(files):05d}.safetensors"
         files.append(write_tensors(folder, name, list(pending.items()), {"format": "pt"}))
         names_in.append(list(pending))
         pending.clear()
+        pending_bytes = 0
 
     for name, full in weights:
         if full is None or failure is not None:
             continue
         try:
             pending[name] = full
-            if sum(tensor.numel() * tensor.element_size() for tensor in pending.values()) >= shard_bytes:
+            pending_bytes += full.numel() * full.element_size()
+            if pending_bytes >= shard_bytes:
                 flush()
         except OSError as error:
             failure = error

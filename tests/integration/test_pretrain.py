@@ -20,18 +20,6 @@ from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.engine.manifest import Progress, complete_checkpoints, read_manifest
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A folder with a dataset whose next token depends on the last one, so that there is something to learn."""
-    folder = tmp_path_factory.mktemp("runs")
-    generator = np.random.default_rng(0)
-    with IndexedDatasetWriter(folder / "data", np.uint16) as writer:
-        for _ in range(200):
-            steps = generator.integers(1, 4, size=40)
-            writer.add_document((np.cumsum(steps) % 97).astype(np.uint16))
-    return folder
-
-
 def arguments(name: str, *more: str) -> list[str]:
     return [*SMALL, "--data.prefix", "data", "--data.split", "80,10,10", "--logging.name", name, *more]
 
