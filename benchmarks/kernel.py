@@ -112,7 +112,7 @@ def variants(
         "dense": (layers.dense, True),
         "joined": (layers.by_path("joined"), False),
     }
-    case = Case(setting.dtype, shape.width, (shape.rank,), (shape.width,), normed, True)
+    case = Case(setting.dtype, shape.width, (shape.rank,), (shape.width,), normed, True, normed)
     if why_not_fused(case, setting.device.type) is None:
         chosen["fused"] = (layers.by_path("fused"), False)
     qkv, o = plans.get((shape, 3, normed)), plans.get((shape, 1, False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,14 @@ import torch
 from torch.nn import functional
 
 from benchmarks.kernel_timing import Ceilings, Setting, rotation
+from megatron_lpa.layers.attention import rope_tables
 from megatron_lpa.ops.dispatch import Plan
-from megatron_lpa.ops.lowdim import Norm, Pair, lowdim_by_plan, lowdim_linears
+from megatron_lpa.ops.lowdim import Norm, Pair, Rotary, lowdim_by_plan, lowdim_linears
 
-HEAD_DIM = 128
+HEAD_DIM = 64
+"""Of setting 2's models, which have rotary embedding."""
+
+SEQUENCE = 4096
 EPS = 1e-5
 
 
@@ -40,8 +45,12 @@ PAPER = tuple(
 """Tokens of a micro-batch at the paper's training shapes, the most telling ones first."""
 
 DECODE = tuple(Shape(tokens, width, rank) for width, rank in ((1024, 128), (4096, 512)) for tokens in (1, 4, 16, 64))  # fmt: skip
-DRY_PAPER = (Shape(17, 32, 8),)
+DRY_PAPER = (Shape(18, 32, 8),)
 DRY_DECODE = (Shape(1, 32, 8),)
+
+
+Around = tuple["Norm | None", "Rotary | None"]
+"""What comes before q, k and v, and after q and k."""
 
 
 @dataclass
@@ -61,8 +70,12 @@ class Layer:
     pairs: list[Pair]  # q, k, v, o
     dense: list[torch.Tensor]
     norm: Norm
-    rope: tuple[torch.Tensor, torch.Tensor]
+    rotary: Rotary
     sets: list[Inputs]
+
+    def around(self, normed: bool) -> Around:
+        """A norm before and rotary embedding after, or neither."""
+        return (self.norm, self.rotary) if normed else (None, None)
 
     def leaves(self, number: int, dense: bool, normed: bool) -> list[torch.Tensor]:
         """Everything that gets a gradient."""
@@ -79,74 +92,80 @@ def make_layer(shape: Shape, setting: Setting) -> Layer:
     def leaf(*size: int) -> torch.Tensor:
         return (new(*size) / size[-1] ** 0.5).requires_grad_()
 
-    head = min(HEAD_DIM, d // 2 * 2)
-    head = next(e for e in range(head, 0, -2) if d % e == 0)
-    angles = torch.rand(tokens, head, device=setting.device)
+    rotary = Rotary(*rope_tables(math.gcd(tokens, SEQUENCE), min(HEAD_DIM, d // 2), 1e4, setting.device))
     # x, y, outputs and their gradients: what one forward and backward pass touches.
     count = rotation(10 * tokens * d * torch.empty(0, dtype=setting.dtype).element_size(), setting.dry)
+    length = rotary.cos.shape[0]
+    size = (tokens // length, length, d)
     sets = [
-        Inputs(
-            new(tokens, d).requires_grad_(), new(tokens, d).requires_grad_(), [new(tokens, d) for _ in range(4)]
-        )
+        Inputs(new(*size).requires_grad_(), new(*size).requires_grad_(), [new(*size) for _ in range(4)])
         for _ in range(count)
-    ]  # fmt: skip
+    ]
     pairs = [Pair(leaf(r, d), leaf(d, r)) for _ in range(4)]
     dense = [leaf(d, d) for _ in range(4)]
-    rope = (angles.cos().to(setting.dtype), angles.sin().to(setting.dtype))
-    return Layer(shape, pairs, dense, Norm(leaf(d), EPS), rope, sets)
+    return Layer(shape, pairs, dense, Norm(leaf(d), EPS), rotary, sets)
 
 
 def rotate(z: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of (M, d), as the model applies it to each head."""
+    """Rotary embedding of (B, S, d) as public code writes it, with tables (S, E) in the dtype of z."""
     heads = z.unflatten(-1, (-1, cos.shape[-1]))
     first, second = heads.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
-    return (heads * cos.unsqueeze(1) + turned * sin.unsqueeze(1)).flatten(-2)
+    return (heads * cos.to(z.dtype).unsqueeze(1) + turned * sin.to(z.dtype).unsqueeze(1)).flatten(-2)
 
 
-Projections = Callable[[torch.Tensor, Sequence[Any], "Norm | None"], Sequence[torch.Tensor]]
+Projections = Callable[[torch.Tensor, Sequence[Any], Around], Sequence[torch.Tensor]]
+"""``x`` is (B, S, d)."""
 
 
-def separate(x: torch.Tensor, pairs: Sequence[Pair], norm: Norm | None) -> list[torch.Tensor]:
+def separate(x: torch.Tensor, pairs: Sequence[Pair], around: Around) -> list[torch.Tensor]:
     """Two matrix products per pair, as public code has it."""
-    if norm is not None:
-        x = functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)
-    return [functional.linear(functional.linear(x, pair.w_a), pair.w_b) for pair in pairs]
+    return _plainly(x, around, [lambda u, p=p: functional.linear(functional.linear(u, p.w_a), p.w_b) for p in pairs])  # fmt: skip
 
 
-def dense(x: torch.Tensor, weights: Sequence[torch.Tensor], norm: Norm | None) -> list[torch.Tensor]:
+def dense(x: torch.Tensor, weights: Sequence[torch.Tensor], around: Around) -> list[torch.Tensor]:
     """One matrix product per projection."""
+    return _plainly(x, around, [functools.partial(functional.linear, weight=weight) for weight in weights])
+
+
+def _plainly(
+    x: torch.Tensor, around: Around, products: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+) -> list[torch.Tensor]:
+    norm, rotary = around
     if norm is not None:
         x = functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)
-    return [functional.linear(x, weight) for weight in weights]
+    z = [product(x) for product in products]
+    if rotary is not None:
+        z[:2] = [rotate(part, *rotary) for part in z[:2]]
+    return z
 
 
 def by_path(path: str) -> Projections:
     """Ours, on a path or as the shipped table says (``auto``)."""
-    return lambda x, pairs, norm: lowdim_linears(x, pairs, norm, path)
+    return lambda x, pairs, around: lowdim_linears(x, pairs, around[0], path, "auto", around[1])
 
 
 def by_plan(qkv: Plan, o: Plan) -> Projections:
     """Ours by given plans: ``qkv`` for several pairs, ``o`` for one."""
-    return lambda x, pairs, norm: project_by_plan(qkv if len(pairs) > 1 else o, x, pairs, norm)
+    return lambda x, pairs, around: project_by_plan(qkv if len(pairs) > 1 else o, x, pairs, around)
 
 
 def project_by_plan(
-    plan: Plan, x: torch.Tensor, pairs: Sequence[Pair], norm: Norm | None
+    plan: Plan, x: torch.Tensor, pairs: Sequence[Pair], around: Around
 ) -> Sequence[torch.Tensor]:
-    """As a model does it that has chosen a plan; a norm that is not folded is computed as in a model, too."""
-    return lowdim_by_plan(x, pairs, norm, plan, torch.is_grad_enabled(), "auto")
+    """As a model does it that has chosen a plan; what is not folded is computed as in a model, too."""
+    norm, rotary = around
+    return lowdim_by_plan(x, pairs, norm, plan, torch.is_grad_enabled(), "auto", rotary)
 
 
 def layer_function(project: Projections, layer: Layer, is_dense: bool, normed: bool) -> Callable[..., Any]:
     """(x, y) -> q, k, v, o; with ``normed`` a norm before q, k, v, and rotary embedding of q and k after."""
     weights: Sequence[Any] = layer.dense if is_dense else layer.pairs
+    around = layer.around(normed)
 
     def run(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        q, k, v = project(x, weights[:3], layer.norm if normed else None)
-        if normed:
-            q, k = rotate(q, *layer.rope), rotate(k, *layer.rope)
-        return q, k, v, project(y, weights[3:], None)[0]
+        q, k, v = project(x, weights[:3], around)
+        return q, k, v, project(y, weights[3:], (None, None))[0]
 
     return run
 

@@ -1,6 +1,6 @@
 """Finds the fastest path and tiles for each shape and writes them into a tuning table.
 
-For every shape, forms q-k-v (three pairs, with and without a norm) and o (one pair): separate products, joined
+For every shape, forms q-k-v (three pairs, alone, and with a norm before and rotary embedding after) and o (one pair): separate products, joined
 products, and the kernel with the candidate tiles that fit, forward and for the gradient of x each on its own.
 A path enters the table only if it beats separate products by more than the margin; a case where none does is
 written down as eager, so that the table shows what was measured. Cases of other shapes in the table stay.
@@ -96,7 +96,7 @@ def compile_ahead(setting: Setting, shapes: Sequence[layers.Shape], tiles: int, 
     for shape in shapes:
         for pairs, norm in ((3, False), (1, False), (3, True)):
             small = layers.Shape(min(256, shape.tokens), shape.width, shape.rank)
-            for text in fitting(setting, shape, 1, tiles):
+            for text in fitting(setting, shape, 1, tiles, norm):
                 for training in (False, True):
                     jobs.setdefault(
                         (shape.rank, pairs, norm, text, training),
@@ -124,7 +124,7 @@ def compile_one(job: tuple[Any, ...]) -> None:
     layer = layers.make_layer(shape, dataclasses.replace(setting, dry=True))  # one set of inputs
     inputs, chosen = layer.sets[0], layer.pairs[:pairs]
     with contextlib.suppress(Exception), torch.set_grad_enabled(training):
-        z = layers.project_by_plan(plan, inputs.x, chosen, layer.norm if norm else None)
+        z = layers.project_by_plan(plan, inputs.x, chosen, layer.around(norm))
         if training:
             torch.autograd.grad(z, [inputs.x], inputs.upstream[:pairs])
 
@@ -134,7 +134,9 @@ def tune(
 ) -> dict[str, Any]:
     """The line for one case: every plan's median, and the plan that wins."""
     layer = layers.make_layer(shape, setting)
-    case = Case(setting.dtype, shape.width, (shape.rank,) * pairs, (shape.width,) * pairs, norm, training)
+    case = Case(
+        setting.dtype, shape.width, (shape.rank,) * pairs, (shape.width,) * pairs, norm, training, norm
+    )
     timed = functools.partial(time_plan, setting, layer, pairs, norm, training)
     times: dict[Plan, float] = {}
     failures: dict[str, str] = {}
@@ -154,7 +156,7 @@ def tune(
     if not training:
         attempt(Plan("merged"))
     if why_not_fused(case, setting.device.type) is None:
-        forward_tiles = fitting(setting, shape, 1, tiles)
+        forward_tiles = fitting(setting, shape, 1, tiles, norm)
         best = min(forward_tiles, key=lambda tile: attempt(Plan("fused", tile)), default="")
         if training:
             for tile in fitting(setting, shape, pairs, tiles):
@@ -168,7 +170,7 @@ def tune(
         plan = Plan("eager")
     return {
         "dtype": str(setting.dtype).removeprefix("torch."),
-        "d_in": case.d_in, "ranks": list(case.ranks), "widths": list(case.widths), "norm": norm,
+        "d_in": case.d_in, "ranks": list(case.ranks), "widths": list(case.widths), "norm": norm, "rotary": norm,
         "training": training, "tokens": shape.tokens,
         **{key: value for key, value in plan._asdict().items() if value},
         "median_us": {" ".join(filter(None, p)): round(t, 2) for p, t in sorted(times.items(), key=lambda item: item[1])},
@@ -176,11 +178,13 @@ def tune(
     }  # fmt: skip
 
 
-def fitting(setting: Setting, shape: layers.Shape, latents: int, count: int) -> list[str]:
+def fitting(setting: Setting, shape: layers.Shape, latents: int, count: int, rotary: bool = False) -> list[str]:  # fmt: skip
     """The first candidates that fit the device."""
     capability = torch.cuda.get_device_capability() if setting.device.type == "cuda" else (9, 0)
     size = setting.dtype.itemsize
-    fits = [t for t in candidates(shape.tokens) if why_not(t, shape.rank, latents, size, capability) is None]
+    fits = [
+        tile for tile in candidates(shape.tokens) if why_not(tile, shape.rank, latents, size, capability, rotary) is None
+    ]  # fmt: skip
     return [str(tile) for tile in (fits[:1] if setting.dry else fits[:count])]
 
 
@@ -188,13 +192,13 @@ def time_plan(
     setting: Setting, layer: layers.Layer, pairs: int, norm: bool, training: bool, plan: Plan
 ) -> float:
     """Median of three measurements of one plan, forward or with backward; few tokens in a CUDA graph."""
-    chosen, folded = layer.pairs[:pairs], layer.norm if norm else None
+    chosen, around = layer.pairs[:pairs], layer.around(norm)
     leaves = [t for pair in chosen for t in pair if t is not None] + ([layer.norm.weight] if norm else [])
 
     def call(number: int) -> Any:
         inputs = layer.sets[number]
         with torch.set_grad_enabled(training):
-            z = layers.project_by_plan(plan, inputs.x, chosen, folded)
+            z = layers.project_by_plan(plan, inputs.x, chosen, around)
             return torch.autograd.grad(z, [inputs.x, *leaves], inputs.upstream[:pairs]) if training else z
 
     repeats = 1 if setting.dry else 3
@@ -221,7 +225,8 @@ def merged_table(path: Path, lines: list[dict[str, Any]], setting: Setting) -> d
 def key(line: dict[str, Any]) -> tuple[Any, ...]:
     """What a line is about."""
     return (
-        line["dtype"], line["d_in"], tuple(line["ranks"]), tuple(line["widths"]), line["norm"], line["training"], line["tokens"],
+        line["dtype"], line["d_in"], tuple(line["ranks"]), tuple(line["widths"]), line["norm"], line.get("rotary", False),
+        line["training"], line["tokens"],
     )  # fmt: skip
 
 
@@ -243,6 +248,6 @@ def summary(line: dict[str, Any]) -> str:
     best = min(times.values())
     return (
         f"{line['tokens']} tokens, d {line['d_in']}, r {line['ranks'][0]}, {len(line['ranks'])} pairs"
-        f"{', norm' if line['norm'] else ''}{', training' if line['training'] else ''}: {line['path']} "
+        f"{', norm and rotary' if line['norm'] else ''}{', training' if line['training'] else ''}: {line['path']} "
         f"{line.get('forward_tile', '')} {line.get('backward_tile', '')} {best:.1f} us, eager {times['eager']:.1f} us"
     )

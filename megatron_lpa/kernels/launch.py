@@ -14,6 +14,14 @@ from megatron_lpa.kernels.lowdim import forward_kernel, input_gradient_kernel
 from megatron_lpa.kernels.tiles import MAX_PAIRS, Tile, padded_rank
 
 
+class Rotary(NamedTuple):
+    """Tables of a rotary embedding, (S, E) each in fp32, the second half of E repeating the first. Row m of x is at
+    position m % S."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
 class NormInputs(NamedTuple):
     """What the gradient through an RMSNorm needs: ``x`` (M, d_in), ``latent`` (M, P * r), ``bias_a`` (P * r,) or
     None, and ``rstd`` (M,), which is 1/rms in fp32."""
@@ -33,6 +41,7 @@ def forward(
     tile: Tile,
     keep: bool,
     norm_eps: float | None = None,
+    rotary: Rotary | None = None,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """``z_p`` of P pairs that read one x.
 
@@ -46,6 +55,7 @@ def forward(
         keep: return the latents, for the weights' gradients.
         norm_eps: with a value, x is divided by ``sqrt(mean(x^2) + norm_eps)`` row by row; the norm's weight
             is expected in ``w_a``'s columns.
+        rotary: turns the heads of the first two outputs (half rotation), whose widths are multiples of E.
 
     Returns:
         P outputs (M, d_out_p); latents (M, P * r) in x's dtype, empty without ``keep``; 1/rms (M,) in fp32,
@@ -56,6 +66,8 @@ def forward(
     w_b = _same_strides(w_b)
     bias_b = _all_or_none(bias_b, widths, x)
     norm = norm_eps is not None
+    cos, sin = (x, x) if rotary is None else (rotary.cos.contiguous(), rotary.sin.contiguous())
+    assert rotary is None or (pairs > 1 and all(width % cos.shape[1] == 0 for width in widths)), widths
     z = [x.new_empty((tokens, width)) for width in widths]
     latent = x.new_empty((tokens, pairs * rank) if keep else (0,))
     rstd = torch.empty((tokens,) if keep and norm else (0,), dtype=torch.float32, device=x.device)
@@ -67,9 +79,10 @@ def forward(
             x, w_a, x if bias_a is None else bias_a.contiguous(),
             *_three(w_b), *_three([x if b is None else b for b in bias_b]), *_three(z), latent, rstd,
             0.0 if norm_eps is None else norm_eps, tokens, d_in, rank, *_three(widths),
-            *x.stride(), *w_a.stride(), *w_b[0].stride(),
-            **_cut(tile, rank, d_in, widths, x), PAIRS=pairs,
+            *x.stride(), *w_a.stride(), *w_b[0].stride(), cos, sin, cos.stride(0), cos.shape[0],
+            **_cut(tile.for_rotary() if rotary else tile, rank, d_in, widths, x), PAIRS=pairs,
             BIAS_A=bias_a is not None, BIAS_B=bias_b[0] is not None, KEEP=keep, NORM=norm,
+            HALF_HEAD=0 if rotary is None else cos.shape[1] // 2,
         )  # fmt: skip
     return z, latent, rstd
 

@@ -1,7 +1,7 @@
 """Triton kernels of the low-dimensional product: two matrix products with the latent between them kept on chip.
 
 ``forward_kernel``: ``z_p = (x W_Ap^T + b_Ap) W_Bp^T + b_Bp`` for up to three pairs that read one x, optionally with
-RMSNorm before. ``input_gradient_kernel``: ``dX = sum_p (dZ_p W_Bp) W_Ap``. A program owns a tile of rows: it sums the
+RMSNorm before and rotary embedding of the first two after. ``input_gradient_kernel``: ``dX = sum_p (dZ_p W_Bp) W_Ap``. A program owns a tile of rows: it sums the
 latent (rows x r) in fp32, rounds it to the inputs' dtype as two separate products would, and multiplies on from
 registers. Weights are addressed by strides, so neither direction copies one. Every output element is written by
 one program in a fixed order of sums: repeated runs give equal bits.
@@ -85,6 +85,45 @@ def _second_factor(
 
 
 @triton.jit
+def _rotated_columns(
+    kept: tl.tensor, rows: tl.tensor, there: tl.tensor, split: tl.tensor, turns: tl.tensor, cos: tl.tensor, sin: tl.tensor,
+    table_row: tl.tensor, positions: tl.tensor, w_b: tl.tensor, b_rank: tl.tensor, b_width: tl.tensor, bias_b: tl.tensor, z: tl.tensor,
+    rank: tl.tensor, d_out: tl.tensor,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_N: tl.constexpr, EVEN_R: tl.constexpr,
+    EVEN_N: tl.constexpr, BIAS_B: tl.constexpr, HALF_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
+    """The second product with rotary embedding: columns e and e + HALF_HEAD of each head at a time, half a block of
+    each. Where ``turns`` is false they are stored as they are."""
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    j = tl.arange(0, BLOCK_R)
+    at_position = (rows % positions)[:, None] * table_row
+    per_split = tl.cdiv(tl.cdiv(d_out // 2, HALF_N), SPLIT_N) * HALF_N
+    for start in range(split * per_split, tl.minimum((split + 1) * per_split, d_out // 2), HALF_N):
+        couple = start + tl.arange(0, HALF_N)
+        e = couple % HALF_HEAD
+        n = couple // HALF_HEAD * (2 * HALF_HEAD) + e
+        zeros = tl.zeros((BLOCK_M, HALF_N), dtype=tl.float32)
+        first = _dot(
+            kept, _second_factor(w_b, b_rank, b_width, j, n, rank, d_out, EVEN_R, EVEN_N), zeros, PRECISION
+        )
+        w = _second_factor(w_b, b_rank, b_width, j, n + HALF_HEAD, rank, d_out, EVEN_R, EVEN_N)
+        second = _dot(kept, w, zeros, PRECISION)
+        inside = n < d_out
+        if BIAS_B:
+            first += tl.load(bias_b + n, mask=inside, other=0.0).to(tl.float32)[None, :]
+            second += tl.load(bias_b + n + HALF_HEAD, mask=inside, other=0.0).to(tl.float32)[None, :]
+        c = tl.load(cos + at_position + e[None, :], mask=turns & inside[None, :], other=1.0)
+        s = tl.load(sin + at_position + e[None, :], mask=turns & inside[None, :], other=0.0)
+        # Selected, as an infinite neighbour times a sine of zero would not be zero.
+        left = tl.where(turns, first * c - second * s, first)
+        right = tl.where(turns, second * c + first * s, second)
+        z_at = z + rows[:, None] * d_out + n[None, :]
+        stored = there[:, None] & inside[None, :]
+        tl.store(z_at, left.to(z.dtype.element_ty), mask=stored)
+        tl.store(z_at + HALF_HEAD, right.to(z.dtype.element_ty), mask=stored)
+
+
+@triton.jit
 def forward_kernel(
     x: tl.tensor, w_a: tl.tensor, bias_a: tl.tensor,
     w_b0: tl.tensor, w_b1: tl.tensor, w_b2: tl.tensor,
@@ -92,11 +131,17 @@ def forward_kernel(
     z0: tl.tensor, z1: tl.tensor, z2: tl.tensor, latent: tl.tensor, rstd: tl.tensor, eps: tl.tensor,
     tokens: tl.tensor, d_in: tl.tensor, rank: tl.tensor, d_out0: tl.tensor, d_out1: tl.tensor, d_out2: tl.tensor,
     x_row: tl.tensor, x_column: tl.tensor, a_rank: tl.tensor, a_depth: tl.tensor, b_width: tl.tensor, b_rank: tl.tensor,
+    cos: tl.tensor, sin: tl.tensor, table_row: tl.tensor, positions: tl.tensor,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     PAIRS: tl.constexpr, SPLIT_N: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, EVEN_N: tl.constexpr,
-    BIAS_A: tl.constexpr, BIAS_B: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_A: tl.constexpr, BIAS_B: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr, HALF_HEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Writes ``z_p`` (M, d_out_p), and where asked the latents (M, PAIRS * r) and 1/rms (M,)."""
+    """Writes ``z_p`` (M, d_out_p), and where asked the latents (M, PAIRS * r) and 1/rms (M,).
+
+    ``HALF_HEAD``: half the width of a head, by which the first two pairs' outputs are rotated; 0 for no rotation.
+    Row m is position m % positions.
+    """
     program = tl.program_id(0)
     split = program % SPLIT_N
     pair = (program // SPLIT_N) % PAIRS
@@ -126,16 +171,21 @@ def forward_kernel(
         latent_at = latent + rows[:, None] * (PAIRS * rank) + (pair * rank + j)[None, :]
         tl.store(latent_at, kept, mask=(there & (split == 0))[:, None] & (j < rank)[None, :])
 
-    per_split = tl.cdiv(tl.cdiv(d_out, BLOCK_N), SPLIT_N) * BLOCK_N
-    for start in range(split * per_split, tl.minimum((split + 1) * per_split, d_out), BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        w = _second_factor(w_b, b_rank, b_width, j, n, rank, d_out, EVEN_R, EVEN_N)
-        product = _dot(kept, w, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), PRECISION)
-        # An epilogue that needs whole heads (rotary embedding, head-major layout) would go here.
-        if BIAS_B:
-            product += tl.load(bias_b + n, mask=n < d_out, other=0.0).to(tl.float32)[None, :]
-        z_at = z + rows[:, None] * d_out + n[None, :]
-        tl.store(z_at, product.to(z.dtype.element_ty), mask=there[:, None] & (n < d_out)[None, :])
+    if HALF_HEAD > 0:
+        _rotated_columns(
+            kept, rows, there, split, pair < 2, cos, sin, table_row, positions, w_b, b_rank, b_width, bias_b, z, rank, d_out,
+            BLOCK_M, BLOCK_R, BLOCK_N, SPLIT_N, EVEN_R, EVEN_N, BIAS_B, HALF_HEAD, PRECISION,
+        )  # fmt: skip
+    else:
+        per_split = tl.cdiv(tl.cdiv(d_out, BLOCK_N), SPLIT_N) * BLOCK_N
+        for start in range(split * per_split, tl.minimum((split + 1) * per_split, d_out), BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            w = _second_factor(w_b, b_rank, b_width, j, n, rank, d_out, EVEN_R, EVEN_N)
+            product = _dot(kept, w, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), PRECISION)
+            if BIAS_B:
+                product += tl.load(bias_b + n, mask=n < d_out, other=0.0).to(tl.float32)[None, :]
+            z_at = z + rows[:, None] * d_out + n[None, :]
+            tl.store(z_at, product.to(z.dtype.element_ty), mask=there[:, None] & (n < d_out)[None, :])
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 MAX_RANK = 512
 """The latent of a tile stays in registers; beyond this no tile of 16 rows or more leaves room for the products."""
@@ -59,6 +59,10 @@ class Tile:
     def __str__(self) -> str:
         return ",".join(str(number) for number in asdict(self).values())
 
+    def for_rotary(self) -> Tile:
+        """The least that rotation needs: half a block of columns is one product of a matrix unit."""
+        return replace(self, block_n=max(32, self.block_n))
+
     @classmethod
     def parse(cls, text: str) -> Tile:
         """The inverse of ``str``."""
@@ -95,26 +99,31 @@ def shared_bytes(tile: Tile, rank: int, latents: int, element_bytes: int, capabi
     return max(first, second) * element_bytes
 
 
-def accumulator_registers(tile: Tile, rank: int, latents: int, element_bytes: int) -> int:
-    """Registers per thread for accumulators and latents, at the fuller of the two products."""
+def accumulator_registers(
+    tile: Tile, rank: int, latents: int, element_bytes: int, rotary: bool = False
+) -> int:
+    """Registers per thread for accumulators and latents, at the fuller of the two products; with ``rotary`` also for
+    as many cosines and sines as there are accumulators of the second."""
     r = padded_rank(rank)
     kept = tile.block_m * r * element_bytes // 4  # one latent in the inputs' dtype
     first = tile.block_m * r + kept * (latents - 1)
-    second = kept * latents + tile.block_m * tile.block_n
+    second = kept * latents + tile.block_m * tile.block_n * (2 if rotary else 1)
     return max(first, second) // (32 * tile.warps)
 
 
 def why_not(
-    tile: Tile, rank: int, latents: int, element_bytes: int, capability: tuple[int, int]
+    tile: Tile, rank: int, latents: int, element_bytes: int, capability: tuple[int, int], rotary: bool = False
 ) -> str | None:
-    """The reason why a tile cannot run, or None."""
+    """The reason why a tile cannot run, or None; ``rotary`` if outputs are rotated before they are written."""
+    if rotary:
+        tile = tile.for_rotary()
     if rank > MAX_RANK:
         return f"r is {rank}, above {MAX_RANK}"
     limit = SHARED_BYTES.get(capability, DEFAULT_SHARED_BYTES)
     needed = shared_bytes(tile, rank, latents, element_bytes, capability)
     if needed > limit:
         return f"shared memory: {needed} bytes needed, {limit} there"
-    registers = accumulator_registers(tile, rank, latents, element_bytes)
+    registers = accumulator_registers(tile, rank, latents, element_bytes, rotary)
     spare = int(ACCUMULATOR_SHARE[element_bytes] * min(256, REGISTERS // (32 * tile.warps)))
     if registers > spare:
         return f"registers: {registers} per thread for accumulators, {spare} to spare"
@@ -143,10 +152,15 @@ def candidates(tokens: int) -> list[Tile]:
 
 
 def default_tile(
-    tokens: int, rank: int, latents: int, element_bytes: int, capability: tuple[int, int]
+    tokens: int,
+    rank: int,
+    latents: int,
+    element_bytes: int,
+    capability: tuple[int, int],
+    rotary: bool = False,
 ) -> Tile | None:
     """The first candidate that fits, for shapes that no table has; None where none does."""
     for tile in candidates(tokens):
-        if why_not(tile, rank, latents, element_bytes, capability) is None:
+        if why_not(tile, rank, latents, element_bytes, capability, rotary) is None:
             return tile
     return None

@@ -9,7 +9,7 @@ from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.linear import InputProjections, OutputProjection
 from megatron_lpa.ops.attention import causal_attention
 from megatron_lpa.ops.elementwise import rotate
-from megatron_lpa.ops.lowdim import Norm
+from megatron_lpa.ops.lowdim import Norm, Rotary
 from megatron_lpa.parallel.groups import ParallelGroups
 
 
@@ -47,9 +47,9 @@ class Attention(nn.Module):
         self.o = OutputProjection("o", model, groups, layout, kernels)
 
     @property
-    def takes_norm(self) -> bool:
+    def foldable(self) -> bool:
         """Whether ``forward`` can be given the norm before it."""
-        return self.qkv.takes_norm
+        return self.qkv.foldable
 
     def forward(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, norm: Norm | None = None
@@ -59,10 +59,11 @@ class Attention(nn.Module):
         Args:
             x: the residual stream.
             rope: the tables of ``rope_tables``, or None.
-            norm: an RMSNorm of ``x`` before everything; only where ``takes_norm``.
+            norm: an RMSNorm of ``x`` before everything; only where ``foldable``.
         """
+        folded = None if rope is None or not self.foldable else Rotary(*rope)
         # (B, S, heads/T * E) -> (B, S, heads/T, E)
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x, norm))
-        if rope is not None:
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x, norm, folded))
+        if rope is not None and folded is None:
             q, k = rotate(q, k, *rope, self.kernels.elementwise)
         return self.o(causal_attention(q, k, v, self.kernels.attention).flatten(-2))

@@ -26,12 +26,12 @@ class FeedForward(nn.Module):
         self.down = OutputProjection("down", model, groups, layout, kernels)
 
     @property
-    def takes_norm(self) -> bool:
+    def foldable(self) -> bool:
         """Whether ``forward`` can be given the norm before it."""
-        return self.inputs.takes_norm
+        return self.inputs.foldable
 
     def forward(self, x: torch.Tensor, norm: Norm | None = None) -> torch.Tensor:
-        """(B, S, D) -> (B, S, D); ``norm`` is an RMSNorm of ``x`` before everything, where ``takes_norm``."""
+        """(B, S, D) -> (B, S, D); ``norm`` is an RMSNorm of ``x`` before everything, where ``foldable``."""
         if self.activation == "swiglu":
             gate, up = self.inputs(x, norm)
             return self.down(swiglu(gate, up, self.backend))

@@ -15,7 +15,7 @@ from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.dense import DenseInput, DenseOutput
 from megatron_lpa.layers.lowdim import LowDimInput, LowDimOutput
 from megatron_lpa.layers.structure import InputStructure, OutputStructure
-from megatron_lpa.ops.lowdim import Norm, lowdim_linears
+from megatron_lpa.ops.lowdim import Norm, Rotary, lowdim_linears
 from megatron_lpa.parallel.collectives import copy_to_tp, gather_shards, reduce_scatter_shards
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import new_parameter
@@ -72,25 +72,29 @@ class InputProjections(nn.Module):
                 self.register_parameter(f"{name}_{key}", new_parameter(spec, groups.tp_size))
 
     @property
-    def takes_norm(self) -> bool:
-        """Whether ``forward`` can be given the norm of its input, to fold it into the products.
+    def foldable(self) -> bool:
+        """Whether ``forward`` can be given the norm before and the rotation after, to fold them into the products.
 
-        With tensor parallelism it cannot: every rank would have only its part of the norm's gradient.
+        With tensor parallelism it cannot: every rank would have only its part of the norm's gradient, and sums of
+        outputs still to be made.
         """
         lowdim = all(isinstance(structure, LowDimInput) for structure in self.structures.values())
         return lowdim and self.groups.tp_size == 1
 
-    def forward(self, x: torch.Tensor, norm: Norm | None = None) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, x: torch.Tensor, norm: Norm | None = None, rotary: Rotary | None = None
+    ) -> tuple[torch.Tensor, ...]:
         """(..., d_in) -> one (..., d_out/T) per projection.
 
         Args:
             x: the input, replicated over ranks.
-            norm: an RMSNorm of ``x`` before everything; only where ``takes_norm``.
+            norm: an RMSNorm of ``x`` before everything; only where ``foldable``.
+            rotary: rotary embedding of the first two outputs; only where ``foldable``.
         """
-        assert norm is None or self.takes_norm
+        assert (norm is None and rotary is None) or self.foldable
         x = copy_to_tp(x, self.groups)
         parameters = {name: self._parameters_of(name) for name in self.structures}
-        results = self._before(x, parameters, norm)
+        results = self._before(x, parameters, norm, rotary)
         for collective, call in (("gather", gather_shards), ("reduce_scatter", reduce_scatter_shards)):
             members = [name for name, s in self.structures.items() if s.collective == collective]
             if not members:
@@ -107,7 +111,11 @@ class InputProjections(nn.Module):
         return tuple(results.values())
 
     def _before(
-        self, x: torch.Tensor, parameters: dict[str, dict[str, torch.Tensor]], norm: Norm | None
+        self,
+        x: torch.Tensor,
+        parameters: dict[str, dict[str, torch.Tensor]],
+        norm: Norm | None,
+        rotary: Rotary | None,
     ) -> dict[str, torch.Tensor]:
         """The products before the collectives, in the order of the projections."""
         at_once = {
@@ -116,7 +124,7 @@ class InputProjections(nn.Module):
             if isinstance(structure, LowDimInput) and structure.multiplies_at_once
         }
         pairs = [structure.pair(parameters[name]) for name, structure in at_once.items()]
-        products = lowdim_linears(x, pairs, norm, self.path, self.backend) if pairs else ()
+        products = lowdim_linears(x, pairs, norm, self.path, self.backend, rotary) if pairs else ()
         shared = dict(zip(at_once, products, strict=True))
         return {
             name: at_once[name].shaped(shared[name]) if name in at_once else s.before(x, parameters[name])

@@ -63,11 +63,11 @@ class DecoderLayer(nn.Module):
 
     def _compute(self, x: torch.Tensor, rope: Rope | None) -> torch.Tensor:
         if self.norm_first:
-            if self.attention.takes_norm and isinstance(self.attention_norm, RMSNorm):
+            if self.attention.foldable and isinstance(self.attention_norm, RMSNorm):
                 x = x + self._drop(self.attention(x, rope, self.attention_norm.folded))
             else:
                 x = x + self._drop(self.attention(self.attention_norm(x), rope))
-            if self.ffn.takes_norm and isinstance(self.ffn_norm, RMSNorm):
+            if self.ffn.foldable and isinstance(self.ffn_norm, RMSNorm):
                 return x + self._drop(self.ffn(x, self.ffn_norm.folded))
             return x + self._drop(self.ffn(self.ffn_norm(x)))
         x = x + self._drop(self.attention_norm(self.attention(x, rope)))

@@ -48,6 +48,7 @@ class Case(NamedTuple):
         widths: d_out of each pair.
         norm: whether an RMSNorm comes before.
         training: whether a backward pass follows.
+        rotary: whether rotary embedding of the first two outputs comes after.
     """
 
     dtype: torch.dtype
@@ -56,6 +57,7 @@ class Case(NamedTuple):
     widths: tuple[int, ...]
     norm: bool
     training: bool
+    rotary: bool = False
 
 
 class Plan(NamedTuple):
@@ -159,7 +161,7 @@ def default_tiles(case: tuple[Any, ...], few: bool, device_type: str, index: int
     size, rank = wanted.dtype.itemsize, wanted.ranks[0]
     capability = torch.cuda.get_device_capability(index) if device_type == "cuda" else (9, 0)
     tokens = 1 if few else FEW_TOKENS + 1
-    tile = None if reason else default_tile(tokens, rank, 1, size, capability)
+    tile = None if reason else default_tile(tokens, rank, 1, size, capability, wanted.rotary)
     if tile is None:
         raise UserError(
             f"the low-dimensional path 'fused' cannot run: {reason or f'no tile of rank {rank} fits the device'}; "
@@ -222,13 +224,19 @@ def parse_table(
             raise UserError(f"{where}: the path is {plan.path!r}; give one of {', '.join(PATHS[1:])}")
         dtype = getattr(torch, line["dtype"])
         ranks, widths = tuple(line["ranks"]), tuple(line["widths"])
-        for text, latents in ((plan.forward_tile, 1), (plan.backward_tile, len(ranks))):
-            reason = text and why_not(Tile.parse(text), max(ranks), latents, dtype.itemsize, capability)
+        rotary = line.get("rotary", False)
+        for text, latents, rotates in (
+            (plan.forward_tile, 1, rotary),
+            (plan.backward_tile, len(ranks), False),
+        ):
+            reason = text and why_not(
+                Tile.parse(text), max(ranks), latents, dtype.itemsize, capability, rotates
+            )
             if reason:
                 raise UserError(f"{where}: tile {text} cannot run: {reason}")
         if (plan.path == "fused") != bool(plan.forward_tile or plan.backward_tile):
             raise UserError(f"{where}: tiles go with the path 'fused', and only with it")
-        case = Case(dtype, line["d_in"], ranks, widths, line["norm"], line["training"])
+        case = Case(dtype, line["d_in"], ranks, widths, line["norm"], line["training"], rotary)
         table.setdefault(case, []).append(
             (line["tokens"], (plan.path, plan.forward_tile, plan.backward_tile))
         )

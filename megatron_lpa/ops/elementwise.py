@@ -130,6 +130,26 @@ def rotate(
     return _Rotate.apply(q, k, cos, sin)
 
 
+def rotate_rows(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backend: str, back: bool = False
+) -> list[torch.Tensor]:
+    """``rotate`` where heads are not an axis of their own yet.
+
+    Args:
+        q: (..., S, H * E).
+        k: (..., S, K * E).
+        cos, sin, backend: as in ``rotate``.
+        back: rotate the other way, which is also the gradient.
+
+    Returns:
+        q and k rotated, in their dtypes and shapes.
+    """
+    length, width = cos.shape
+    q_heads, k_heads = (t.reshape(t.shape[:-2].numel(), length, t.shape[-1] // width, width) for t in (q, k))
+    turned = rotate(q_heads, k_heads, cos, -sin if back else sin, backend)
+    return [z.reshape(t.shape) for z, t in zip(turned, (q, k), strict=True)]
+
+
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate (..., E) by tables that broadcast to it."""
     first, second = x.chunk(2, dim=-1)

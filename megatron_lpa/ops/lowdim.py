@@ -42,6 +42,18 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Rotary(NamedTuple):
+    """Rotary embedding of the first two outputs, q and k, after the product.
+
+    Args:
+        cos: (S, E) fp32 for x of (..., S, d_in), the second half of E repeating the first (``layers.attention.rope_tables``).
+        sin: the same of sines.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
 def lowdim_linear(
     x: torch.Tensor,
     w_a: torch.Tensor,
@@ -75,6 +87,7 @@ def lowdim_linears(
     norm: Norm | None = None,
     path: str = "auto",
     elementwise: str = "eager",
+    rotary: Rotary | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Several low-dimensional modules of one x, such as q, k and v.
 
@@ -85,7 +98,9 @@ def lowdim_linears(
             without its norm can leave. The other paths compute it before: without the kernel, scaling latents and
             gradients would be as many passes over memory as the norm is.
         path: as in ``lowdim_linear``.
-        elementwise: what computes the norm where it is not folded; one of ``elementwise.BACKENDS``.
+        elementwise: what computes the norm and the rotation where they are not folded, and turns gradients back; one
+            of ``elementwise.BACKENDS``.
+        rotary: rotation of the heads of the first two outputs, which ``fused`` does before it writes them.
 
     Returns:
         (..., d_out) of each pair.
@@ -105,9 +120,10 @@ def lowdim_linears(
         tuple(pair.w_b.shape[0] for pair in pairs),
         norm is not None,
         training,
+        rotary is not None,
     )
     plan = choose(path, case, x.shape[:-1].numel(), x.device)
-    return lowdim_by_plan(x, pairs, norm, plan, training, elementwise)
+    return lowdim_by_plan(x, pairs, norm, plan, training, elementwise, rotary)
 
 
 def lowdim_by_plan(
@@ -117,14 +133,20 @@ def lowdim_by_plan(
     plan: Plan,
     training: bool,
     elementwise: str = "eager",
+    rotary: Rotary | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """What ``lowdim_linears`` does once it has chosen: models and benchmarks run the same code.
 
     Args:
-        x, pairs, norm, elementwise: as in ``lowdim_linears``.
-        plan: a path and its tiles. A norm is folded into ``fused``, also where the plan has no tile for a direction.
+        x, pairs, norm, elementwise, rotary: as in ``lowdim_linears``.
+        plan: a path and its tiles. A norm is folded into ``fused``, also where the plan has no tile for a direction;
+            rotation only where the kernel computes the outputs.
         training: whether a backward pass follows.
     """
+    assert rotary is None or rotary.cos.shape[0] == x.shape[-2], (rotary.cos.shape, x.shape)
+    if rotary is not None and not plan.forward_tile:
+        q, k, *others = lowdim_by_plan(x, pairs, norm, plan, training, elementwise)
+        return (*separate.rotate_rows(q, k, *rotary, elementwise), *others)
     dtype = autocast_dtype(x)
     if norm is not None and (plan.path != "fused" or dtype == torch.float16):
         x, norm = separate.rms_norm(x, norm.weight, norm.eps, elementwise), None
@@ -132,11 +154,19 @@ def lowdim_by_plan(
         return tuple(linear(linear(x, pair.w_a, pair.bias_a), pair.w_b, pair.bias_b) for pair in pairs)
     if plan.path == "merged":
         return tuple(linear(x, *merge(*pair)) for pair in pairs)
-    return _registered(x.to(dtype), [_cast(pair, dtype) for pair in pairs], norm, plan, training)
+    return _registered(
+        x.to(dtype), [_cast(pair, dtype) for pair in pairs], norm, plan, training, elementwise, rotary
+    )
 
 
 def _registered(
-    x: torch.Tensor, pairs: Sequence[Pair], norm: Norm | None, plan: Plan, training: bool
+    x: torch.Tensor,
+    pairs: Sequence[Pair],
+    norm: Norm | None,
+    plan: Plan,
+    training: bool,
+    elementwise: str,
+    rotary: Rotary | None,
 ) -> tuple[torch.Tensor, ...]:
     """The registered operator, by joined products or with the plan's tiles; all tensors have one dtype."""
     bias_a: torch.Tensor | None = None
@@ -149,7 +179,7 @@ def _registered(
     weight, eps = (None, 0.0) if norm is None else (norm.weight.to(x.dtype), norm.eps)
     outputs = lowdim_op(
         x, [pair.w_a for pair in pairs], [pair.w_b for pair in pairs], bias_a, bias_b,
-        weight, eps, training, plan.forward_tile, plan.backward_tile,
+        weight, eps, training, plan.forward_tile, plan.backward_tile, *(rotary or (None, None)), elementwise,
     )  # fmt: skip
     return tuple(outputs[: len(pairs)])
 

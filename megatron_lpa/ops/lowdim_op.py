@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_lpa.kernels.tiles import Tile
+from megatron_lpa.ops import elementwise
 from megatron_lpa.ops import lowdim_math as plain
 from megatron_lpa.ops.lowdim_math import Saved
 
@@ -40,6 +41,9 @@ def lowdim_op(
     keep: bool,
     forward_tile: str,
     backward_tile: str,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    rotate_back_by: str,
 ) -> list[torch.Tensor]:
     """Outputs (..., d_out_p) of each pair, then the latents (M, sum of r) and 1/rms (M,), empty unless ``keep``.
 
@@ -55,7 +59,12 @@ def lowdim_op(
         forward_tile: ``str`` of a ``Tile`` for the fused kernel; empty for matrix products. (A string, because
             PyTorch takes an empty list of numbers for a list of tensors when it checks gradients.)
         backward_tile: the same for the gradient of x.
+        cos: (S, E) fp32 with x of (..., S, d_in): rotary embedding of the first two outputs. Only with a
+            ``forward_tile``: without the kernel it is a pass of its own in any case.
+        sin: the same of sines.
+        rotate_back_by: what turns the gradients of the first two outputs back; one of ``elementwise.BACKENDS``.
     """
+    assert cos is None or forward_tile
     rows = as_rows(x)
     biases: OptionalTensors = bias_b or [None] * len(w_b)
     with _no_autocast(x):
@@ -64,8 +73,9 @@ def lowdim_op(
 
             first = plain.join_first(w_a, norm_weight)
             eps = None if norm_weight is None else norm_eps
+            rotary = None if cos is None or sin is None else launch.Rotary(cos, sin)
             z, latent, rstd = launch.forward(
-                rows, first, w_b, bias_a, biases, Tile.parse(forward_tile), keep, eps
+                rows, first, w_b, bias_a, biases, Tile.parse(forward_tile), keep, eps, rotary
             )
         else:
             z, (latent, rstd) = plain.forward(rows, w_a, w_b, bias_a, biases, norm_weight, norm_eps)
@@ -86,6 +96,9 @@ def _(
     keep: bool,
     forward_tile: str,
     backward_tile: str,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    rotate_back_by: str,
 ) -> list[torch.Tensor]:
     tokens = x.shape[:-1].numel()
     z = [x.new_empty((*x.shape[:-1], w.shape[0])) for w in w_b]
@@ -168,21 +181,24 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    x, w_a, w_b, bias_a, bias_b, norm_weight, _, keep, _, backward_tile = inputs
+    x, w_a, w_b, bias_a, bias_b, norm_weight, _, keep, _, backward_tile, cos, sin, rotate_back_by = inputs
     assert keep, "the caller says keep=True wherever a gradient can be asked for"
     ctx.pairs, ctx.biases_b, ctx.backward_tile = len(w_a), len(bias_b), backward_tile
-    ctx.save_for_backward(x, *w_a, *w_b, bias_a, norm_weight, *output[-2:])
+    ctx.rotate_back_by = rotate_back_by
+    ctx.save_for_backward(x, *w_a, *w_b, bias_a, norm_weight, cos, sin, *output[-2:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
-    x, *factors, bias_a, norm_weight, latent, rstd = ctx.saved_tensors
+    x, *factors, bias_a, norm_weight, cos, sin, latent, rstd = ctx.saved_tensors
     n = ctx.pairs
     w_a, w_b = factors[:n], factors[n:]
     dz = [
         x.new_zeros((*x.shape[:-1], w.shape[0])) if g is None else g
         for g, w in zip(grads[:n], w_b, strict=True)
     ]
+    if cos is not None:
+        dz[:2] = elementwise.rotate_rows(dz[0], dz[1], cos, sin, ctx.rotate_back_by, back=True)
     need_x, need_a, need_b, need_bias_a, need_bias_b, need_norm = map(_any, ctx.needs_input_grad[:6])
     need_first = need_a or need_norm
     dx, d_first, d_bias_a, d_norm, *seconds = lowdim_backward_op(
@@ -198,7 +214,7 @@ def _backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
         d_bias_a if need_bias_a else None,
         seconds[n:] if need_bias_b else [None] * ctx.biases_b,
         d_norm if need_norm else None,
-        None, None, None, None,
+        None, None, None, None, None, None, None,
     )  # fmt: skip
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from megatron_lpa.ops.lowdim import Norm, Pair, lowdim_linears
+from megatron_lpa.layers.attention import rope_tables
+from megatron_lpa.ops.lowdim import Norm, Pair, Rotary, lowdim_linears
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -24,13 +25,21 @@ class Problem:
     x: torch.Tensor
     pairs: list[Pair]
     norm: Norm | None
+    head_dim: int = 0
+    """Width of the heads of the first two outputs, which are rotated; 0 for no rotation."""
+
+    @property
+    def rotary(self) -> Rotary | None:
+        if not self.head_dim:
+            return None
+        return Rotary(*rope_tables(self.x.shape[-2], self.head_dim, 10_000.0, self.x.device))
 
     def leaves(self) -> list[torch.Tensor]:
         found = [self.x, *(t for pair in self.pairs for t in pair if t is not None)]
         return found if self.norm is None else [*found, self.norm.weight]
 
     def outputs(self, path: str) -> tuple[torch.Tensor, ...]:
-        return lowdim_linears(self.x, self.pairs, self.norm, path)
+        return lowdim_linears(self.x, self.pairs, self.norm, path, rotary=self.rotary)
 
     def outputs_and_gradients(self, path: str, seed: int = 7) -> list[torch.Tensor]:
         z = self.outputs(path)
@@ -52,6 +61,7 @@ def draw(
     norm: bool = False,
     seed: int = 0,
     device: torch.device = DEVICE,
+    head_dim: int = 0,
 ) -> Problem:
     """Random factors whose products keep the scale of x, which has ``shape`` (..., d_in)."""
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +80,18 @@ def draw(
         )
         for width in widths
     ]
-    return Problem(new(*shape), pairs, Norm(new(d_in), 1e-5) if norm else None)
+    return Problem(new(*shape), pairs, Norm(new(d_in), 1e-5) if norm else None, head_dim)
+
+
+def turned(z: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rotary embedding by complex numbers (RoFormer, section 3.2.1): entry e of a head and entry e + E/2 are one
+    number, multiplied by exp(i * position / 10000^(2e/E))."""
+    heads = z.unflatten(-1, (-1, 2, head_dim // 2))
+    numbers = torch.complex(heads[..., 0, :], heads[..., 1, :])  # (..., S, heads, E/2)
+    positions = torch.arange(z.shape[-2], dtype=torch.float64)[:, None, None]
+    angles = positions * 10_000.0 ** (-2 * torch.arange(head_dim // 2, dtype=torch.float64) / head_dim)
+    product = numbers * torch.polar(torch.ones_like(angles), angles)
+    return torch.stack((product.real, product.imag), dim=-2).flatten(-3)
 
 
 def reference(problem: Problem, seed: int = 7) -> list[torch.Tensor]:
@@ -84,6 +105,8 @@ def reference(problem: Problem, seed: int = 7) -> list[torch.Tensor]:
     else:
         u = x
     z = [functional.linear(functional.linear(u, p.w_a, p.bias_a), p.w_b, p.bias_b) for p in pairs]
+    if problem.head_dim:
+        z[:2] = [turned(part, problem.head_dim) for part in z[:2]]
     # The same numbers as in ``outputs_and_gradients``, after their rounding there.
     upstream = [g.to(problem.x.dtype).double() for g in upstream_of(z, seed)]
     return [*(part.detach() for part in z), *torch.autograd.grad(z, exact, upstream)]

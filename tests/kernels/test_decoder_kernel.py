@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -35,9 +36,15 @@ def decoder_of(model: ModelConfig, kernels: KernelConfig) -> Decoder:
 @pytest.mark.parametrize("name", FUSED)
 def test_losses_and_gradients_are_the_reference_s(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FUSED[name]
-    launches = []
+    launches: list[tuple[bool, bool]] = []
     forward = launch.forward
-    monkeypatch.setattr(launch, "forward", lambda *a: launches.append(a[-1] is not None) or forward(*a))
+
+    def noted(*arguments: Any) -> Any:
+        *_, norm_eps, rotary = arguments
+        launches.append((norm_eps is not None, rotary is not None))
+        return forward(*arguments)
+
+    monkeypatch.setattr(launch, "forward", noted)
     decoder = decoder_of(model, KernelConfig(lowdim="fused"))
     ids = torch.randint(model.vocab_size, (2, 9), generator=torch.Generator().manual_seed(1))
     losses = decoder(ids[:, :-1].to(DEVICE), ids[:, 1:].to(DEVICE))
@@ -52,7 +59,11 @@ def test_losses_and_gradients_are_the_reference_s(name: str, monkeypatch: pytest
         for names in (("q", "k", "v"), ("gate", "up"))
     ]
     assert len(launches) == model.num_layers * sum(map(bool, used))
-    assert sum(launches) == model.num_layers * sum(folds or [])  # with the norm in the kernel
+    with_norm, with_rotary = (sum(column) for column in zip(*launches, strict=True))
+    assert with_norm == model.num_layers * sum(folds or [])
+    # Rotation is in the kernel where q, k and v are one product.
+    all_lowdim = all(getattr(model.projections, n).kind == "lowdim" for n in ("q", "k", "v"))
+    assert with_rotary == model.num_layers * (model.position_embedding == "rope" and all_lowdim)
 
     exact = {key: p.detach().cpu().double().requires_grad_() for key, p in decoder.named_parameters()}
     expected = reference.token_losses(exact, model, ids[:, :-1], ids[:, 1:])

@@ -32,7 +32,7 @@ def exact_on_gpu(problem: Problem) -> list[torch.Tensor]:
     x = next(leaves)
     pairs = [Pair(*(None if t is None else next(leaves) for t in pair)) for pair in problem.pairs]
     norm = None if problem.norm is None else Norm(next(leaves), problem.norm.eps)
-    return Problem(x, pairs, norm).outputs_and_gradients("eager")
+    return Problem(x, pairs, norm, problem.head_dim).outputs_and_gradients("eager")
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
@@ -43,7 +43,9 @@ def test_no_worse_than_the_eager_path(
     width: int, rank: int, pairs: int, norm: bool, dtype: torch.dtype
 ) -> None:
     """Errors against float64 next to those of two cuBLAS products, which round at the same places."""
-    problem = draw(dtype, (4, 257, width), rank, [width] * pairs, norm=norm, device=GPU)
+    # With the norm also rotary embedding after, as in setting 2.
+    head_dim = 64 if norm and pairs > 1 else 0
+    problem = draw(dtype, (4, 257, width), rank, [width] * pairs, norm=norm, device=GPU, head_dim=head_dim)
     exact = exact_on_gpu(problem)
     eager = errors(problem.outputs_and_gradients("eager"), exact)
     floor = 1e-6 if dtype == torch.float32 else 1e-3
@@ -71,16 +73,17 @@ def test_few_tokens(tokens: int) -> None:
 @pytest.mark.parametrize("tile", [t for t in candidates(10**6) if t.block_m >= 64], ids=str)
 def test_every_candidate_tile(tile: Tile) -> None:
     capability = torch.cuda.get_device_capability()
-    problem = draw(torch.bfloat16, (700, 768), 128, [768, 768, 512], norm=True, device=GPU)
-    reasons = [why_not(tile, 128, latents, 2, capability) for latents in (1, 3)]
+    problem = draw(torch.bfloat16, (700, 768), 128, [768, 768, 512], norm=True, device=GPU, head_dim=64)
+    reasons = [why_not(tile, 128, latents, 2, capability, latents == 1) for latents in (1, 3)]
     if reasons[0]:
         pytest.skip(reasons[0])
     w_a, w_b, bias_a, bias_b = zip(*problem.pairs, strict=True)
     assert problem.norm is not None
     backward = "" if reasons[1] else str(tile)
     *z, _, _ = lowdim_op(
-        problem.x, w_a, w_b, torch.cat(bias_a), list(bias_b), *problem.norm, True, str(tile), backward
-    )
+        problem.x, w_a, w_b, torch.cat(bias_a), list(bias_b), *problem.norm, True, str(tile), backward,
+        *problem.rotary, "auto",
+    )  # fmt: skip
     plain = problem.outputs("eager")
     for one, other in zip(z, plain, strict=True):
         assert (one - other).norm() <= 2e-2 * other.norm()
@@ -125,9 +128,9 @@ def test_fp32_uses_tf32_only_where_pytorch_does(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["auto", "joined", "fused"])
 def test_inductor_compiles_one_graph(path: str) -> None:
-    problem = draw(torch.bfloat16, (4, 128, 768), 128, [768] * 3, norm=True, device=GPU)
+    problem = draw(torch.bfloat16, (4, 128, 768), 128, [768] * 3, norm=True, device=GPU, head_dim=64)
     compiled = torch.compile(lowdim_linears, fullgraph=True)
-    z = compiled(problem.x, problem.pairs, problem.norm, path)
+    z = compiled(problem.x, problem.pairs, problem.norm, path, rotary=problem.rotary)
     plain = problem.outputs("eager")
     for one, other in zip(z, plain, strict=True):
         assert (one - other).norm() <= 2e-2 * other.norm()

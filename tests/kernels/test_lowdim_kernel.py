@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernels.lowdim_cases import DEVICE, Problem, assert_near, draw, reference
@@ -50,6 +52,31 @@ def test_norm_folded_in(dtype: torch.dtype, biases: bool, pairs: int) -> None:
     assert_near(problem.outputs_and_gradients("fused"), reference(problem), dtype)
 
 
+@every_dtype
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize(
+    ("shape", "widths", "head_dim"),
+    [((2, 9, 40), [48, 24, 24], 8), ((19, 40), [60, 36, 12], 12), ((2, 3, 5, 24), [64, 64, 64], 64), ((1, 6, 24), [4, 2], 2)],
+    ids=str,
+)  # fmt: skip
+def test_rotary_embedding_after(
+    dtype: torch.dtype, norm: bool, shape: tuple[int, ...], widths: list[int], head_dim: int
+) -> None:
+    """Heads of any even width, also fewer key heads, and a third output that stays as it is."""
+    problem = draw(dtype, shape, 12, widths, norm=norm, head_dim=head_dim)
+    assert_near(problem.outputs_and_gradients("fused"), reference(problem), dtype)
+
+
+def test_rotation_leaves_the_third_output_alone() -> None:
+    """Bit by bit, also beside a neighbour that is infinite."""
+    problem = draw(torch.float32, (5, 24), 4, [16, 16, 16], biases=False, head_dim=8)
+    problem.pairs[2].w_b.data[0] = float("inf")
+    plain = replace(problem, head_dim=0)
+    found, expected = problem.outputs("fused"), plain.outputs("fused")
+    assert not torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[2], expected[2], rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("x_times", [1e30, 1e-18], ids=["huge", "tiny"])
 def test_norm_of_extreme_rows(x_times: float) -> None:
     """The mean square leaves fp32's range; what PyTorch's own norm makes of it, the kernel makes too."""
@@ -67,7 +94,7 @@ def test_three_pairs_equal_three_calls_bit_by_bit() -> None:
 
 
 def test_repeated_runs_give_equal_bits() -> None:
-    problem = draw(torch.bfloat16, (37, 48), 16, [32, 48, 16], norm=True)
+    problem = draw(torch.bfloat16, (37, 48), 16, [32, 48, 16], norm=True, head_dim=16)
     first, second = (problem.outputs_and_gradients("fused") for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
@@ -153,14 +180,17 @@ def test_gradients_of_fewer_inputs() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-def test_any_tile_gives_the_same(tile: Tile, norm: bool) -> None:
+@pytest.mark.parametrize(
+    ("norm", "head_dim"), [(False, 0), (True, 0), (True, 8)], ids=["plain", "norm", "norm and rotary"]
+)
+def test_any_tile_gives_the_same(tile: Tile, norm: bool, head_dim: int) -> None:
     """Also tiles larger than the matrices, and more splits than columns."""
-    problem = draw(torch.float32, (35, 40), 12, [24, 40], norm=norm)
+    problem = draw(torch.float32, (35, 40), 12, [24, 40], norm=norm, head_dim=head_dim)
     w_a, w_b, bias_a, bias_b = zip(*problem.pairs, strict=True)
     weight, eps = (None, 0.0) if problem.norm is None else problem.norm
     *z, _, _ = lowdim_op(
-        problem.x, w_a, w_b, torch.cat(bias_a), list(bias_b), weight, eps, True, str(tile), str(tile)
+        problem.x, w_a, w_b, torch.cat(bias_a), list(bias_b), weight, eps, True, str(tile), str(tile),
+        *(problem.rotary or (None, None)), "eager",
     )  # fmt: skip
     torch.manual_seed(0)
     upstream = [torch.randn_like(part) for part in z]
@@ -174,7 +204,7 @@ def test_any_tile_gives_the_same(tile: Tile, norm: bool) -> None:
 
 def test_every_output_element_is_written() -> None:
     """Memory that the kernel is handed may hold anything: here NaN, which no later test would forgive."""
-    problem = draw(torch.float32, (19, 24), 5, [9, 33], norm=True)
+    problem = draw(torch.float32, (19, 24), 5, [8, 32], norm=True, head_dim=8)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -184,20 +214,23 @@ def test_every_output_element_is_written() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
-def test_opcheck(norm: bool) -> None:
-    problem = draw(torch.float32, (2, 5, 24), 5, [9, 9, 9], norm=norm)
+@pytest.mark.parametrize(
+    ("norm", "head_dim"), [(False, 0), (True, 0), (True, 4)], ids=["plain", "norm", "norm and rotary"]
+)
+def test_opcheck(norm: bool, head_dim: int) -> None:
+    problem = draw(torch.float32, (2, 5, 24), 5, [8, 8, 8], norm=norm, head_dim=head_dim)
     w_a, w_b, bias_a, bias_b = zip(*problem.pairs, strict=True)
     weight, eps = (None, 0.0) if problem.norm is None else problem.norm
     joined = torch.cat(bias_a).detach().requires_grad_()
-    arguments = (problem.x, w_a, w_b, joined, list(bias_b), weight, eps, True, str(SMALL), str(SMALL))
+    tables = problem.rotary or (None, None)
+    arguments = (problem.x, w_a, w_b, joined, list(bias_b), weight, eps, True, str(SMALL), str(SMALL), *tables, "eager")  # fmt: skip
     torch.library.opcheck(lowdim_op, arguments)
 
 
 def test_torch_compile_keeps_one_graph() -> None:
-    problem = draw(torch.float32, (2, 5, 24), 5, [9, 9, 9], norm=True)
+    problem = draw(torch.float32, (2, 5, 24), 5, [8, 8, 8], norm=True, head_dim=4)
     compiled = torch.compile(lowdim_linears, fullgraph=True, backend="aot_eager")
-    z = compiled(problem.x, problem.pairs, problem.norm, "fused")
+    z = compiled(problem.x, problem.pairs, problem.norm, "fused", rotary=problem.rotary)
     found = torch.autograd.grad(z[0].sum() + z[2].sum(), problem.leaves(), allow_unused=True)
     plain = problem.outputs("fused")
     expected = torch.autograd.grad(plain[0].sum() + plain[2].sum(), problem.leaves(), allow_unused=True)

@@ -67,7 +67,7 @@ def test_reasons() -> None:
 
 
 def compile_kernel(
-    name: str, tile: Tile, rank: int, pairs: int, dtype: str, norm: bool, capability: int
+    name: str, tile: Tile, rank: int, pairs: int, dtype: str, norm: bool, capability: int, head_dim: int = 0
 ) -> Any:
     """Compiles as a launch with 16-byte aligned pointers, strides and sizes would."""
     from triton import compile as triton_compile
@@ -81,11 +81,11 @@ def compile_kernel(
     constants: dict[str, Any] = {
         "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_N": tile.block_n, "BLOCK_R": padded_rank(rank),
         "PAIRS": pairs, "SPLIT_N": tile.split_n, "EVEN_K": True, "EVEN_R": rank == padded_rank(rank), "EVEN_N": True,
-        "BIAS_A": True, "BIAS_B": True, "KEEP": True, "NORM": norm, "PRECISION": "ieee",
+        "BIAS_A": True, "BIAS_B": True, "KEEP": True, "NORM": norm, "PRECISION": "ieee", "HALF_HEAD": head_dim // 2,
         "x_column": 1, "a_depth": 1, "b_rank": 1, "column0": 1, "column1": 1, "column2": 1,
     }  # fmt: skip
     constants = {key: value for key, value in constants.items() if key in names}
-    numbers = re.compile(r"tokens|d_in|rank|d_out\d|\w+_row|row\d|a_rank|b_width")
+    numbers = re.compile(r"tokens|d_in|rank|d_out\d|\w+_row|row\d|a_rank|b_width|positions")
     signature, attributes = {}, {}
     for position, key in enumerate(names):
         if key in constants:
@@ -93,7 +93,7 @@ def compile_kernel(
         elif key == "eps":
             signature[key] = "fp32"
         else:
-            pointer = "*fp32" if key == "rstd" else f"*{dtype}"
+            pointer = "*fp32" if key in ("rstd", "cos", "sin") else f"*{dtype}"
             signature[key] = "i32" if numbers.fullmatch(key) else pointer
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
@@ -120,24 +120,34 @@ def resources(binary: bytes) -> tuple[int, str]:
 @compiles
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
 @pytest.mark.parametrize(
-    ("name", "rank", "pairs", "dtype", "norm", "tokens"),
+    ("name", "rank", "pairs", "dtype", "norm", "tokens", "head_dim"),
     [
-        ("forward_kernel", 128, 3, "bf16", True, 10**6),
-        ("forward_kernel", 512, 1, "bf16", False, 10**6),
-        ("forward_kernel", 128, 3, "fp16", False, 1),
-        ("input_gradient_kernel", 64, 3, "bf16", True, 10**6),
-        ("input_gradient_kernel", 128, 3, "bf16", False, 10**6),
-        ("input_gradient_kernel", 77, 1, "fp32", False, 10**6),
+        ("forward_kernel", 128, 3, "bf16", True, 10**6, 0),
+        ("forward_kernel", 128, 3, "bf16", True, 10**6, 64),
+        ("forward_kernel", 256, 3, "bf16", True, 10**6, 96),
+        ("forward_kernel", 512, 1, "bf16", False, 10**6, 0),
+        ("forward_kernel", 128, 3, "fp16", False, 1, 128),
+        ("input_gradient_kernel", 64, 3, "bf16", True, 10**6, 0),
+        ("input_gradient_kernel", 128, 3, "bf16", False, 10**6, 0),
+        ("input_gradient_kernel", 77, 1, "fp32", False, 10**6, 0),
     ],
 )
 def test_default_tiles_compile_and_fit(
-    name: str, rank: int, pairs: int, dtype: str, norm: bool, tokens: int, capability: tuple[int, int]
+    name: str,
+    rank: int,
+    pairs: int,
+    dtype: str,
+    norm: bool,
+    tokens: int,
+    head_dim: int,
+    capability: tuple[int, int],
 ) -> None:
     element_bytes = 4 if dtype == "fp32" else 2
     latents = 1 if name == "forward_kernel" else pairs
-    tile = default_tile(tokens, rank, latents, element_bytes, capability)
+    tile = default_tile(tokens, rank, latents, element_bytes, capability, head_dim > 0)
     assert tile is not None
-    compiled = compile_kernel(name, tile, rank, pairs, dtype, norm, capability[0] * 10 + capability[1])
+    architecture = capability[0] * 10 + capability[1]
+    compiled = compile_kernel(name, tile, rank, pairs, dtype, norm, architecture, head_dim)
     assert compiled.metadata.shared <= shared_bytes(tile, rank, latents, element_bytes, capability)
     stack_bytes, code = resources(compiled.asm["cubin"])
     assert stack_bytes <= 96  # a few words outside the loops; real spilling takes hundreds
@@ -146,3 +156,5 @@ def test_default_tiles_compile_and_fit(
     elif capability == (9, 0) and tile.block_m >= 64:
         assert "HGMMA" in code  # the matrix units by the fast way
     assert ("LDGSTS" in code) == (tile.stages > 1)  # loads run ahead of the products
+    if head_dim:
+        assert "STG.E.128" in code and "LDG.E.128" in code  # outputs and tables, 16 bytes at a time

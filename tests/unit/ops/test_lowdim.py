@@ -28,6 +28,15 @@ def test_every_path_and_every_gradient(path: str, norm: bool, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_rotary_embedding_on_every_path(path: str, norm: bool) -> None:
+    problem = draw(torch.float64, (2, 9, 40), 12, [48, 24, 24], norm=norm, device=CPU, head_dim=8)
+    # The tables are fp32, as in a model.
+    for found, exact in zip(problem.outputs_and_gradients(path), reference(problem), strict=True):
+        torch.testing.assert_close(found, exact, rtol=0, atol=2e-6 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("shape", [(5, 123), (1,), (2, 0, 24), (2, 3, 4, 24)], ids=str)
 def test_any_leading_shape(path: str, shape: tuple[int, ...]) -> None:
     problem = draw(torch.float64, shape, 77, [45], device=CPU)
@@ -67,9 +76,11 @@ def test_opcheck(norm: bool) -> None:
     w_a, w_b, bias_a, bias_b = zip(*problem.pairs, strict=True)
     weight, eps = (None, 0.0) if problem.norm is None else problem.norm
     joined = torch.cat(bias_a).detach().requires_grad_()
-    torch.library.opcheck(lowdim_op, (problem.x, w_a, w_b, joined, list(bias_b), weight, eps, True, "", ""))
     torch.library.opcheck(
-        lowdim_op, (problem.x.detach(), [w.detach() for w in w_a], [w.detach() for w in w_b], None, [], None, 0.0, False, "", "")
+        lowdim_op, (problem.x, w_a, w_b, joined, list(bias_b), weight, eps, True, "", "", None, None, "eager")
+    )
+    torch.library.opcheck(
+        lowdim_op, (problem.x.detach(), [w.detach() for w in w_a], [w.detach() for w in w_b], None, [], None, 0.0, False, "", "", None, None, "eager")
     )  # fmt: skip
 
 
@@ -138,9 +149,9 @@ def test_checkpointing_recomputes_the_same(path: str) -> None:
 def test_without_gradients_no_latent_is_kept() -> None:
     problem = draw(torch.float32, (5, 24), 5, [9], device=CPU)
     w_a, w_b, _, _ = zip(*problem.pairs, strict=True)
-    kept = lowdim_op(problem.x, w_a, w_b, None, [], None, 0.0, True, "", "")
+    kept = lowdim_op(problem.x, w_a, w_b, None, [], None, 0.0, True, "", "", None, None, "eager")
     with torch.no_grad():
-        left = lowdim_op(problem.x, w_a, w_b, None, [], None, 0.0, False, "", "")
+        left = lowdim_op(problem.x, w_a, w_b, None, [], None, 0.0, False, "", "", None, None, "eager")
     assert kept[-2].shape == (5, 5) and left[-2].shape == (0,)
 
 
