@@ -46,13 +46,19 @@ def _sum_latent(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, PRECISION: tl.constexpr, SQUARES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """fp32 sums over the depth: (BLOCK_M, BLOCK_R) of ``x @ w``, and (BLOCK_M,) of x^2 if ``SQUARES``."""
+    """fp32 sums over the depth: (BLOCK_M, BLOCK_R) of ``x @ w``, and (BLOCK_M,) of x^2 if ``SQUARES``.
+
+    With ``SQUARES`` the product takes x from registers. If it took x from shared memory, where the squares read it
+    too, Triton (3.6 and 3.7) would give x one slot less than the asynchronous product on Hopper needs, and the next
+    copy would land in what is still being multiplied. ``tests/kernels/test_tiles.py`` looks for that in what is compiled.
+    """
     k = tl.arange(0, BLOCK_K)
     j = tl.arange(0, BLOCK_R)
     x_at = x + rows[:, None] * x_row + k[None, :] * x_column
     w_at = w + k[:, None] * w_depth + j[None, :] * w_rank
     sums = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    one = tl.where(depth > 0, 1.0, 0.0)  # known to us and not to the compiler
     for start in range(0, depth, BLOCK_K):
         if EVEN_K:  # noqa: SIM108 (Triton compiles one branch)
             a = tl.load(x_at)
@@ -62,10 +68,11 @@ def _sum_latent(
             b = tl.load(w_at)
         else:
             b = tl.load(w_at, mask=(start + k < depth)[:, None] & (j < rank)[None, :], other=0.0)
-        sums = _dot(a, b, sums, PRECISION)
         if SQUARES:
             wide = a.to(tl.float32)
             squares += tl.sum(wide * wide, axis=1)
+            a = (wide * one).to(a.dtype)  # the same numbers, in registers
+        sums = _dot(a, b, sums, PRECISION)
         x_at += BLOCK_K * x_column
         w_at += BLOCK_K * w_depth
     return sums, squares
@@ -271,6 +278,6 @@ def input_gradient_kernel(
             product = _dot(g2, w, product, PRECISION)
         inside = there[:, None] & (n < d_in)[None, :]
         if NORM:
-            x_at = x + read_rows[:, None] * x_row + n[None, :] * x_column
+            x_at = x + read_rows[:, None] * x_row + n.to(tl.int64)[None, :] * x_column
             product -= pull[:, None] * tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + rows[:, None] * d_in + n[None, :], product.to(dx.dtype.element_ty), mask=inside)

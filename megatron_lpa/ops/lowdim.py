@@ -10,8 +10,8 @@ import torch
 from megatron_lpa.ops import elementwise as separate
 from megatron_lpa.ops.dispatch import Case, Plan, choose
 from megatron_lpa.ops.linear import autocast_dtype, linear
+from megatron_lpa.ops.lowdim_direct import lowdim
 from megatron_lpa.ops.lowdim_math import merge
-from megatron_lpa.ops.lowdim_op import lowdim_op
 
 
 class Pair(NamedTuple):
@@ -177,11 +177,12 @@ def _registered(
     if any(pair.bias_b is not None for pair in pairs):
         bias_b = [p.w_b.new_zeros(p.w_b.shape[0]) if p.bias_b is None else p.bias_b for p in pairs]
     weight, eps = (None, 0.0) if norm is None else (norm.weight.to(x.dtype), norm.eps)
-    outputs = lowdim_op(
+    cos, sin = (None, None) if rotary is None else rotary
+    outputs = lowdim(
         x, [pair.w_a for pair in pairs], [pair.w_b for pair in pairs], bias_a, bias_b,
-        weight, eps, training, plan.forward_tile, plan.backward_tile, *(rotary or (None, None)), elementwise,
+        weight, eps, training, plan.forward_tile, plan.backward_tile, cos, sin, elementwise,
     )  # fmt: skip
-    return tuple(outputs[: len(pairs)])
+    return tuple(outputs)
 
 
 def _cast(pair: Pair, dtype: torch.dtype) -> Pair:

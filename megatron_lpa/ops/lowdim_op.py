@@ -10,8 +10,8 @@ DeepSpeed empties after forward and fills again before backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,8 +29,7 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 would be ambiguous for zero tokens
 
 
-@torch.library.custom_op("megatron_lpa::lowdim", mutates_args=())
-def lowdim_op(
+def compute(
     x: torch.Tensor,
     w_a: Sequence[torch.Tensor],
     w_b: Sequence[torch.Tensor],
@@ -84,6 +83,9 @@ def lowdim_op(
     return [*(part.view(*x.shape[:-1], part.shape[-1]) for part in z), latent, rstd]
 
 
+lowdim_op = torch.library.custom_op("megatron_lpa::lowdim", compute, mutates_args=())
+
+
 @lowdim_op.register_fake
 def _(
     x: torch.Tensor,
@@ -107,8 +109,7 @@ def _(
     return [*z, latent, x.new_empty(rstd_shape, dtype=plain.wide(x.dtype))]
 
 
-@torch.library.custom_op("megatron_lpa::lowdim_backward", mutates_args=())
-def lowdim_backward_op(
+def compute_gradients(
     dz: Sequence[torch.Tensor],
     x: torch.Tensor,
     latent: torch.Tensor,
@@ -148,6 +149,11 @@ def lowdim_backward_op(
     return [dx, weights.w_a, weights.bias_a, weights.norm_weight, *weights.w_b, *weights.bias_b]
 
 
+lowdim_backward_op = torch.library.custom_op(
+    "megatron_lpa::lowdim_backward", compute_gradients, mutates_args=()
+)
+
+
 @lowdim_backward_op.register_fake
 def _(
     dz: Tensors,
@@ -183,13 +189,59 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     x, w_a, w_b, bias_a, bias_b, norm_weight, _, keep, _, backward_tile, cos, sin, rotate_back_by = inputs
     assert keep, "the caller says keep=True wherever a gradient can be asked for"
-    ctx.pairs, ctx.biases_b, ctx.backward_tile = len(w_a), len(bias_b), backward_tile
+    save_for_backward(ctx, x, w_a, w_b, bias_a, len(bias_b), norm_weight, backward_tile, cos, sin, rotate_back_by, output[-2:])  # fmt: skip
+
+
+def save_for_backward(
+    ctx: Any,
+    x: torch.Tensor,
+    w_a: Tensors,
+    w_b: Tensors,
+    bias_a: torch.Tensor | None,
+    biases_b: int,
+    norm_weight: torch.Tensor | None,
+    backward_tile: str,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    rotate_back_by: str,
+    saved: Tensors,
+) -> None:
+    """What ``gradients_of`` needs: arguments of ``lowdim_op``, and the latents and 1/rms it returned."""
+    ctx.pairs, ctx.biases_b, ctx.backward_tile = len(w_a), biases_b, backward_tile
     ctx.rotate_back_by = rotate_back_by
-    ctx.save_for_backward(x, *w_a, *w_b, bias_a, norm_weight, cos, sin, *output[-2:])
+    ctx.save_for_backward(x, *w_a, *w_b, bias_a, norm_weight, cos, sin, *saved)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
+class Needed(NamedTuple):
+    """Which gradients are asked for; of lists, whether any is."""
+
+    x: bool
+    w_a: bool
+    w_b: bool
+    bias_a: bool
+    bias_b: bool
+    norm: bool
+
+
+class Gradients(NamedTuple):
+    """Of the inputs of ``lowdim_op``; None where none was asked for."""
+
+    x: torch.Tensor | None
+    w_a: list[torch.Tensor | None]
+    w_b: list[torch.Tensor | None]
+    bias_a: torch.Tensor | None
+    bias_b: list[torch.Tensor | None]
+    norm: torch.Tensor | None
+
+
+def gradients_of(
+    ctx: Any,
+    grads: Sequence[torch.Tensor | None],
+    need: Needed,
+    backward: Callable[..., list[torch.Tensor]],
+) -> Gradients:
+    """From what ``save_for_backward`` kept, by the operator or by the function inside it."""
     x, *factors, bias_a, norm_weight, cos, sin, latent, rstd = ctx.saved_tensors
     n = ctx.pairs
     w_a, w_b = factors[:n], factors[n:]
@@ -199,23 +251,25 @@ def _backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
     ]
     if cos is not None:
         dz[:2] = elementwise.rotate_rows(dz[0], dz[1], cos, sin, ctx.rotate_back_by, back=True)
-    need_x, need_a, need_b, need_bias_a, need_bias_b, need_norm = map(_any, ctx.needs_input_grad[:6])
-    need_first = need_a or need_norm
-    dx, d_first, d_bias_a, d_norm, *seconds = lowdim_backward_op(
+    dx, d_first, d_bias_a, d_norm, *seconds = backward(
         dz, x, latent, rstd, w_a, w_b, bias_a, norm_weight,
-        need_x, need_first, need_bias_a, need_b, need_bias_b, ctx.backward_tile,
+        need.x, need.w_a or need.norm, need.bias_a, need.w_b, need.bias_b, ctx.backward_tile,
     )  # fmt: skip
-    nothing = [None] * n
-    return (
-        dx if need_x else None,
+    nothing: list[torch.Tensor | None] = [None] * n
+    return Gradients(
+        dx if need.x else None,
         # Views of one product, made here because an operator's outputs may not share memory.
-        list(d_first.split([w.shape[0] for w in w_a])) if need_a else nothing,
-        seconds[:n] if need_b else nothing,
-        d_bias_a if need_bias_a else None,
-        seconds[n:] if need_bias_b else [None] * ctx.biases_b,
-        d_norm if need_norm else None,
-        None, None, None, None, None, None, None,
-    )  # fmt: skip
+        list(d_first.split([w.shape[0] for w in w_a])) if need.w_a else nothing,
+        list(seconds[:n]) if need.w_b else nothing,
+        d_bias_a if need.bias_a else None,
+        list(seconds[n:]) if need.bias_b else [None] * ctx.biases_b,
+        d_norm if need.norm else None,
+    )
+
+
+def _backward(ctx: Any, grads: list[torch.Tensor | None]) -> tuple[Any, ...]:
+    need = Needed(*map(_any, ctx.needs_input_grad[:6]))
+    return (*gradients_of(ctx, grads, need, lowdim_backward_op), *[None] * 7)
 
 
 lowdim_op.register_autograd(_backward, setup_context=_setup_context)

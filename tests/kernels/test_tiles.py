@@ -158,3 +158,39 @@ def test_default_tiles_compile_and_fit(
     assert ("LDGSTS" in code) == (tile.stages > 1)  # loads run ahead of the products
     if head_dim:
         assert "STG.E.128" in code and "LDG.E.128" in code  # outputs and tables, 16 bytes at a time
+
+
+def slots_that_products_read(code: str) -> list[int]:
+    """Slots of every ring in shared memory from which an asynchronous matrix product of Hopper reads, in Triton's
+    intermediate language."""
+    slots: dict[str, int] = {}
+    found = []
+    for line in code.splitlines():
+        if new := re.search(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", line):
+            slots[new[1]] = int(new[2])
+        elif (view := re.search(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)", line)) and view[2] in slots:
+            slots[view[1]] = slots[view[2]]
+        elif product := re.search(r"ttng\.warp_group_dot (%\w+), (%\w+)", line):
+            found += [slots[operand] for operand in product.groups() if operand in slots]
+    return found
+
+
+@compiles
+@pytest.mark.parametrize("stages", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("name", "norm", "head_dim"),
+    [
+        ("forward_kernel", False, 0),
+        ("forward_kernel", True, 0),
+        ("forward_kernel", True, 64),
+        ("input_gradient_kernel", True, 0),
+    ],
+)
+def test_nothing_is_copied_into_what_a_product_still_reads(
+    name: str, norm: bool, head_dim: int, stages: int
+) -> None:
+    """One product may be under way while the copy ``stages - 1`` steps ahead is begun, so it takes ``stages`` slots."""
+    tile = Tile(64, 64, 64, 4, stages)
+    compiled = compile_kernel(name, tile, 64, 3, "bf16", norm, 90, head_dim)
+    slots = slots_that_products_read(compiled.asm["ttgir"])
+    assert slots and min(slots) >= stages

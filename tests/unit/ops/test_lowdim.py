@@ -10,6 +10,7 @@ from torch.nn import functional
 from megatron_lpa.layers.norm import RMSNorm
 from megatron_lpa.ops.dispatch import Plan
 from megatron_lpa.ops.lowdim import Norm, lowdim_by_plan, lowdim_linear, lowdim_linears
+from megatron_lpa.ops.lowdim_direct import lowdim
 from megatron_lpa.ops.lowdim_math import inverse_rms, merge
 from megatron_lpa.ops.lowdim_op import lowdim_op
 
@@ -82,6 +83,23 @@ def test_opcheck(norm: bool) -> None:
     torch.library.opcheck(
         lowdim_op, (problem.x.detach(), [w.detach() for w in w_a], [w.detach() for w in w_b], None, [], None, 0.0, False, "", "", None, None, "eager")
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "none"])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_registered_operator_and_what_is_inside_it_give_equal_bits(norm: bool, biases: bool) -> None:
+    """Plain calls go past the operator; compiled and selectively checkpointed ones do not."""
+    problem = draw(torch.float32, (2, 5, 24), 5, [9, 7, 9], biases, norm=norm, device=CPU)
+    w_a, w_b, _, seconds = zip(*problem.pairs, strict=True)
+    bias_a = torch.cat([p.bias_a for p in problem.pairs]) if biases else None
+    bias_b = list(seconds) if biases else []
+    weight, eps = (None, 0.0) if problem.norm is None else problem.norm
+    z = lowdim_op(problem.x, w_a, w_b, bias_a, bias_b, weight, eps, True, "", "", None, None, "eager")[:3]
+    upstream = [torch.randn_like(part) for part in z]
+    expected = torch.autograd.grad(z, problem.leaves(), upstream)
+    direct = lowdim(problem.x, w_a, w_b, bias_a, bias_b, weight, eps, True, "", "", None, None, "eager")
+    found = torch.autograd.grad(direct, problem.leaves(), upstream)
+    assert all(torch.equal(one, other) for one, other in zip([*z, *expected], [*direct, *found], strict=True))
 
 
 class Layer(torch.nn.Module):
