@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,11 +14,10 @@ from megatron_lpa.engine.build import Engine, gathered_for_reading
 from megatron_lpa.engine.manifest import WrittenFile
 from megatron_lpa.engine.store import fsync_folder, write_durably
 from megatron_lpa.engine.tensor_file import write_tensors
-from megatron_lpa.engine.weights_reader import INDEX, SINGLE, load_decoder
+from megatron_lpa.engine.weights_files import INDEX, SHARD_BYTES, SINGLE, index_text, weights_name
+from megatron_lpa.engine.weights_reader import load_decoder
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.parallel.sharding import merge, spec_of
-
-SHARD_BYTES = 4 << 30
 
 __all__ = ["INDEX", "SHARD_BYTES", "SINGLE", "gathered_weights", "load_decoder", "unsharded", "write_weights"]
 
@@ -93,15 +91,11 @@ def _name_files(folder: Path, files: list[WrittenFile], names_in: list[list[str]
     count = len(files)
     renamed = []
     for number, file in enumerate(files, start=1):
-        name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        name = weights_name(number, count)
         (folder / file.name).rename(folder / name)
         renamed.append(dataclasses.replace(file, name=name))
     if count > 1:
-        weight_map = {
-            name: file.name for file, names in zip(renamed, names_in, strict=True) for name in names
-        }
-        total = sum(file.bytes for file in renamed)
-        index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+        index = index_text(renamed, names_in)
         write_durably(folder / INDEX, index)
         renamed.append(WrittenFile(INDEX, len(index), hashlib.sha256(index.encode()).hexdigest()))
     fsync_folder(folder)

@@ -9,13 +9,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_lpa.config import KernelConfig, ModelConfig
+from megatron_lpa.engine.weights_files import INDEX, SINGLE
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 
 def load_decoder(
