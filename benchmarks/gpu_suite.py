@@ -1,7 +1,8 @@
 """Everything that needs a GPU, within a time limit: tests, ceilings, tuning, and the benchmarks of kernels and steps.
 
 The result file is written anew after every figure, so what was measured stays if time runs out. Tests come first:
-figures of a wrong kernel are worth nothing. ``tuned`` figures use the table that this run has just measured.
+figures of a wrong kernel are worth nothing. If they fail the rest is measured all the same, but the table of tiles goes beside
+the result instead of where models look, and the exit code is 1. ``tuned`` figures use the table that this run measures.
 Each part has to end at its share of the time; what a part leaves goes to those after it.
 Needs torch, Triton, pytest, psutil and PyYAML when it is run as ``python -m benchmarks.gpu_suite``; what needs
 DeepSpeed or transformers besides is recorded as missing without them.
@@ -13,42 +14,34 @@ import argparse
 import datetime
 import importlib.util
 import itertools
-import os
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks import evaluate_step, kernel, kernel_tune, step_figures, step_profile, trace, train_step
-from benchmarks.kernel_timing import Setting, describe, measure_ceilings
-from benchmarks.machine import usable_cores, write_result
+from benchmarks import kernel
 from benchmarks.processes import ROOT
-from benchmarks.step_runs import release
+from benchmarks.suite_parts import Suite
 from megatron_lpa.ops import dispatch
 
 HELP = "GPU tests, tuning, and benchmarks of kernels and whole steps, within a time limit"
 SHARES = {
-    "tests": 0.18,
-    "ceilings": 0.01,
-    "compile": 0.08,
-    "tune": 0.12,
-    "kernel": 0.10,
-    "train-step": 0.34,
-    "train-memory": 0.07,
-    "evaluate-step": 0.05,
-    "profile": 0.05,
+    "tests": 0.20,  # 108 s: 200 tests, each compiling a few kernels, on 14 cores
+    "ceilings": 0.01,  # 5 s, most of it the start of CUDA
+    "compile": 0.10,  # 54 s: 234 kernels of 3 s on 14 cores, those of training first, and 10 s to start the processes
+    "tune": 0.10,  # 54 s: 84 cases of 0.4 to 1 s; those of training are the first 37
+    "kernel": 0.12,  # 65 s: 7 training shapes and 6 of decoding, about 25 s; then torch.compile, 5 to 15 s a function
+    "train-step": 0.30,  # 162 s: a process of 3B takes about 22 s; four for the first pair, then Llama's 60 s
+    "train-memory": 0.07,  # 38 s: two processes
+    "evaluate-step": 0.05,  # 27 s: six models, built in 5 s; a round of turns takes 3 s
+    "profile": 0.05,  # 27 s: two models
 }
-"""What each part may take of the whole time; with ``--parts`` those chosen share all of it."""
+"""What each part may take of the whole time; with ``--parts`` those chosen share all of it. Seconds are those of the default
+nine minutes, and what a part is expected to need: estimates, not measured."""
 
-NEED_NO_GPU = ("test_kernel_benchmarks.py", "test_tiles.py", "test_under_interpreter.py")
-"""Tests of kernels that show nothing more on a GPU."""
-
-KEPT_OUTPUT = 6000
 BUILD = ROOT / "build" / "gpu_suite"
 
 
@@ -70,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         UserError: there is no GPU and this is no dry run.
+        SystemExit: at the end, if a part failed.
     """
     setting = kernel.checked_setting(arguments.dry_run, budget_ms=40.0)
     total_s = 60 * arguments.minutes
@@ -86,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         "kernel": suite.kernel,
         "train-step": lambda: suite.train_step("train_step", ["--steps", "20", "--warm-up", "3", *steps]),
         # The goal for memory is stated at one sequence, where the times of a step say little.
-        "train-memory": lambda: suite.train_step("train_memory", ["--steps", "4", "--warm-up", "2", "--rounds", "1", "--models", "transformer", "lpa", "--loops", "engine", *steps, "--micro-batch", "1"]),
+        "train-memory": lambda: suite.train_step("train_memory", ["--steps", "4", "--warm-up", "2", "--rounds", "1", "--models", "transformer", "lpa", "--loops", *memory_loops(), *steps, "--micro-batch", "1"]),
         "evaluate-step": lambda: suite.evaluate_step(steps[2:]),
         "profile": lambda: suite.profile(steps),
     }  # fmt: skip
@@ -94,9 +88,18 @@ def run(arguments: argparse.Namespace) -> None:
         name for name in work if name in arguments.parts and not (name == "tests" and arguments.skip_tests)
     ]
     suite.ends = ends_of(chosen)
+    suite.trusted = "tests" not in chosen  # who leaves the tests out vouches for the kernels
     for name in chosen:
         suite.part(name, work[name])
     print(f"result: {output}", flush=True)
+    failed = [name for name, state in suite.result["parts"].items() if state["status"] == "failed"]
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def memory_loops() -> list[str]:
+    """The loops whose memory is compared; both hold the same states, so the bare one will do without DeepSpeed."""
+    return ["bare", "engine"] if importlib.util.find_spec("deepspeed") is not None else ["bare"]
 
 
 def ends_of(parts: Sequence[str]) -> dict[str, float]:
@@ -118,171 +121,6 @@ def places(arguments: argparse.Namespace) -> tuple[Path, Path | None, Path]:
     output = ROOT / "benchmarks" / "results" / f"{date}_gpu_suite_{gpu}.json"
     table = dispatch.table_path(torch.cuda.get_device_capability())
     return arguments.output or output, arguments.table or table, BUILD
-
-
-def gpu_tests() -> list[str]:
-    """Files of tests that a GPU makes a difference to."""
-    tests = ROOT / "tests"
-    kernels = {path for path in (tests / "kernels").glob("test_*.py") if path.name not in NEED_NO_GPU}
-    return [str(path.relative_to(ROOT)) for path in sorted(kernels | set(tests.rglob("test_*_gpu.py")))]
-
-
-class Suite:
-    """The result so far and the time left.
-
-    Args:
-        setting: device, dtype, time per figure.
-        output: where the result goes.
-        deadline: on the clock of ``time.monotonic``.
-        total_s: the whole limit.
-        aside: folder of logs and traces; the result's own without it.
-    """
-
-    def __init__(
-        self, setting: Setting, output: Path, deadline: float, total_s: float, aside: Path | None = None
-    ) -> None:
-        self.aside = aside or output.parent
-        self.setting, self.output, self.deadline, self.total_s = setting, output, deadline, total_s
-        self.result: dict[str, Any] = {"benchmark": "gpu-suite", **describe(setting), "limit_s": total_s, "parts": {}}  # fmt: skip
-        self.plans: kernel.Plans = {}
-        self.stop = deadline
-        self.ends: dict[str, float] = {}
-
-    def left_s(self) -> float:
-        """Until the current part has to end."""
-        return self.stop - time.monotonic()
-
-    def write(self) -> None:
-        write_result(self.output, self.result)
-
-    def part(self, name: str, work: Callable[[], None]) -> None:
-        """Runs one part, and records its time, that it had none, or its error."""
-        start = time.monotonic()
-        self.stop = self.deadline - (1 - self.ends.get(name, 1.0)) * self.total_s
-        state = self.result["parts"][name] = {"status": "running"}
-        self.write()
-        try:
-            if self.left_s() <= 0:
-                state["status"] = "no time left"
-            else:
-                work()
-                state["status"] = "done" if self.left_s() > 0 else "stopped at the limit"
-        except ModuleNotFoundError as error:
-            state |= {"status": "missing package", "package": error.name}
-        except Exception as error:  # the parts that follow are worth having all the same
-            state |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
-        release()
-        state["seconds"] = round(time.monotonic() - start, 1)
-        self.write()
-        print(f"{name}: {state['status']}, {state['seconds']} s", flush=True)
-
-    def tests(self) -> None:
-        """The GPU's tests, and the kernels' tests on the GPU; in parallel where pytest-xdist is installed."""
-        command = [sys.executable, "-m", "pytest", "-q", "-x" if self.setting.dry else "--maxfail=20", "-p", "no:cacheprovider"]  # fmt: skip
-        if self.setting.dry:
-            command += ["tests/kernels/test_tiles.py", "-k", "padded_rank"]
-        else:
-            # One that needs a package which is not there must not keep the others from running.
-            command += ["--continue-on-collection-errors", *gpu_tests()]
-            if importlib.util.find_spec("xdist") is not None:
-                command += ["-n", "8"]  # compiling kernels is what takes the time
-        self.aside.mkdir(parents=True, exist_ok=True)
-        log = self.aside / f"{self.output.stem}.tests.log"
-        try:
-            with log.open("w") as file:
-                code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=max(1.0, self.left_s())).returncode  # fmt: skip
-        except subprocess.TimeoutExpired:
-            code = None
-        text = log.read_text(errors="replace")
-        counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text)}  # fmt: skip
-        self.result["tests"] = {"exit_code": code, "counts": counts, "output": text[-KEPT_OUTPUT:]}
-        print(text[-1500:], flush=True)
-
-    def ceilings(self) -> None:
-        """A large matrix product and a large copy."""
-        self.result["ceilings"] = vars(self.measured_ceilings())
-        print(kernel.ceilings_line(self.measured_ceilings()), flush=True)
-
-    def measured_ceilings(self) -> Any:
-        if not hasattr(self, "_ceilings"):
-            self._ceilings = measure_ceilings(self.setting)
-        return self._ceilings
-
-    def compile_ahead(self, tiles: int) -> None:
-        """The kernels that tuning will time."""
-        shapes = kernel_tune.default_shapes(self.setting)[-1 if self.setting.dry else 0 :]
-        workers = 0 if self.setting.dry else min(8, usable_cores())
-        if importlib.util.find_spec("triton") is None or (
-            self.setting.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
-        ):
-            return
-        self.result["compiled"] = kernel_tune.compile_ahead(
-            self.setting, shapes, tiles, workers, self.left_s()
-        )
-
-    def tune(self, tiles: int, table: Path | None) -> None:
-        """Plans for the training shapes, in their order."""
-        shapes = kernel_tune.default_shapes(self.setting)
-        lines: list[dict[str, Any]] = []
-        for line in kernel_tune.measured_lines(self.setting, list(shapes), tiles):
-            lines.append(line)
-            self.result["tune"] = lines
-            self.plans = kernel_tune.plans_of(lines)
-            self.write()
-            if table is not None:
-                write_result(table, kernel_tune.merged_table(table, lines, self.setting))
-                dispatch.read_table.cache_clear()  # it may be the shipped table, which whole steps choose by
-            print(kernel_tune.summary(line), flush=True)
-            if self.left_s() <= 0:
-                break
-
-    def kernel(self) -> None:
-        """The benchmark's records, the most telling shapes first."""
-        self.result["kernel"] = []
-        for record in kernel.records(self.setting, self.measured_ceilings(), self.plans, compiled_shapes=2):
-            self.result["kernel"].append(record)
-            self.write()
-            print(kernel.table(record), flush=True)
-            if self.left_s() <= 0:
-                break
-
-    def train_step(self, key: str, words: list[str]) -> None:
-        """Every model in every loop; each in a process of its own, except in a dry run."""
-        arguments = parsed(train_step, words, self.setting.dry)
-        if not self.setting.dry:
-            torch.cuda.empty_cache()
-        for result in train_step.results(arguments, self.stop):
-            self.result[key] = result
-            self.write()
-        print(step_figures.table(result["contenders"], result["comparisons"]), flush=True)
-
-    def evaluate_step(self, words: list[str]) -> None:
-        """Table 2's models."""
-        for result in evaluate_step.results(parsed(evaluate_step, words, self.setting.dry), self.stop):
-            self.result["evaluate_step"] = result
-            self.write()
-        print(step_figures.table(result["models"], result["comparisons"]), flush=True)
-
-    def profile(self, words: list[str]) -> None:
-        """One trace each of the Transformer and of LPA, beside the result."""
-        self.result["profile"] = {}
-        for preset in ("3b/lpa", "3b/transformer")[: 1 if self.setting.dry else 2]:
-            if self.left_s() <= 0:
-                break
-            path = self.aside / f"{self.output.stem}.{preset.replace('/', '_')}.trace.json.gz"
-            own = [*words, "--preset", preset, "--trace", str(path)]
-            result = step_profile.profiled(parsed(step_profile, own, self.setting.dry))
-            self.result["profile"][preset] = result
-            self.write()
-            print(trace.table(result["profile"]), flush=True)
-            release()
-
-
-def parsed(module: Any, words: list[str], dry: bool) -> argparse.Namespace:
-    """The arguments of another benchmark."""
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return parser.parse_args([*words, *(["--dry-run"] if dry else [])])
 
 
 if __name__ == "__main__":

@@ -3,42 +3,70 @@
 * separate: two matrix products per projection, as public code has it; also under torch.compile;
 * joined: q, k and v share the first product and the gradient of x;
 * fused: the two-product kernel with its default tiles;
-* tuned: what --table or the shipped table says (auto);
+* tuned: what this run's or the shipped table says (auto);
 * dense: one square matrix per projection (nn.Linear).
 
-Each also with RMSNorm before and rotary embedding after. Decoding sizes run forward only, in a CUDA graph.
+Each also with RMSNorm before and rotary embedding after. Decoding sizes run forward only, in a CUDA graph, with
+weights that are not in the L2 cache. Times are the device's, with the host ahead; what a call costs the host stands beside.
 The bound is what a perfect kernel would take at the two ceilings, which are measured in the same run.
+
+All shapes come first without torch.compile, which takes many seconds per function; then again under it.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import kernel_layers as layers
+from benchmarks.kernel_cases import decode_norms
+from benchmarks.kernel_table import ceilings_line, table
 from benchmarks.kernel_timing import (
     Ceilings,
     Setting,
+    captured,
     describe,
-    graph_median_us,
     measure_ceilings,
-    median_us,
+    queued,
     setting_of,
 )
 from benchmarks.machine import write_result
 from megatron_lpa.errors import UserError
-from megatron_lpa.ops.dispatch import EAGER, Case, Plan, why_not_fused
+from megatron_lpa.kernels.tiles import FEW_TOKENS
+from megatron_lpa.ops.dispatch import (
+    EAGER,
+    Case,
+    Measured,
+    Plan,
+    default_tiles,
+    nearest,
+    why_not_fused,
+)
 
 HELP = "low-dimensional projections of a layer: our paths against matrix products and dense layers"
-REFERENCES = ("separate", "separate compiled", "dense", "dense compiled")
+FORMS = (("plain", False), ("with_norm_and_rotary", True))
 
-Plans = dict[tuple[layers.Shape, int, bool], Plan]
-"""Tuned plans by shape, number of pairs, and whether there is a norm."""
+COMPILED = (
+    (("with_norm_and_rotary", "separate"), ("plain", "separate"), ("with_norm_and_rotary", "tuned")),
+    (("with_norm_and_rotary", "dense"), ("with_norm_and_rotary", "joined")),
+)
+"""What is measured under torch.compile: the first of all shapes, then the second. Matrix products alone it leaves as they are."""
+
+Table = Mapping[Case, tuple[Measured, ...]]
+"""A parsed tuning table."""
+
+Record = dict[str, Any]
+LeftSeconds = Callable[[], float]
+
+
+def endless() -> float:
+    return float("inf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tiny shapes, to try the command; on a CPU where there is no GPU",
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--budget-ms", type=float, default=150.0, metavar="N", help="device time per figure (default: 150)")  # fmt: skip
+    parser.add_argument("--budget-ms", type=float, default=150.0, metavar="N", help="time per figure (default: 150)")  # fmt: skip
     parser.add_argument("--shapes", type=int, metavar="N", help="only the first N training shapes")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to record the result, after each shape")  # fmt: skip
 
@@ -63,10 +91,11 @@ def run(arguments: argparse.Namespace) -> None:
     ceilings = measure_ceilings(setting)
     result: dict[str, Any] = {"benchmark": "kernel", **describe(setting), "ceilings": vars(ceilings), "shapes": []}  # fmt: skip
     print(ceilings_line(ceilings))
-    for record in records(setting, ceilings, {}, arguments.shapes):
-        result["shapes"].append(record)
-        print(table(record), flush=True)
+    for found in records(setting, ceilings, None, arguments.shapes):
+        result["shapes"] = found
         write_result(arguments.output, result)
+    for record in result["shapes"]:
+        print(table(record))
 
 
 def checked_setting(dry: bool, budget_ms: float, dtype: str = "bfloat16") -> Setting:
@@ -82,104 +111,149 @@ def checked_setting(dry: bool, budget_ms: float, dtype: str = "bfloat16") -> Set
 
 
 def records(
-    setting: Setting, ceilings: Ceilings, plans: Plans, limit: int | None = None, compiled_shapes: int = 99
-) -> Iterator[dict[str, Any]]:
-    """One record per shape, decoding sizes after the first two training shapes.
+    setting: Setting,
+    ceilings: Ceilings,
+    tuned: Table | None,
+    limit: int | None = None,
+    left_s: LeftSeconds = endless,
+) -> Iterator[list[Record]]:
+    """One record per shape: all records so far, after each shape, and again after each compiled variant.
 
     Args:
         setting: device, dtype, budget.
         ceilings: for the bounds.
-        plans: tuned plans; without them ``tuned`` is what the shipped table says.
+        tuned: the table of ``tuned``; without one it is the shipped table.
         limit: training shapes, the first ones.
-        compiled_shapes: of these, how many with torch.compile, which takes minutes.
+        left_s: seconds left. A compiled variant is begun only if there are as many as the longest one took.
     """
     paper = (layers.DRY_PAPER if setting.dry else layers.PAPER)[:limit]
     decode = layers.DRY_DECODE if setting.dry else layers.DECODE
-    for number, shape in enumerate(paper[:2]):
-        yield training_record(shape, setting, ceilings, plans, number < compiled_shapes)
-    for shape in decode:
-        yield decode_record(shape, setting, ceilings)
-    for number, shape in enumerate(paper[2:], start=2):
-        yield training_record(shape, setting, ceilings, plans, number < compiled_shapes)
+    found: list[Record] = []
+    for shape in (*paper[:2], *decode, *paper[2:]):
+        record = empty_record(shape, setting, ceilings)
+        measure_shape(record, shape, setting, tuned, left_s)
+        if record["plain"]:
+            found.append(record)
+            yield found
+    longest = 0.0
+    for chosen in COMPILED:
+        for record in (record for record in found if record["kind"] == "training"):
+            shape = layers.Shape(record["tokens"], record["width"], record["rank"])
+            layer = layers.make_layer(shape, setting)
+            for key, name in chosen:
+                if left_s() <= longest:
+                    return
+                start = time.monotonic()
+                measure_compiled(record, layer, key, name, setting, tuned)
+                longest = max(longest, time.monotonic() - start)
+                yield found
+
+
+def empty_record(shape: layers.Shape, setting: Setting, ceilings: Ceilings) -> Record:
+    """A record without figures."""
+    few = shape.tokens <= FEW_TOKENS and shape not in layers.DRY_PAPER
+    passes = (False,) if few else (False, True)
+    bounds = {
+        pass_name(training): layers.bound_us(shape, ceilings, setting.dtype.itemsize, training)
+        for training in passes
+    }
+    norms = decode_norms(shape) if few else (False, True)
+    return {
+        "kind": "decode" if few else "training",
+        **vars(shape),
+        "bound_us": bounds,
+        **{key: {} for key, normed in FORMS if normed in norms},
+    }
+
+
+def pass_name(training: bool) -> str:
+    return "training" if training else "forward"
 
 
 def variants(
-    setting: Setting, shape: layers.Shape, plans: Plans, normed: bool
+    setting: Setting, shape: layers.Shape, tuned: Table | None, normed: bool
 ) -> dict[str, tuple[layers.Projections, bool]]:
     """Name, projections, and whether they are dense."""
     chosen: dict[str, tuple[layers.Projections, bool]] = {
         "separate": (layers.separate, False),
         "dense": (layers.dense, True),
         "joined": (layers.by_path("joined"), False),
+        "tuned": (layers.by_path("auto"), False),
     }
-    case = Case(setting.dtype, shape.width, (shape.rank,), (shape.width,), normed, True, normed)
-    if why_not_fused(case, setting.device.type) is None:
-        chosen["fused"] = (layers.by_path("fused"), False)
-    qkv, o = plans.get((shape, 3, normed)), plans.get((shape, 1, False))
-    chosen["tuned"] = (
-        (layers.by_path("auto"), False)
-        if qkv is None and o is None
-        else (layers.by_plan(qkv or EAGER, o or EAGER), False)
-    )
+
+    def cases(training: bool) -> list[Case]:
+        """Of q, k, v and of o."""
+        return [
+            Case(setting.dtype, shape.width, (shape.rank,) * pairs, (shape.width,) * pairs, around, training, around)
+            for pairs, around in ((3, normed), (1, False))
+        ]  # fmt: skip
+
+    if why_not_fused(cases(True)[0], setting.device.type) is None:
+        index = 0 if setting.device.index is None else setting.device.index
+        few = shape.tokens <= FEW_TOKENS
+        qkv, o = [
+            Plan("fused", *default_tiles((*case,), few, setting.device.type, index)) for case in cases(True)
+        ]
+        chosen["fused"] = (layers.by_plans(qkv, o, qkv, o), False)
+    if tuned is not None:
+        plans = [
+            nearest(tuned[case], shape.tokens) if case in tuned else EAGER
+            for training in (True, False)
+            for case in cases(training)
+        ]
+        chosen["tuned"] = (layers.by_plans(*plans), False)
     return chosen
 
 
-def training_record(
-    shape: layers.Shape, setting: Setting, ceilings: Ceilings, plans: Plans, with_compiled: bool
-) -> dict[str, Any]:
-    """Forward, and forward with backward, of every variant; under torch.compile where that can change something:
-    matrix products alone it leaves as they are."""
+def measure_shape(
+    record: Record, shape: layers.Shape, setting: Setting, tuned: Table | None, left_s: LeftSeconds
+) -> None:
+    """Fills a record with every variant that is not compiled, as far as time allows."""
+    if left_s() <= 0:
+        return
     layer = layers.make_layer(shape, setting)
-    size = torch.empty(0, dtype=setting.dtype).element_size()
-    record: dict[str, Any] = {
-        "kind": "training",
-        **vars(shape),
-        "bound_us": {
-            "forward": layers.bound_us(shape, ceilings, size, training=False),
-            "training": layers.bound_us(shape, ceilings, size, training=True),
-        },
-        "plain": {},
-        "with_norm_and_rotary": {},
-    }
-    for key, normed in (("plain", False), ("with_norm_and_rotary", True)):
-        for name, (project, is_dense) in variants(setting, shape, plans, normed).items():
-            function = layers.layer_function(project, layer, is_dense, normed)
-            record[key][name] = guarded(functools.partial(both_passes, function, layer, is_dense, normed, setting))  # fmt: skip
-            if with_compiled and (name == "separate" or (normed and name != "fused")):
-                torch.compiler.reset()
-                compiled = torch.compile(function, backend=setting.compile_backend)
-                record[key][f"{name} compiled"] = guarded(
-                    functools.partial(both_passes, compiled, layer, is_dense, normed, setting)
-                )
-    return record
+    for key, normed in FORMS:
+        if key not in record:
+            continue
+        for name, (project, is_dense) in variants(setting, shape, tuned, normed).items():
+            if left_s() <= 0:
+                return
+            function = layers.layer_function(project, layer, normed)
+            record[key][name] = guarded(
+                functools.partial(all_passes, function, layer, is_dense, normed, setting, record)
+            )
 
 
-def both_passes(
-    function: Callable[..., Any], layer: layers.Layer, is_dense: bool, normed: bool, setting: Setting
-) -> dict[str, float]:
-    """Forward alone, and forward with backward."""
+def measure_compiled(
+    record: Record, layer: layers.Layer, key: str, name: str, setting: Setting, tuned: Table | None
+) -> None:
+    """Adds one variant under torch.compile to a record."""
+    normed = dict(FORMS)[key]
+    project, is_dense = variants(setting, layer.shape, tuned, normed)[name]
+    torch.compiler.reset()
+    function = layers.layer_function(project, layer, normed)
+    compiled = torch.compile(function, backend=setting.compile_backend)
+    measure = functools.partial(all_passes, compiled, layer, is_dense, normed, setting, record)
+    record[key][f"{name} compiled"] = guarded(measure)
+
+
+def all_passes(
+    function: Callable[..., Any],
+    layer: layers.Layer,
+    is_dense: bool,
+    normed: bool,
+    setting: Setting,
+    record: Record,
+) -> dict[str, dict[str, Any]]:
+    """Forward alone, in a graph where tokens are few, and forward with backward where they are not."""
     sets = len(layer.sets)
-    return {
-        "forward": median_us(layers.forward_call(function, layer), sets, setting),
-        "training": median_us(layers.training_call(function, layer, is_dense, normed), sets, setting),
-    }
-
-
-def decode_record(shape: layers.Shape, setting: Setting, ceilings: Ceilings) -> dict[str, Any]:
-    """Forward of every variant, captured in a graph, and launched one by one."""
-    layer = layers.make_layer(shape, setting)
-    size = torch.empty(0, dtype=setting.dtype).element_size()
-    bound = layers.bound_us(shape, ceilings, size, training=False)
-    record: dict[str, Any] = {"kind": "decode", **vars(shape), "bound_us": {"graph": bound, "launched": bound}, "plain": {}}  # fmt: skip
-    for name, (project, is_dense) in variants(setting, shape, {}, False).items():
-        call = layers.forward_call(layers.layer_function(project, layer, is_dense, False), layer)
-        record["plain"][name] = guarded(
-            lambda call=call: {
-                "graph": graph_median_us(call, len(layer.sets), setting),
-                "launched": median_us(call, len(layer.sets), setting),
-            }
-        )
-    return record
+    time_forward = captured if record["kind"] == "decode" else queued
+    forward = layers.forward_call(function, layer, is_dense)
+    figures = {"forward": time_forward(forward, sets, setting)(setting.budget_ms).record()}
+    if "training" in record["bound_us"]:
+        call = layers.training_call(function, layer, is_dense, normed)
+        figures["training"] = queued(call, sets, setting)(setting.budget_ms).record()
+    return figures
 
 
 def guarded(measure: Any) -> dict[str, Any]:
@@ -190,35 +264,3 @@ def guarded(measure: Any) -> dict[str, Any]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return {"error": f"{type(error).__name__}: {error}"[:500]}
-
-
-def ceilings_line(ceilings: Ceilings) -> str:
-    return f"ceilings: {ceilings.flops / 1e12:.4g} TFLOP/s matrix product, {ceilings.bytes / 1e12:.4g} TB/s copy"  # fmt: skip
-
-
-def table(record: dict[str, Any]) -> str:
-    """Times, times against the best plain path (separate products, compiled or not), and share of the bound."""
-    columns = list(record["bound_us"])
-    lines = [f"{record['tokens']} tokens, d {record['width']}, r {record['rank']}"]
-    for key in ("plain", "with_norm_and_rotary"):
-        if key not in record:
-            continue
-        head = "".join(f"{c + ' us':>14}{'vs separate':>13}{'bound/time':>12}" for c in columns)
-        lines.append(f"  {key.replace('_', ' '):<24}{head}")
-        figures = record[key]
-        best = {
-            c: min(f[c] for n, f in figures.items() if n in REFERENCES[:2] and c in f)
-            for c in columns
-            if any(n in REFERENCES[:2] and c in f for n, f in figures.items())
-        }
-        for name, figure in figures.items():
-            if "error" in figure:
-                lines.append(f"  {name:<24}{figure['error'][:90]}")
-                continue
-            cells = "".join(
-                f"{figure[c]:>14.1f}{best[c] / figure[c] if c in best else float('nan'):>12.2f}x"
-                f"{record['bound_us'][c] / figure[c]:>12.0%}"
-                for c in columns
-            )
-            lines.append(f"  {name:<24}{cells}")
-    return "\n".join(lines)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from benchmarks.kernel_timing import Ceilings, Setting, rotation
+from benchmarks.kernel_timing import MAX_SETS, Ceilings, Setting, rotation
+from megatron_lpa.kernels.tiles import FEW_TOKENS
 from megatron_lpa.layers.attention import rope_tables
 from megatron_lpa.ops.dispatch import Plan
 from megatron_lpa.ops.lowdim import Norm, Pair, Rotary, lowdim_by_plan, lowdim_linears
@@ -42,11 +43,17 @@ PAPER = tuple(
         (81920, 768, 256), (98304, 1024, 32),
     )
 )  # fmt: skip
-"""Tokens of a micro-batch at the paper's training shapes, the most telling ones first."""
+"""Tokens of the paper's global batches (of four sequences at width 4096), the most telling ones first."""
 
-DECODE = tuple(Shape(tokens, width, rank) for width, rank in ((1024, 128), (4096, 512)) for tokens in (1, 4, 16, 64))  # fmt: skip
+DECODE = tuple(Shape(tokens, width, rank) for width, rank in ((1024, 128), (4096, 512)) for tokens in (1, 16, 64))  # fmt: skip
 DRY_PAPER = (Shape(18, 32, 8),)
 DRY_DECODE = (Shape(1, 32, 8),)
+
+LAYERNORM_WIDTHS = (4096,)
+"""Of decoding sizes whose models have no RMSNorm and no rotary embedding."""
+
+DECODE_SETS = 128
+"""Copies of a decoding size's weights, at most."""
 
 
 Around = tuple["Norm | None", "Rotary | None"]
@@ -55,20 +62,21 @@ Around = tuple["Norm | None", "Rotary | None"]
 
 @dataclass
 class Inputs:
-    """One set: x of q, k, v; y of o; the upstream gradients."""
+    """One set: x of q, k, v; y of o; the upstream gradients; the weights of q, k, v, o, low-dimensional and dense."""
 
     x: torch.Tensor
     y: torch.Tensor
     upstream: list[torch.Tensor]
+    pairs: list[Pair]
+    dense: list[torch.Tensor]
 
 
 @dataclass
 class Layer:
-    """Weights of a layer's projections, and sets of inputs to rotate among."""
+    """Sets to rotate among. Training sets share their weights, which a micro-batch reads from memory once whatever
+    was before; decoding sets have their own, as a decoding step has been through all other layers since."""
 
     shape: Shape
-    pairs: list[Pair]  # q, k, v, o
-    dense: list[torch.Tensor]
     norm: Norm
     rotary: Rotary
     sets: list[Inputs]
@@ -80,7 +88,7 @@ class Layer:
     def leaves(self, number: int, dense: bool, normed: bool) -> list[torch.Tensor]:
         """Everything that gets a gradient."""
         inputs = self.sets[number]
-        weights = self.dense if dense else [t for pair in self.pairs for t in pair if t is not None]
+        weights = inputs.dense if dense else [t for pair in inputs.pairs for t in pair if t is not None]
         return [inputs.x, inputs.y, *weights, *([self.norm.weight] if normed else [])]
 
 
@@ -92,18 +100,27 @@ def make_layer(shape: Shape, setting: Setting) -> Layer:
     def leaf(*size: int) -> torch.Tensor:
         return (new(*size) / size[-1] ** 0.5).requires_grad_()
 
+    def weights() -> tuple[list[Pair], list[torch.Tensor]]:
+        return [Pair(leaf(r, d), leaf(d, r)) for _ in range(4)], [leaf(d, d) for _ in range(4)]
+
     rotary = Rotary(*rope_tables(math.gcd(tokens, SEQUENCE), min(HEAD_DIM, d // 2), 1e4, setting.device))
-    # x, y, outputs and their gradients: what one forward and backward pass touches.
-    count = rotation(10 * tokens * d * torch.empty(0, dtype=setting.dtype).element_size(), setting.dry)
     length = rotary.cos.shape[0]
     size = (tokens // length, length, d)
+    few = tokens <= FEW_TOKENS
+    # The weights; or x, y, outputs and their gradients, which one forward and backward pass touches.
+    touched = 8 * r * d if few else 10 * tokens * d
+    count = rotation(touched * setting.dtype.itemsize, setting.dry, DECODE_SETS if few else MAX_SETS)
+    shared = weights()
     sets = [
-        Inputs(new(*size).requires_grad_(), new(*size).requires_grad_(), [new(*size) for _ in range(4)])
+        Inputs(
+            new(*size).requires_grad_(),
+            new(*size).requires_grad_(),
+            [new(*size) for _ in range(4)],
+            *(weights() if few else shared),
+        )
         for _ in range(count)
     ]
-    pairs = [Pair(leaf(r, d), leaf(d, r)) for _ in range(4)]
-    dense = [leaf(d, d) for _ in range(4)]
-    return Layer(shape, pairs, dense, Norm(leaf(d), EPS), rotary, sets)
+    return Layer(shape, Norm(leaf(d), EPS), rotary, sets)
 
 
 def rotate(z: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -145,37 +162,43 @@ def by_path(path: str) -> Projections:
     return lambda x, pairs, around: lowdim_linears(x, pairs, around[0], path, "auto", around[1])
 
 
-def by_plan(qkv: Plan, o: Plan) -> Projections:
-    """Ours by given plans: ``qkv`` for several pairs, ``o`` for one."""
-    return lambda x, pairs, around: project_by_plan(qkv if len(pairs) > 1 else o, x, pairs, around)
+def by_plans(qkv: Plan, o: Plan, qkv_forward: Plan, o_forward: Plan) -> Projections:
+    """Ours by given plans: ``qkv`` for several pairs, ``o`` for one; the latter two without a backward pass."""
+
+    def project(x: torch.Tensor, pairs: Sequence[Pair], around: Around) -> Sequence[torch.Tensor]:
+        if torch.is_grad_enabled():
+            return project_by_plan(qkv if len(pairs) > 1 else o, x, pairs, around)
+        return project_by_plan(qkv_forward if len(pairs) > 1 else o_forward, x, pairs, around)
+
+    return project
 
 
 def project_by_plan(
-    plan: Plan, x: torch.Tensor, pairs: Sequence[Pair], around: Around
+    plan: Plan, x: torch.Tensor, pairs: Sequence[Pair], around: Around, elementwise: str = "auto"
 ) -> Sequence[torch.Tensor]:
     """As a model does it that has chosen a plan; what is not folded is computed as in a model, too."""
     norm, rotary = around
-    return lowdim_by_plan(x, pairs, norm, plan, torch.is_grad_enabled(), "auto", rotary)
+    return lowdim_by_plan(x, pairs, norm, plan, torch.is_grad_enabled(), elementwise, rotary)
 
 
-def layer_function(project: Projections, layer: Layer, is_dense: bool, normed: bool) -> Callable[..., Any]:
-    """(x, y) -> q, k, v, o; with ``normed`` a norm before q, k, v, and rotary embedding of q and k after."""
-    weights: Sequence[Any] = layer.dense if is_dense else layer.pairs
+def layer_function(project: Projections, layer: Layer, normed: bool) -> Callable[..., Any]:
+    """(x, y, weights) -> q, k, v, o; with ``normed`` a norm before q, k, v, and rotary embedding of q and k after."""
     around = layer.around(normed)
 
-    def run(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def run(x: torch.Tensor, y: torch.Tensor, weights: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         q, k, v = project(x, weights[:3], around)
         return q, k, v, project(y, weights[3:], (None, None))[0]
 
     return run
 
 
-def forward_call(run: Callable[..., Any], layer: Layer) -> Callable[[int], Any]:
+def forward_call(run: Callable[..., Any], layer: Layer, is_dense: bool) -> Callable[[int], Any]:
     """Forward without a graph, as in evaluation."""
 
     def call(number: int) -> Any:
+        inputs = layer.sets[number]
         with torch.no_grad():
-            return run(layer.sets[number].x, layer.sets[number].y)
+            return run(inputs.x, inputs.y, inputs.dense if is_dense else inputs.pairs)
 
     return call
 
@@ -185,7 +208,7 @@ def training_call(run: Callable[..., Any], layer: Layer, is_dense: bool, normed:
 
     def call(number: int) -> Any:
         inputs = layer.sets[number]
-        outputs = run(inputs.x, inputs.y)
+        outputs = run(inputs.x, inputs.y, inputs.dense if is_dense else inputs.pairs)
         return torch.autograd.grad(outputs, layer.leaves(number, is_dense, normed), inputs.upstream)
 
     return call

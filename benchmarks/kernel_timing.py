@@ -1,8 +1,12 @@
-"""Times on a device, and the two ceilings that every time is compared with."""
+"""Times on a device and on the host, and the two ceilings that every time is compared with.
+
+A call costs the device some time, and the host some time to launch. In a large model the host is far ahead, and a step
+takes what the device takes; in a small one a step takes what the host takes. So both are measured, apart: device times
+between events, with the host ahead, and host times with the device asleep.
+"""
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +22,17 @@ ROTATED_BYTES = 256 * 2**20
 
 MAX_SETS = 16
 
+BATCH = 8
+"""Calls that are queued at once. A call is up to about 70 launches, and a queue holds about 1,000 of them: in a full
+one the host waits for the device."""
+
+CYCLES_PER_SECOND = 2e9
+"""No less than a GPU's clock: a sleep of so many cycles takes a second or more."""
+
+MAX_BATCHES = 25
+TRIES = 4
+LONGEST_SLEEP_S = 0.25
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -26,7 +41,7 @@ class Setting:
     Args:
         device: of all tensors.
         dtype: of all tensors.
-        budget_ms: device time spent on one figure after warming up.
+        budget_ms: time spent on one figure after warming up.
         dry: tiny shapes and one repetition, to try the command without a GPU.
     """
 
@@ -41,59 +56,126 @@ class Setting:
         return "aot_eager" if self.dry else "inductor"
 
 
-def rotation(bytes_of_one: int, dry: bool) -> int:
-    """How many sets of inputs to rotate among."""
-    return 1 if dry else max(2, min(MAX_SETS, -(-ROTATED_BYTES // max(1, bytes_of_one))))
+@dataclass(frozen=True)
+class Times:
+    """Medians of one call. On a CPU both are the time of the call.
 
-
-def median_us(call: Callable[[int], Any], sets: int, setting: Setting) -> float:
-    """The median time of ``call(set)`` in microseconds over rotating sets, after a warm-up.
-
-    On a GPU the calls are queued without waiting, with an event before and after each, so the gaps that the
-    host leaves between launches count only where the host is the slower one.
+    Args:
+        device_us: what the device takes.
+        host_us: what the host takes to launch it.
+        host_ahead: whether the host was ahead of the device. If not, as where a call waits for the device,
+            ``device_us`` holds the device's waiting, too.
     """
+
+    device_us: float
+    host_us: float
+    host_ahead: bool = True
+
+    def record(self) -> dict[str, Any]:
+        """As it stands in a result."""
+        rounded = {"device_us": round(self.device_us, 2), "host_us": round(self.host_us, 2)}
+        return rounded if self.host_ahead else {**rounded, "host_ahead": False}
+
+
+Measure = Callable[[float], Times]
+"""Milliseconds to spend -> medians. Made once per call to be timed; warmed up already."""
+
+
+def rotation(bytes_of_one: int, dry: bool, most: int = MAX_SETS) -> int:
+    """How many sets of inputs to rotate among."""
+    return 1 if dry else max(2, min(most, -(-ROTATED_BYTES // max(1, bytes_of_one))))
+
+
+def queued(call: Callable[[int], Any], sets: int, setting: Setting) -> Measure:
+    """Times ``call(set)`` over rotating sets, launched one by one."""
     for index in range(sets):
         call(index)
-    if setting.device.type != "cuda":
+    if setting.device.type == "cuda":
+        return _Queue(call, sets).measure
+
+    def measure(_: float) -> Times:
         times = []
         for index in range(sets if setting.dry else 5 * sets):
             start = time.perf_counter()
             call(index % sets)
             times.append(1e6 * (time.perf_counter() - start))
-        return statistics.median(times)
-    estimate_us = _queued_us(call, sets, 5)
-    repeats = int(min(200, max(9, 1e3 * setting.budget_ms / max(1.0, statistics.median(estimate_us)))))
-    return statistics.median(_queued_us(call, sets, repeats))
+        return Times(statistics.median(times), statistics.median(times))
+
+    return measure
 
 
-def _queued_us(call: Callable[[int], Any], sets: int, repeats: int) -> list[float]:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    torch.cuda.synchronize()
-    for number, (start, end) in enumerate(events):
-        start.record()
-        call(number % sets)
-        end.record()
-    torch.cuda.synchronize()
-    return [1e3 * start.elapsed_time(end) for start, end in events]
-
-
-def graph_median_us(call: Callable[[int], Any], sets: int, setting: Setting) -> float:
-    """Like ``median_us`` with the calls of all sets captured in one CUDA graph: what a launch costs the host drops
-    out, as it does in a captured decoding loop. Without a GPU, ``median_us``."""
+def captured(call: Callable[[int], Any], sets: int, setting: Setting) -> Measure:
+    """Like ``queued`` with the calls of all sets in one CUDA graph, which is captured once: the device time of one
+    call as in a captured decoding loop. The host's time is that of launching it without a graph."""
     if setting.device.type != "cuda":
-        return median_us(call, sets, setting)
+        return queued(call, sets, setting)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for index in itertools.chain(range(sets), range(sets)):
+        for index in range(sets):
             call(index)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for index in range(sets):
+            call(index)
+        host_us = 1e6 * (time.perf_counter() - start) / sets
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = [call(index) for index in range(sets)]  # its outputs must live as long as the graph
-    time_us = median_us(lambda _: graph.replay(), 1, setting) / sets
-    del kept
-    return time_us
+        for index in range(sets):
+            call(index)
+    queue = _Queue(lambda _: graph.replay(), 1)
+
+    def measure(budget_ms: float) -> Times:
+        times = queue.measure(budget_ms)
+        return Times(times.device_us / sets, host_us, times.host_ahead)
+
+    return measure
+
+
+class _Queue:
+    """Calls queued behind a sleep of the device that lasts until the host has queued them all."""
+
+    def __init__(self, call: Callable[[int], Any], sets: int) -> None:
+        self.call, self.sets = call, sets
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call(0)
+        self.sleep_s = min(LONGEST_SLEEP_S, 2 * BATCH * (time.perf_counter() - start))
+
+    def measure(self, budget_ms: float) -> Times:
+        """Batches until the time is spent; those that the host was not ahead of count only if there are no others."""
+        batches: list[tuple[list[float], float]] = []
+        late: list[tuple[list[float], float]] = []
+        end = time.perf_counter() + budget_ms / 1e3
+        while not batches or (time.perf_counter() < end and len(batches) < MAX_BATCHES):
+            device_us, host_us, ahead = self.batch()
+            (batches if ahead else late).append((device_us, host_us))
+            if not ahead:
+                self.sleep_s = min(LONGEST_SLEEP_S, 2 * self.sleep_s)
+            if len(late) >= TRIES:
+                break
+        counted = batches or late
+        return Times(
+            statistics.median(time_us for device_us, _ in counted for time_us in device_us),
+            statistics.median(host_us for _, host_us in counted),
+            host_ahead=bool(batches),
+        )
+
+    def batch(self) -> tuple[list[float], float, bool]:
+        """Device times and the mean host time of ``BATCH`` calls, and whether all were queued before the first began."""
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(BATCH)]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(self.sleep_s * CYCLES_PER_SECOND))
+        begin = time.perf_counter()
+        for number, (start, end) in enumerate(events):
+            start.record()
+            self.call(number % self.sets)
+            end.record()
+        host_us = 1e6 * (time.perf_counter() - begin) / BATCH
+        ahead = not events[0][0].query()
+        torch.cuda.synchronize()
+        return [1e3 * start.elapsed_time(end) for start, end in events], host_us, ahead
 
 
 @dataclass(frozen=True)
@@ -113,11 +195,17 @@ def measure_ceilings(setting: Setting) -> Ceilings:
     """A matrix product of 8192 cubed and a copy of 2 GiB, on random numbers: zeros run faster than real data."""
     size, count = (64, 2**16) if setting.dry else (8192, 2**30)
     a, b = (torch.randn(size, size, device=setting.device, dtype=setting.dtype) for _ in range(2))
-    product_us = median_us(lambda _: a @ b, 1, setting)
+    budget_ms = 4 * setting.budget_ms  # everything is compared with these two
+    product_us = queued(lambda _: a @ b, 1, setting)(budget_ms).device_us
     source = torch.randn(count, device=setting.device, dtype=setting.dtype)
     target = torch.empty_like(source)
-    copy_us = median_us(lambda _: target.copy_(source), 1, setting)
+    copy_us = queued(lambda _: target.copy_(source), 1, setting)(budget_ms).device_us
     return Ceilings(2e6 * size**3 / product_us, 2e6 * source.nbytes / copy_us)
+
+
+def device_name(setting: Setting) -> str:
+    """As tuning tables name a device: cards of one compute capability differ in bandwidth."""
+    return torch.cuda.get_device_name(setting.device) if setting.device.type == "cuda" else "cpu"
 
 
 def setting_of(dry: bool, budget_ms: float, dtype: str = "bfloat16") -> Setting:

@@ -6,12 +6,16 @@
 
 All keep fp32 master weights and sum gradients in fp32 (benchmarks/step_loops.py says why). Ids are random, and so are
 weights. Each model is measured in a process of its own, one after another, and again in the opposite order, so
-that a drift of the machine hits all alike and shows; with --one-process in turns of a few steps.
+that a drift of the machine hits all alike and shows; with --one-process in turns of a few steps. Models that are compared
+with each other form a group, which is finished in both orders before the next one starts: if time runs out, the first
+comparisons are whole.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,13 +27,15 @@ from benchmarks.kernel_timing import describe, setting_of
 from benchmarks.machine import versions_of, warn_if_busy, write_result
 from benchmarks.step_config import LOOPS, Contender
 from benchmarks.step_figures import Record, comparisons, measured, table, throughput
-from benchmarks.step_runs import run_in_process, run_together
+from benchmarks.step_runs import failure, run_in_process, run_together
 from megatron_lpa.errors import UserError
 from megatron_lpa.train.hardware import peak_flops_per_second
 
 HELP = "the whole training step: Transformer against LPA, bare loop against engine and against Llama"
 VARIANTS = ("transformer", "same_param", "lpa")
 PACKAGES = ("torch", "triton", "deepspeed", "transformers")
+NEEDED = {"engine": "deepspeed", "llama": "transformers"}
+"""The package that a loop needs besides torch."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
-    """Every model in every loop that can run it; models of one loop are neighbours.
+    """Every model in every loop that can run it, those of one ``group_of`` next to each other.
 
     Raises:
         UserError: an unknown preset, key or value.
@@ -97,8 +103,15 @@ def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
             found.append(contender)
     if not found:
         raise UserError("--loops llama runs the transformer only; add it to --models, or choose another loop")
-    # Where time is short, the model with the least to tell goes without.
-    return sorted(found, key=lambda contender: contender.preset.endswith("/same_param"))
+    return sorted(found, key=group_of)
+
+
+def group_of(contender: Contender) -> int:
+    """Smaller is more telling: LPA against the Transformer in the bare loop, then Llama, then DeepSpeed's part; the
+    model with the least to tell last."""
+    if contender.preset.endswith("/same_param"):
+        return 3
+    return {"bare": 0, "llama": 1, "engine": 2}[contender.loop]
 
 
 def results(arguments: argparse.Namespace, deadline: float | None) -> Iterator[dict[str, Any]]:
@@ -121,21 +134,36 @@ def results(arguments: argparse.Namespace, deadline: float | None) -> Iterator[d
     warm_up, steps = (1, 1) if arguments.dry_run else (arguments.warm_up, arguments.steps)
     rounds = 1 if arguments.dry_run else arguments.rounds
     if head["one_process"]:
-        found = run_together(contenders, rounds, warm_up, -(-steps // rounds), deadline)
-        yield finished(head, contenders, found)
+        together = run_together(contenders, rounds, warm_up, -(-steps // rounds), deadline)
+        yield finished(head, contenders, together)
         return
-    found = [{} for _ in contenders]
+    found: list[dict[str, Any]] = [missing(contender) for contender in contenders]
     yield finished(head, contenders, found)
-    for number in range(rounds):
-        order = range(len(contenders))
-        for index in order if number % 2 == 0 else reversed(order):
-            left = None if deadline is None else deadline - time.monotonic()
-            if "error" in found[index] or (left is not None and left <= 0):
-                continue
-            turn = run_in_process(contenders[index], warm_up, -(-steps // rounds), left)
-            found[index] = joined(found[index], turn)
-            print(f"{contenders[index].name}, round {number + 1}: {outcome(turn)}", flush=True)
-            yield finished(head, contenders, found)
+    for number, index in turns(contenders, rounds):
+        left = None if deadline is None else deadline - time.monotonic()
+        if "error" in found[index] or (left is not None and left <= 0):
+            continue
+        turn = run_in_process(contenders[index], warm_up, -(-steps // rounds), left)
+        found[index] = joined(found[index], turn)
+        print(f"{contenders[index].name}, round {number + 1}: {outcome(turn)}", flush=True)
+        yield finished(head, contenders, found)
+
+
+def turns(contenders: Sequence[Contender], rounds: int) -> Iterator[tuple[int, int]]:
+    """Round and index of each process, group by group, every other round in the opposite order."""
+    for _, group in itertools.groupby(range(len(contenders)), key=lambda index: group_of(contenders[index])):
+        members = list(group)
+        for number in range(rounds):
+            for index in members if number % 2 == 0 else reversed(members):
+                yield number, index
+
+
+def missing(contender: Contender) -> dict[str, Any]:
+    """The failure of a loop whose package is not there: known without the seconds that a process takes to start."""
+    package = NEEDED.get(contender.loop)
+    if package is None or importlib.util.find_spec(package) is not None:
+        return {}
+    return failure(ModuleNotFoundError(name=package))
 
 
 def outcome(turn: dict[str, Any]) -> str:

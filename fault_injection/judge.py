@@ -7,8 +7,7 @@ import signal
 from fault_injection.checks import of_logs
 from fault_injection.plan import ENDING, INTERVAL, Fault
 from fault_injection.start import Start
-
-EXIT_HANG = 75
+from megatron_lpa.errors import EXIT_HANG
 
 
 def of_start(start: Start) -> list[str]:
@@ -26,7 +25,7 @@ def of_start(start: Start) -> list[str]:
         if wrong := _wrong(start, ending[0]):
             found.append(f"exit codes {described}: {wrong}")
     elif full:
-        if wrong := _wrong_of_full_disk(start, full[0]):
+        if wrong := _wrong_of_full_disk(start):
             found.append(f"exit codes {described}: {wrong}")
     elif start.unreadable is not None:
         if set(codes.values()) != {1}:
@@ -64,14 +63,13 @@ def _wrong(start: Start, fault: Fault) -> str:
     return "" if set(codes.values()) == {1} else "1 was due"
 
 
-def _wrong_of_full_disk(start: Start, fault: Fault) -> str:
-    """A failed save ends the run where the config or its last checkpoint says so, and is no matter otherwise."""
+def _wrong_of_full_disk(start: Start) -> str:
+    """A failed save ends the run where the config or its last checkpoint says so, and is no matter otherwise.
+
+    Nor are records that cannot be written, as long as there is room again before the run ends.
+    """
     codes = set(start.ranks.codes.values())
-    may_end = (
-        start.scenario.on_failure == "stop"
-        or fault.variant == "last-byte"  # metrics.jsonl has to be written
-        or start.reached >= start.scenario.steps - 1
-    )
+    may_end = start.scenario.on_failure == "stop" or start.reached >= start.scenario.steps - 1
     if codes == {0}:
         return ""
     return "" if may_end and codes == {1} else "a full disk ends the run with 1 where the config says so"
@@ -97,4 +95,9 @@ def of_progress(start: Start, newest: int, previous_failures: int) -> list[str]:
     signals = [r.fault for r in start.struck.values() if r.fault.kind.startswith("signal")]
     if signals and newest != start.reached:
         found.append(f"stopped by a signal after {start.reached} steps, with a checkpoint of {newest}")
+    kinds = {result.fault.kind for result in start.struck.values()}
+    if kinds & {"read-error", "read-error-lasting"} and "disk-full" not in kinds and newest != start.reached:
+        found.append(
+            f"ended in order after {start.reached} steps, as data cannot be read, with a checkpoint of {newest}"
+        )
     return found

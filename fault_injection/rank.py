@@ -7,12 +7,16 @@ driver are joined by a socket: messages go one way, the word to go on comes back
 from __future__ import annotations
 
 import builtins
+import contextlib
 import errno
+import faulthandler
 import json
 import os
 import socket
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,13 +72,14 @@ class Places:
             self.reach(STEP, at_step)
             return read(run)
 
-        def load_batch(*arguments: Any) -> Any:
+        def load_batch(samples: Any, *arguments: Any) -> Any:
             since, times = self._spec.get("unreadable", (1 << 60, 0))
             if at_step >= since and (times == 0 or self._unread < times):
                 self._unread += 1
                 self.tell(event="unreadable", step=at_step)
-                raise OSError(errno.EIO, os.strerror(errno.EIO), "data.bin")
-            return load(*arguments)
+                with _cut_short(samples):
+                    return load(samples, *arguments)
+            return load(samples, *arguments)
 
         def with_nan(engine: Any, batches: Any, first_samples: Any, lr: float) -> Any:
             if first_samples[0] // engine.config.train.global_batch_size not in self._spec.get("nan", ()):
@@ -158,6 +163,24 @@ class Places:
         _put(tensor_file, open=held_open)
 
 
+@contextlib.contextmanager
+def _cut_short(samples: Any) -> Iterator[None]:
+    """For this process alone, the files of tokens end before their first token."""
+    readers = {
+        id(dataset.indexed): dataset.indexed._reader for dataset, _ in samples.giving(samples.num_samples)
+    }
+    kept = {reader: (reader._path, reader._file) for reader in readers.values()}
+    with tempfile.NamedTemporaryFile(suffix=".bin") as empty:
+        try:
+            for reader in kept:
+                reader._path, reader._file = Path(empty.name), open(empty.name, "rb", buffering=0)  # noqa: SIM115
+            yield
+        finally:
+            for reader, (path, file) in kept.items():
+                reader._file.close()
+                reader._path, reader._file = path, file
+
+
 class _HeldFile:
     """A file that stands still in the middle of its third write: behind the header, inside a tensor."""
 
@@ -197,6 +220,7 @@ def run(spec: dict[str, Any], link: socket.socket) -> NoReturn:
     """Be one process of a run, from the command line in ``spec`` to the exit code."""
     from megatron_lpa.pretrain import leave, main
 
+    faulthandler.enable()  # as the entry point does
     Places(spec, link).wrap()
     leave(main(spec["arguments"]))
 

@@ -14,6 +14,7 @@ from fault_injection.plan import BETWEEN, ENDING, MOVES, Fault, Scenario
 from fault_injection.processes import remove_compile_locks
 from fault_injection.runs import References, arguments
 from fault_injection.start import Result, Start
+from megatron_lpa.errors import EXIT_REFUSED
 
 Say = Callable[[Result], None]
 
@@ -288,7 +289,7 @@ class Going:
         result.codes = [start.ranks.codes[rank] for rank in range(self._layout.processes)]
         said = "".join(start.ranks.text("err"))
         if (
-            set(result.codes) != {1}
+            set(result.codes) != {EXIT_REFUSED}
             or said.count("error: ") != 1
             or "holds no checkpoint that is intact" not in said
         ):

@@ -1,9 +1,36 @@
-"""The one exception that means "the user can mend this"."""
+"""Exceptions that mean "the user can mend this", and the exit codes that a launcher reads."""
+
+EXIT_FAILED = 1
+"""An error that may be gone at the next attempt, or that nobody foresaw."""
+
+EXIT_HANG = 75
+"""``EX_TEMPFAIL`` of sysexits.h: some process did not answer; trying again may help."""
+
+EXIT_REFUSED = 78
+"""``EX_CONFIG`` of sysexits.h: until somebody changes something, the same command ends the same way."""
 
 
 class UserError(ValueError):
     """Bad input. The message names the file, line or key and the way out; no traceback is shown."""
 
+    exit_code = EXIT_REFUSED
 
-class RankError(UserError):
-    """Bad input that one rank found while it could not yet tell the others: it prints the message itself."""
+
+class TryAgain(UserError):
+    """Trouble from outside that may be gone at the next attempt: a disk, the network, another process."""
+
+    exit_code = EXIT_FAILED
+
+
+class AgreedProblem(TryAgain):
+    """The same between two steps, which all ranks know of: their state is whole, and can still be saved."""
+
+
+class RankError(TryAgain):
+    """What one rank found while it could not yet tell the others: it prints the message itself."""
+
+
+class RankHang(RankError):
+    """Another process did not answer in time."""
+
+    exit_code = EXIT_HANG

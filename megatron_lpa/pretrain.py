@@ -2,20 +2,28 @@
 
 Also ``python -m megatron_lpa.pretrain`` for one process, and ``torchrun -m`` for several.
 
-Exit codes: 0 complete, 1 an error, 75 a hang that the watchdog ended, 128 + n stopped by signal n.
+Exit codes: 0 complete, 1 an error that may be gone at the next attempt, 75 a hang that the watchdog ended, 78 an
+error that stays until somebody changes something, 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_lpa.config import load_config, validate_config
-from megatron_lpa.errors import RankError, UserError
+from megatron_lpa.errors import EXIT_FAILED, EXIT_REFUSED, RankError, UserError
+
+AGAIN = "the same command would end like this again; change what the message names first"
+
+AFTER_OTHERS_S = 0.3
+"""Launchers end all processes when the first has ended: by then, one that tells why should have done so."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,17 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         signum = run_training(config)
     except UserError as error:
         # Once per machine: whatever all ranks know, or one machine alone lacks.
-        if isinstance(error, RankError) or "0" in (
+        tells = isinstance(error, RankError) or "0" in (
             os.environ.get("RANK", "0"),
             os.environ.get("LOCAL_RANK", "0"),
-        ):
+        )
+        if tells:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+            if error.exit_code == EXIT_REFUSED:
+                # For slurm/common.sh as well: srun ends the other processes, and then gives theirs instead of this code.
+                print(f"exit code {EXIT_REFUSED}: {AGAIN}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(AFTER_OTHERS_S)
+        return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception:
         traceback.print_exc()
-        return 1
+        return EXIT_FAILED
     return 128 + signum if signum else 0
 
 
@@ -58,4 +72,5 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash in native code, or SIGBUS of a mapped file, says at least where
     leave(main())

@@ -131,7 +131,7 @@ class TrainConfig:
         step_timeout_s: seconds that a process may be in one stage of a step (reading data, computing, writing a
             checkpoint, ...); then it tells where it is, writes the stacks of its threads and ends the run
             with exit code 75. 0 waits for ever.
-        max_rollbacks: how often one start of a run may go back; the next time it ends with an error.
+        max_rollbacks: how often a run may go back, over all its starts; the next time it ends with an error.
         checkpoint_overlap: write checkpoints beside training, from a copy in the CPU's memory; false stops
             training while they are written and needs no copy.
         on_checkpoint_failure: what to do when a checkpoint cannot be written, as on a full disk: ``continue``

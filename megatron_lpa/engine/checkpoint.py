@@ -52,7 +52,7 @@ from megatron_lpa.engine.store import (
     publish,
 )
 from megatron_lpa.engine.tensor_file import write_tensors
-from megatron_lpa.engine.weights import gathered_weights, write_weights
+from megatron_lpa.engine.weights import copied_weights, gathered_weights, write_weights
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all
@@ -155,13 +155,22 @@ class Saving:
         return []
 
     def _begin(self, tensors: list[tuple[str, torch.Tensor]], overlap: bool) -> None:
-        weights: Iterable[tuple[str, torch.Tensor | None]] = gathered_weights(self._engine)
         if not overlap:
-            self._write(tensors, weights)
+            self._write(tensors, gathered_weights(self._engine))
             _guarded(self._outcome, self._engine.groups)
             return
-        copies = [(key, tensor.to("cpu", copy=True)) for key, tensor in tensors]
-        thread = threading.Thread(target=self._write, args=(copies, list(weights)), daemon=True)
+        copies: list[tuple[str, torch.Tensor]] = []
+        weights: list[tuple[str, torch.Tensor | None]] = []
+
+        def copy() -> list[WrittenFile]:
+            weights.extend(
+                copied_weights(self._engine)
+            )  # first: it takes collectives, which no rank may miss
+            copies.extend((key, tensor.to("cpu", copy=True)) for key, tensor in tensors)
+            return []
+
+        _guarded(copy, self._engine.groups)  # memory may be short on one rank alone
+        thread = threading.Thread(target=self._write, args=(copies, weights), daemon=True)
         self._thread = thread
         thread.start()
 

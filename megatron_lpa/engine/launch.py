@@ -21,10 +21,20 @@ if not torch.cuda.is_available():
 import deepspeed
 
 from megatron_lpa.engine.compile_lock import wait_for_compilers
-from megatron_lpa.errors import RankError, UserError
+from megatron_lpa.errors import RankError, RankHang, UserError
 from megatron_lpa.parallel.groups import ParallelGroups
 
 TIMEOUT = datetime.timedelta(minutes=30)
+AFTER_WATCHDOG = datetime.timedelta(minutes=5)
+
+
+def collective_timeout(step_timeout_s: float) -> datetime.timedelta:
+    """How long a collective waits for other ranks: longer than the watchdog, which can say who is missing and where.
+
+    Args:
+        step_timeout_s: ``train.step_timeout_s``; 0 watches nothing.
+    """
+    return max(TIMEOUT, datetime.timedelta(seconds=step_timeout_s) + AFTER_WATCHDOG)
 
 
 def world_from_environment() -> tuple[int, int, int]:
@@ -57,10 +67,14 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed.*")
 
 
-def start_distributed(tensor_parallel_size: int) -> ParallelGroups:
+def start_distributed(tensor_parallel_size: int, timeout: datetime.timedelta = TIMEOUT) -> ParallelGroups:
     """Initialise ``torch.distributed`` (nccl on GPUs, gloo on CPUs) and build all groups.
 
     Without a launcher's environment this process becomes a world of one.
+
+    Args:
+        tensor_parallel_size: ranks that share one model.
+        timeout: of every collective.
 
     Raises:
         UserError: a rank without a GPU of its own, or a world that TP does not divide.
@@ -90,18 +104,21 @@ def start_distributed(tensor_parallel_size: int) -> ParallelGroups:
     with redirect_stdout(io.StringIO()):  # the name of an extension it builds
         try:
             deepspeed.init_distributed(
-                dist_backend=backend, auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False
+                dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False
             )
         except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
             raise RankError(
                 f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}; "
                 "if another run uses this port, give the launcher another --master_port"
             ) from error
-    return ParallelGroups.create(tensor_parallel_size, TIMEOUT)
+    return ParallelGroups.create(tensor_parallel_size, timeout)
 
 
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
 """What gloo and NCCL say when the process at the other end has ended."""
+
+_SILENT = ("Timed out waiting", "collective operation timeout")
+"""What they say when it does not answer."""
 
 
 @contextlib.contextmanager
@@ -109,15 +126,20 @@ def explained_losses() -> Iterator[None]:
     """Tell in one line that another process is gone; where it happened here says nothing about why.
 
     Raises:
-        RankError: on each rank that notices.
+        RankError: on each rank that notices; a RankHang where the other one is silent, but not gone.
     """
     try:
         yield
     except RuntimeError as error:
+        rank, _, _ = world_from_environment()
+        if any(words in str(error) for words in _SILENT):
+            raise RankHang(
+                f"rank {rank} waited for another process, which does not answer; look into the logs of the other ranks and "
+                "logs/hang in the run folder, then start the same command again: it continues from the newest checkpoint"
+            ) from error
         lost = isinstance(error, torch.distributed.DistNetworkError)
         if not lost and not any(words in str(error) for words in _GONE):
             raise
-        rank, _, _ = world_from_environment()
         raise RankError(
             f"rank {rank} lost its connection to another process, which has ended or was killed; look into the logs "
             "of the other ranks, then start the same command again: it continues from the newest checkpoint"

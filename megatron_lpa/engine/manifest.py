@@ -5,16 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import TryAgain, UserError
+
+Result = TypeVar("Result")
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 STATE_FORMAT = 1
+
+PAUSES_S = (0.2, 1.0, 3.0)
+"""Before a file that the disk did not give is asked for again."""
+
+_NOT_A_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 
 
 class DamagedCheckpoint(UserError):
@@ -96,6 +104,32 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _patiently(read: Callable[[Path], Result], path: Path) -> Result:
+    """What ``read`` gives of ``path``, with further attempts where the disk does not answer: that is no damage.
+
+    Raises:
+        TryAgain: no attempt succeeded.
+        OSError: one of ``_NOT_A_FILE``, at once.
+    """
+    for pause_s in (*PAUSES_S, None):
+        try:
+            return read(path)
+        except _NOT_A_FILE:
+            raise
+        except OSError as error:
+            if pause_s is None:
+                raise TryAgain(
+                    f"{path}: cannot be read ({error}), which need not mean damage, so nothing is used in its place; start "
+                    "again when the disk answers, or rename the checkpoint to damaged_step_... to do without it"
+                ) from error
+            time.sleep(pause_s)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _size_of(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
 def read_manifest(checkpoint: Path, under: str = "") -> dict[str, Any]:
     """The manifest of a checkpoint.
 
@@ -104,13 +138,13 @@ def read_manifest(checkpoint: Path, under: str = "") -> dict[str, Any]:
         under: check the files below this folder only; using a model needs ``weights/`` and no more.
 
     Raises:
-        DamagedCheckpoint: missing, unreadable or changed manifest, or a file that is missing or of another
-            size.
+        DamagedCheckpoint: missing or changed manifest, or a file that is missing or of another size.
+        TryAgain: the disk does not give the manifest.
         UserError: a manifest of another version.
     """
     path = checkpoint / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(_patiently(Path.read_bytes, path))
         if (not under or "checksum" in manifest) and manifest.get("checksum") != _checksum(manifest):
             raise ValueError("its checksum does not fit its contents")
         files = {name: int(described["bytes"]) for name, described in manifest["files"].items()}
@@ -123,7 +157,9 @@ def read_manifest(checkpoint: Path, under: str = "") -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}: no such file; {checkpoint} is not a complete checkpoint") from None
     except OSError as error:
-        raise DamagedCheckpoint(f"{path}: cannot be read: {error}") from error
+        raise DamagedCheckpoint(f"{path}: not a file that can be read: {error}") from error
+    except TryAgain:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(
             f"{path}: not a checkpoint manifest: {error!r}; delete {checkpoint}"
@@ -134,7 +170,7 @@ def read_manifest(checkpoint: Path, under: str = "") -> dict[str, Any]:
         file = checkpoint / name
         if not name.startswith(under):
             continue
-        if not file.is_file() or file.stat().st_size != size:
+        if _patiently(_size_of, file) != size:
             raise DamagedCheckpoint(
                 f"{file}: missing or not {size} bytes long as {MANIFEST} says; delete "
                 f"{checkpoint} to continue from an earlier checkpoint"
@@ -155,13 +191,15 @@ def verify_files(checkpoint: Path, manifest: dict[str, Any], names: Iterable[str
     """Compare the contents of a checkpoint's files with their recorded hashes.
 
     Raises:
-        DamagedCheckpoint: a file's contents differ, or cannot be read.
+        DamagedCheckpoint: a file's contents differ, or there is no such file.
+        TryAgain: the disk does not give a file.
     """
     for name in names:
+        path = checkpoint / name
         try:
-            found = sha256(checkpoint / name)
+            found = _patiently(sha256, path)
         except OSError as error:
-            raise DamagedCheckpoint(f"{checkpoint / name}: cannot be read: {error}") from error
+            raise DamagedCheckpoint(f"{path}: not a file that can be read: {error}") from error
         if found != manifest["files"][name]["sha256"]:
             raise DamagedCheckpoint(
                 f"{checkpoint / name}: the contents differ from what {MANIFEST} says: the file is damaged; delete "

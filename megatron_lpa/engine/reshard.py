@@ -86,7 +86,7 @@ class StateReader:
                 piece = file.get_slice(key)
                 (length,) = piece.get_shape()
                 self._fragments.setdefault((name, kind, shard), []).append((int(start), length, piece))
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, FileNotFoundError, ValueError) as error:
             raise DamagedCheckpoint(f"{path}: not a file of fragments: {error}") from error
 
     def read(self, name: str, kind: str, box: Box, start: int, length: int) -> torch.Tensor:

@@ -54,6 +54,8 @@ def load_newest(engine: Engine, checkpoints: Sequence[Path], order: SampleOrder)
 
     Raises:
         UserError: all are damaged, or the newest intact one is of another model or order.
+        TryAgain: the disk does not give one that may well be intact. None is renamed or passed over for that: an
+            older one would take its place, and training since then would be lost.
     """
     skipped: list[tuple[Path, str]] = []
     for checkpoint in reversed(checkpoints):

@@ -19,7 +19,9 @@ from megatron_lpa.engine.weights_reader import load_decoder
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.parallel.sharding import merge, spec_of
 
-__all__ = ["INDEX", "SHARD_BYTES", "SINGLE", "gathered_weights", "load_decoder", "unsharded", "write_weights"]
+__all__ = [
+    "INDEX", "SHARD_BYTES", "SINGLE", "copied_weights", "gathered_weights", "load_decoder", "unsharded", "write_weights",
+]  # fmt: skip
 
 
 def gathered_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor | None]]:
@@ -29,6 +31,27 @@ def gathered_weights(engine: Engine) -> Iterator[tuple[str, torch.Tensor | None]
     """
     for name, parameter in named_parameters_once(engine.module):
         yield name, unsharded(engine, parameter)
+
+
+def copied_weights(engine: Engine) -> list[tuple[str, torch.Tensor | None]]:
+    """All that ``gathered_weights`` yields. Where memory is short, other ranks are not left waiting in a collective.
+
+    Raises:
+        RuntimeError: the CPU's memory of rank 0 is too small, there alone.
+    """
+    copies: list[tuple[str, torch.Tensor | None]] = []
+    failure: RuntimeError | None = None
+    for name, parameter in named_parameters_once(engine.module):
+        full = _gathered(engine, parameter)
+        if failure is None:
+            try:
+                copies.append((name, None if full is None else full.cpu()))
+            except RuntimeError as error:
+                failure = error
+                copies.clear()
+    if failure is not None:
+        raise failure
+    return copies
 
 
 def write_weights(
@@ -104,13 +127,19 @@ def _name_files(folder: Path, files: list[WrittenFile], names_in: list[list[str]
 
 def unsharded(engine: Engine, parameter: torch.nn.Parameter) -> torch.Tensor | None:
     """The unsharded value on the CPU of rank 0, None on other ranks; every rank calls it."""
+    full = _gathered(engine, parameter)
+    return None if full is None else full.cpu()
+
+
+def _gathered(engine: Engine, parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """The same on rank 0's device, with memory of its own."""
     groups, spec = engine.groups, spec_of(parameter)
     with gathered_for_reading(engine, parameter), torch.no_grad():
         own = parameter.detach().clone().contiguous()
     if groups.tp_size == 1 or spec.tp_dim is None:
-        return own.cpu() if groups.rank == 0 else None
+        return own if groups.rank == 0 else None
     if groups.dp_rank != 0:
         return None
     parts = [torch.empty_like(own) for _ in range(groups.tp_size)]
     dist.all_gather(parts, own, group=groups.tp_group)
-    return merge(parts, spec).cpu().contiguous() if groups.rank == 0 else None
+    return merge(parts, spec).contiguous() if groups.rank == 0 else None

@@ -8,7 +8,8 @@ Paths:
 * ``merged``: one product with the dense matrix ``W_B W_A``, for few tokens.
 
 ``ops/tuning/sm_NN.json`` holds measured cases of one compute capability; ``docs/kernels.md`` says how they are
-made. A case counts for its exact widths, and for numbers of tokens near the measured ones.
+made. A case counts for its exact widths, and for numbers of tokens near the measured ones. Where a case was measured
+on several devices of the capability, the lines of the device at hand count, by its name.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ TUNING_FOLDER = Path(__file__).parent / "tuning"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 NEAR = 4
-"""A measured case counts for up to this many times fewer or more tokens; the largest also for all above."""
+"""A measured case counts for up to this many times fewer or more tokens; the largest also for all above, if it is
+more than ``FEW_TOKENS``: what wins at decoding sizes says nothing about training."""
+
+LEAST_ROWS = 64
+"""Of an untuned tile for the gradient of x. Every tile reads all factors from the L2 cache, so with fewer rows plain
+products are far faster where tokens are many."""
 
 # Functions under ``assume_constant_result`` run while torch.compile traces, which reads neither files nor the
 # environment itself. They take and give plain tuples: objects that are made inside a trace do not exist there.
@@ -129,7 +135,8 @@ def nearest(measured: Sequence[Measured], tokens: int) -> Plan:
     for above, plan_above in measured[1:]:
         if tokens * tokens > best * above:  # nearer in the logarithm
             best, plan = above, plan_above
-    if tokens * NEAR < best or (tokens > best * NEAR and best != measured[-1][0]):
+    open_above = best == measured[-1][0] and best > FEW_TOKENS
+    if tokens * NEAR < best or (tokens > best * NEAR and not open_above):
         return EAGER
     return Plan(*plan)
 
@@ -168,6 +175,8 @@ def default_tiles(case: tuple[Any, ...], few: bool, device_type: str, index: int
             f"use 'auto' (configuration or {ENVIRONMENT_VARIABLE})"
         )
     backward = default_tile(tokens, rank, len(wanted.ranks), size, capability)
+    if not few and backward is not None and backward.block_m < LEAST_ROWS:
+        backward = None
     return str(tile), "" if backward is None else str(backward)
 
 
@@ -193,7 +202,8 @@ def forced_fused(case: Case, tokens: int, device: torch.device) -> Plan:
 @torch.compiler.assume_constant_result
 def measured_cases(case: tuple[Any, ...], index: int) -> Sequence[Measured]:
     """The table's lines for a case on GPU ``index``."""
-    return read_table(torch.cuda.get_device_capability(index)).get(Case(*case), ())
+    capability, name = torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index)
+    return read_table(capability, name).get(Case(*case), ())
 
 
 def table_path(capability: tuple[int, int]) -> Path:
@@ -202,21 +212,32 @@ def table_path(capability: tuple[int, int]) -> Path:
 
 
 @functools.cache
-def read_table(capability: tuple[int, int]) -> dict[Case, tuple[Measured, ...]]:
-    """All lines by case; empty for a device without a table."""
+def read_table(capability: tuple[int, int], device: str) -> dict[Case, tuple[Measured, ...]]:
+    """The lines for a device by case; empty for one without a table."""
     path = table_path(capability)
-    return parse_table(json.loads(path.read_text()), path, capability) if path.is_file() else {}
+    return parse_table(json.loads(path.read_text()), path, capability, device) if path.is_file() else {}
 
 
 def parse_table(
-    content: dict[str, Any], path: Path, capability: tuple[int, int]
+    content: dict[str, Any], path: Path, capability: tuple[int, int], device: str
 ) -> dict[Case, tuple[Measured, ...]]:
-    """Checks a table's lines.
+    """Checks a table's lines, and takes those for a device.
+
+    Args:
+        content: the table.
+        path: where it was read, for messages.
+        capability: of the device.
+        device: its name. Of each case only the lines of this name count, if there are any: devices of one capability
+            differ in bandwidth. A case measured on others only is still better than none.
+
+    Returns:
+        by case, lines by rising number of tokens.
 
     Raises:
         UserError: a line that names no path, or a tile that cannot run.
     """
     table: dict[Case, list[Measured]] = {}
+    own: dict[Case, list[Measured]] = {}
     for number, line in enumerate(content["cases"], start=1):
         where = f"{path}, case {number}"
         plan = Plan(line["path"], line.get("forward_tile", ""), line.get("backward_tile", ""))
@@ -237,7 +258,8 @@ def parse_table(
         if (plan.path == "fused") != bool(plan.forward_tile or plan.backward_tile):
             raise UserError(f"{where}: tiles go with the path 'fused', and only with it")
         case = Case(dtype, line["d_in"], ranks, widths, line["norm"], line["training"], rotary)
-        table.setdefault(case, []).append(
-            (line["tokens"], (plan.path, plan.forward_tile, plan.backward_tile))
-        )
-    return {case: tuple(sorted(lines)) for case, lines in table.items()}
+        measured = (line["tokens"], (plan.path, plan.forward_tile, plan.backward_tile))
+        table.setdefault(case, []).append(measured)
+        if line.get("device") == device:
+            own.setdefault(case, []).append(measured)
+    return {case: tuple(sorted(lines)) for case, lines in (table | own).items()}

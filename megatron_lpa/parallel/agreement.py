@@ -9,10 +9,12 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.parallel.groups import ParallelGroups
 
 Result = TypeVar("Result")
+
+_FINE, _OUTSIDE, _REFUSED = 0, 1, 2  # how bad a rank's problem is; the worst decides for all
 
 
 def largest_of_all(value: int, groups: ParallelGroups) -> int:
@@ -58,17 +60,19 @@ def together(work: Callable[[], Result], groups: ParallelGroups) -> Result:
     was raised.
 
     Raises:
-        UserError: on every rank, when ``work`` raised an exception on any.
+        UserError: on every rank, when ``work`` raised an exception on any. It is a :class:`TryAgain` when none of them
+            was a plain ``UserError``: a disk may answer again, where bad input stays bad.
     """
     result: Result | None = None
-    problem = None
+    problem, severity = None, _FINE
     try:
         result = work()
     except (UserError, OSError) as error:
         problem = str(error)
+        severity = _OUTSIDE if isinstance(error, (TryAgain, OSError)) else _REFUSED
     except Exception as error:
         traceback.print_exc()
-        problem = f"{type(error).__name__}: {error}"
-    if largest_of_all(problem is not None, groups):
-        raise UserError(gather_messages(problem, groups))
+        problem, severity = f"{type(error).__name__}: {error}", _OUTSIDE
+    if worst := largest_of_all(severity, groups):
+        raise (UserError if worst == _REFUSED else TryAgain)(gather_messages(problem, groups))
     return cast(Result, result)

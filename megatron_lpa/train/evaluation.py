@@ -39,7 +39,7 @@ def evaluate_split(run: Run, split: Samples, max_samples: int | None = None) -> 
         The loss; or None when any rank was asked to stop meanwhile.
 
     Raises:
-        UserError: on all ranks, when any rank cannot read its data.
+        TryAgain: on all ranks, when any rank cannot read its data.
     """
     engine, config, groups = run.engine, run.config, run.engine.groups
     samples = split.num_samples if max_samples is None else min(max_samples, split.num_samples)

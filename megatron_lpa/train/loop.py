@@ -12,10 +12,10 @@ import torch
 from megatron_lpa.data.batches import load_batch
 from megatron_lpa.data.sampler import micro_batch_indices
 from megatron_lpa.engine.manifest import Progress
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import AgreedProblem, TryAgain, UserError
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all
 from megatron_lpa.train.callbacks.base import Callback, RollBack, StepReport
-from megatron_lpa.train.rollback import roll_back
+from megatron_lpa.train.rollback import recall, roll_back
 from megatron_lpa.train.schedule import learning_rate
 from megatron_lpa.train.state import Run, agree_to_go_on
 from megatron_lpa.train.watchdog import Watchdog
@@ -30,33 +30,48 @@ def train(run: Run, callbacks: Sequence[Callback]) -> int:
         0 when the run is complete, the signal's number when it was asked to stop.
 
     Raises:
-        UserError: on all ranks, when any rank cannot read its data or write its records.
+        TryAgain: on all ranks, when any rank cannot read its data or write its records.
     """
-    run.watchdog = Watchdog(run.folder, run.engine.groups.rank, run.config.train.step_timeout_s)
+    groups = run.engine.groups
+    run.watchdog = Watchdog(
+        run.folder, groups.rank, run.config.train.step_timeout_s, world_size=groups.world_size
+    )
     run.watchdog.start()
+    recall(run)
     try:
         for callback in callbacks:
             callback.on_start(run)
-        while run.progress.step < run.steps:
-            report = train_one_step(run)
-            if report is None:
-                break
-            try:
-                for callback in callbacks:
-                    run.enter(f"in {type(callback).__name__}")
-                    callback.after_step(run, report)
-            except RollBack as request:
-                _go_back(run, callbacks, str(request))
+        try:
+            _train_all_steps(run, callbacks)
+        except AgreedProblem:
+            # Raised on all ranks at one place between two steps, so what has been trained can be saved.
+            for callback in callbacks:
+                run.enter(f"in {type(callback).__name__}")
+                callback.before_failure(run)
+            raise
         for callback in reversed(callbacks):
             run.enter(f"in {type(callback).__name__}")
             callback.on_finish(run)
         if largest_of_all(run.problem is not None, run.engine.groups):
-            raise UserError(gather_messages(run.problem, run.engine.groups))
+            raise TryAgain(gather_messages(run.problem, run.engine.groups))
     finally:
         run.watchdog.stop()
         for callback in callbacks:
             callback.close(run)
     return run.stopped_by
+
+
+def _train_all_steps(run: Run, callbacks: Sequence[Callback]) -> None:
+    while run.progress.step < run.steps:
+        report = train_one_step(run)
+        if report is None:
+            return
+        try:
+            for callback in callbacks:
+                run.enter(f"in {type(callback).__name__}")
+                callback.after_step(run, report)
+        except RollBack as request:
+            _go_back(run, callbacks, str(request))
 
 
 def _go_back(run: Run, callbacks: Sequence[Callback], reason: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -15,12 +14,18 @@ from megatron_lpa.config.compare import differences
 from megatron_lpa.data.splits import Splits
 from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
 from megatron_lpa.engine.build import Engine
+from megatron_lpa.engine.checkpoint import CheckpointNotWritten
 from megatron_lpa.engine.ds_config import read_zero_knobs
-from megatron_lpa.engine.launch import explained_losses, start_distributed, stop_distributed
+from megatron_lpa.engine.launch import (
+    collective_timeout,
+    explained_losses,
+    start_distributed,
+    stop_distributed,
+)
 from megatron_lpa.engine.manifest import checkpoint_folders
 from megatron_lpa.engine.resume import load_newest
 from megatron_lpa.engine.store import damaged_folders, has_checkpoints, tidy
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
 from megatron_lpa.ops.dispatch import requested_path
 from megatron_lpa.parallel.agreement import largest_of_all, together
@@ -33,6 +38,7 @@ from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.callbacks.sinks import Console, MetricsFile, TensorBoard, WandB
 from megatron_lpa.train.data import check_tokenizer, open_data
 from megatron_lpa.train.loop import train
+from megatron_lpa.train.run_lock import lock_run
 from megatron_lpa.train.schedule import total_steps
 from megatron_lpa.train.state import Run
 
@@ -44,16 +50,22 @@ def run_training(config: RunConfig) -> int:
         0 when complete, the signal's number when stopped by one.
 
     Raises:
-        UserError: on every rank, with one message.
+        UserError: on every rank, with one message; a TryAgain where starting again may help.
     """
     read_zero_knobs(config.train.deepspeed_config, config.train.precision)
     requested_path(config.kernels.lowdim)  # the environment may name one that does not exist
     with explained_losses():
-        groups = start_distributed(config.parallel.tensor_parallel_size)
+        timeout = collective_timeout(config.train.step_timeout_s)
+        groups = start_distributed(config.parallel.tensor_parallel_size, timeout)
         run = _prepare(config, groups)
         # Until here a signal ends the process at once: there is nothing to save.
         run.stop.install()
-        signum = train(run, _callbacks(run))
+        try:
+            signum = train(run, _callbacks(run))
+        except CheckpointNotWritten as error:
+            if config.train.on_checkpoint_failure == "stop":
+                raise
+            raise TryAgain(str(error)) from error  # as the config says: a disk may have room again
         largest_of_all(0, groups)  # nobody leaves while another rank is still talking to it
         stop_distributed()
     return signum
@@ -130,8 +142,8 @@ def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: Paralle
         The open lock file, on rank 0. The lock goes with the process, however it ends.
 
     Raises:
-        UserError: another run is writing the folder, or the tokenizer cannot be used with
-            this data and model.
+        UserError: the tokenizer cannot be used with this data and model.
+        TryAgain: another run is writing the folder, or it cannot be written.
     """
     if groups.rank != 0:
         return None
@@ -139,13 +151,9 @@ def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: Paralle
         check_tokenizer(load_tokenizer(config.data.tokenizer), splits, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - stays open as long as the run
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error}; choose another logging.run_dir") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another run is writing here; choose another logging.name") from None
+        raise TryAgain(f"{folder}: cannot be written: {error}; choose another logging.run_dir") from error
+    lock = lock_run(folder)
     if config.data.tokenizer is not None:
         save_tokenizer(config.data.tokenizer, folder / "tokenizer")
     return lock

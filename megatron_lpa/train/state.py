@@ -11,7 +11,7 @@ from megatron_lpa.config import RunConfig
 from megatron_lpa.data.splits import Splits
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.manifest import Progress, SampleOrder
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import AgreedProblem
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all
 from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.watchdog import Watchdog
@@ -38,7 +38,7 @@ class Run:
         lock: the open lock file of the run folder, on rank 0.
         stopped_by: the signal that all ranks agreed to stop for; 0 while none came.
         resume_notes: what was noticed while resuming, such as a damaged checkpoint that was skipped.
-        rollbacks: how often this start has gone back to a checkpoint.
+        rollbacks: how often the run has gone back to a checkpoint, over all its starts.
         watchdog: what ends the run when it hangs; None watches nothing.
         waited_s: seconds that this process has waited for others before steps, since somebody set it to 0.
     """
@@ -92,7 +92,7 @@ def agree_to_go_on(run: Run, problem: str | None) -> bool:
         problem: what keeps this rank from going on.
 
     Raises:
-        UserError: on all ranks, when any rank has a problem.
+        AgreedProblem: on all ranks, when any rank has a problem.
     """
     wish = run.stop.signum()
     run.enter("waiting for other ranks")
@@ -101,7 +101,7 @@ def agree_to_go_on(run: Run, problem: str | None) -> bool:
     run.waited_s += time.perf_counter() - arrived
     run.enter("computing")
     if decision >= FAIL:
-        raise UserError(gather_messages(problem, run.engine.groups))
+        raise AgreedProblem(gather_messages(problem, run.engine.groups))
     if decision >= STOP:
         run.stopped_by = decision - STOP
     return decision == GO_ON

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from distributed.test_checkpoint import ORDER, config, step
 from support.world import groups_for
 
@@ -103,4 +104,46 @@ def test_a_failure_in_one_process_s_thread_is_every_process_s(world, tmp_path, e
     messages = world(2).run(failing_beside_training, config("s2_lpa", 1, "zero3"), str(tmp_path), error)
     for message in messages:
         assert f"rank 1: {said}" in message and "the newest complete checkpoint is untouched" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def without_memory(run: RunConfig, folder: str, of: str) -> str:
+    """A save beside training, while copies to the CPU fail on the first process alone; then another without that."""
+    from megatron_lpa.engine import checkpoint
+    from megatron_lpa.engine.build import Engine
+
+    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
+    step(engine, 0)
+    words, said = "DefaultCPUAllocator: can't allocate memory", ""
+    to, cpu = torch.Tensor.to, torch.Tensor.cpu
+
+    def failing_to(tensor, *arguments, **options):
+        if options.get("copy"):
+            raise RuntimeError(words)
+        return to(tensor, *arguments, **options)
+
+    def failing_cpu(tensor, *arguments, **options):
+        if tensor.is_floating_point():  # not what torch itself sends objects in
+            raise RuntimeError(words)
+        return cpu(tensor, *arguments, **options)
+
+    try:
+        if engine.groups.rank == 0 and of == "state":
+            torch.Tensor.to = failing_to
+        elif engine.groups.rank == 0:
+            torch.Tensor.cpu = failing_cpu
+        checkpoint.Saving(engine, Path(folder), Progress(1), ORDER, overlap=True)
+    except checkpoint.CheckpointNotWritten as error:
+        said = str(error)
+    finally:
+        torch.Tensor.to, torch.Tensor.cpu = to, cpu
+    checkpoint.Saving(engine, Path(folder), Progress(1), ORDER, overlap=True).complete()
+    engine.ds.destroy()
+    return said
+
+
+@pytest.mark.parametrize(("of", "zero", "tp_size"), [("state", "zero1", 1), ("weights", "zero3", 2)])
+def test_too_little_memory_for_the_copy_on_one_process_is_every_process_s(world, tmp_path, of, zero, tp_size):
+    for message in world(2).run(without_memory, config("s2_lpa", tp_size, zero), str(tmp_path), of):
+        assert "rank 0: DefaultCPUAllocator: can't allocate memory" in message
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]

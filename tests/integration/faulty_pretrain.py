@@ -1,7 +1,8 @@
 """The entry point with faults in chosen global batches: ``FAULTS={"3": "nan", "7": "spike"}``.
 
 ``nan``: what the last rank's final norm gives is not a number. ``spike``: what all ranks' gives is far off.
-``hang``: the last rank reads its data for ever.
+``hang``: the last rank reads its data for ever. ``die``: all ranks are gone before they read theirs. ``unreadable``: the last
+rank cannot read its data.
 """
 
 from __future__ import annotations
@@ -37,8 +38,13 @@ def train_step(engine: Engine, batches: Any, first_samples: Any, lr: float) -> S
 
 def read_batches(run: Run) -> Any:
     last = run.engine.groups.rank == run.engine.groups.world_size - 1
-    if last and FAULTS.get(str(run.progress.position // run.config.train.global_batch_size)) == "hang":
+    kind = FAULTS.get(str(run.progress.position // run.config.train.global_batch_size))
+    if last and kind == "hang":
         time.sleep(1000)
+    if kind == "die":
+        os._exit(9)
+    if last and kind == "unreadable":
+        return [], [], "data.bin: Input/output error"
     return original_read(run)
 
 

@@ -1,4 +1,4 @@
-"""Bad input ends with one clear message on rank 0 and exit code 1 on all ranks."""
+"""Bad input ends with one clear message on rank 0 and one exit code on all ranks: 78, as trying again is no use."""
 
 from __future__ import annotations
 
@@ -100,11 +100,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_gives_one_message_and_exit_code_1_everywhere(folder, case):
+def test_bad_input_gives_one_message_and_one_exit_code_everywhere(folder, case):
     base, more, expected = CASES[case]
     name = case.replace(" ", "-")
     finished = launch([*SMALL, *base, *more, "--logging.name", name], 2, folder)
-    assert finished.codes == [1, 1], finished.stderr
+    assert finished.codes == [78, 78], finished.stderr
     assert len(finished.errors) == 1, finished.errors
     for part in expected:
         assert part in finished.errors[0]
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_another_model_is_refused(folder):
     few = ["--train.steps", "1", "--logging.name", "mine"]
     assert launch([*SMALL, *DATA, *few], 1, folder).codes == [0]
     finished = launch([*SMALL, *DATA, *few, "--model.num_layers", "3"], 1, folder)
-    assert finished.codes == [1]
+    assert finished.codes == [78]
     assert "model.num_layers was 2, is 3" in finished.errors[0]
 
 
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_other_data_is_refused(folder):
     text[:2] = text[2:4]
     (folder / "moved.bin").write_bytes(text)
     finished = launch([*SMALL, *few, "--data.prefix", "moved"], 1, folder)
-    assert finished.codes == [1]
+    assert finished.codes == [78]
     assert "order.data.contents was" in finished.errors[0] and "order.seed" not in finished.errors[0]
 
 
@@ -139,21 +139,29 @@ def test_metrics_that_cannot_be_written_end_the_run_on_all_ranks(folder):
     run = folder / "runs" / "full"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").symlink_to("/dev/full")  # every write fails as on a full disk
-    finished = launch([*SMALL, *DATA, "--train.steps", "500", "--logging.name", "full"], 2, folder)
+    finished = launch([*SMALL, *DATA, "--train.steps", "4", "--logging.name", "full"], 2, folder)
     assert finished.codes == [1, 1], finished.stderr
     assert len(finished.errors) == 1
+    assert finished.stderr[0].count("warning: metrics cannot be written, and wait in memory") == 1
+    assert (run / "checkpoints" / "step_00000004").is_dir(), (
+        "the work of a run is not lost for want of its records"
+    )
     assert str(Path("runs") / "full") in finished.errors[0] and "cannot be written" in finished.errors[0]
     assert "Traceback" not in "".join(finished.stderr)
 
 
-def test_two_runs_never_write_one_folder(folder):
+def test_two_runs_never_write_one_folder(folder, monkeypatch):
     more = ["--logging.name", "shared", "--train.steps", "2000"]
     first = Launch([*SMALL, *DATA, *more], 1, folder)
     deadline = time.monotonic() + 60
     while not (folder / "runs" / "shared" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
+    monkeypatch.setenv("RUN_LOCK_WAIT_S", "0.5")
     second = launch([*SMALL, *DATA, *more], 1, folder)
     first.processes[0].terminate()
     assert second.codes == [1]
-    assert len(second.errors) == 1 and "another run is writing here" in second.errors[0]
+    assert len(second.errors) == 1
+    holder = f"another run is writing here (process {first.processes[0].pid} on "
+    assert holder in second.errors[0]
+    assert second.stderr[0].count(holder) == 2, "and it said at once why it waits"
     assert first.wait().codes == [128 + 15]

@@ -71,6 +71,20 @@ def test_too_many_skipped_steps_go_back_and_behind_the_bad_data(folder: Path) ->
     }  # fmt: skip
     assert any("went back" in event["message"] for event in records(run, "event"))
 
+    # Killed on the way back, before any checkpoint tells of it.
+    killed = launch(arguments("killed", *options), 2, folder, {5: "nan", 6: "nan", 7: "die"})
+    assert killed.codes == [9, 9] and "went back to step_00000004" in killed.stderr[0]
+    again = launch(arguments("killed", *options), 2, folder, {5: "nan", 6: "nan"})
+    assert again.codes == [0, 0] and "went back" not in again.stderr[0], again.stderr
+    assert progress(folder / "runs/killed", 8) == progress(run, 8)
+    expected, found = final_weights(run, 8), final_weights(folder / "runs/killed", 8)
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    # Going back again is counted on, also by a start that has not gone back itself.
+    once = launch(arguments("often", *options, "--train.max_rollbacks", "1"), 2, folder, {5: "nan", 6: "nan", 7: "die"})  # fmt: skip
+    assert once.codes == [9, 9]
+    more = launch(arguments("often", *options, "--train.max_rollbacks", "1"), 2, folder, {7: "nan", 8: "nan"})  # fmt: skip
+    assert more.codes == [78, 78] and "after going back 1 times" in more.errors[0]
+
     # The same by hand: four steps, then on from there with the three global batches 4, 5 and 6 passed over.
     stopped = arguments("by-hand", "--train.steps", "4", "--optim.decay_steps", "8")
     assert launch(stopped, 2, folder).codes == [0, 0]
@@ -99,12 +113,12 @@ def test_a_run_that_cannot_be_saved_this_way_ends_with_advice(folder: Path) -> N
     faults = dict.fromkeys(range(5, 40), "nan")
     options = ("--train.max_skipped_steps", "1", "--train.max_rollbacks", "2")
     done = launch(arguments("lost", *options), 2, folder, faults)
-    assert done.codes == [1, 1]
+    assert done.codes == [78, 78]
     (error,) = done.errors
     assert "after going back 2 times (train.max_rollbacks): training has diverged; lower optim.lr" in error
     assert (folder / "runs/lost/checkpoints/step_00000004" / MANIFEST).is_file()
     first = launch(arguments("never", *options), 2, folder, {0: "nan"})
-    assert first.codes == [1, 1]
+    assert first.codes == [78, 78]
     assert (
         "step 1: the gradient was not finite in 1 steps in a row, and there is no checkpoint to go back to"
         in first.errors[0]

@@ -35,6 +35,7 @@ ALLOWED = (
 
 @pytest.fixture
 def engine_of(tmp_path: Path) -> Iterator[Callable[[RunConfig], Any]]:
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed")
     from megatron_lpa.engine.build import Engine
     from megatron_lpa.engine.launch import start_distributed, stop_distributed
 

@@ -141,7 +141,7 @@ def test_a_blend_goes_on_exactly_with_another_micro_batch_size(folder):
     # Another weight is another order of samples.
     heavier = [*blend[:3], '{"data": 0.8, "more.v2": 0.2}', *blend[4:], "--train.steps", "9"]
     refused = launch(arguments("blend", *heavier), 2, folder)
-    assert refused.codes == [1, 1]
+    assert refused.codes == [78, 78]
     assert len(refused.errors) == 1 and "weight was 7/10, is 4/5" in refused.errors[0]
 
 
@@ -156,10 +156,10 @@ def test_a_complete_run_started_again_only_tests_again(folder, undisturbed):
 
 def test_resume_never_and_must(folder, undisturbed):
     refused = launch(arguments("undisturbed", "--train.resume", "never"), 2, folder)
-    assert refused.codes == [1, 1]
+    assert refused.codes == [78, 78]
     assert len(refused.errors) == 1 and "train.resume=never" in refused.errors[0]
     missing = launch(arguments("nothing-here", "--train.resume", "must"), 2, folder)
-    assert missing.codes == [1, 1]
+    assert missing.codes == [78, 78]
     assert len(missing.errors) == 1 and "nothing-here" in missing.errors[0]
 
 

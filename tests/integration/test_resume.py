@@ -88,19 +88,19 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again_by_itself(
     metrics = (run / "metrics.jsonl").read_text()
     for _ in range(2):  # and not the second time either
         refused = launch(arguments("lost"), 1, folder)
-        assert refused.codes == [1] and len(refused.errors) == 1
+        assert refused.codes == [78] and len(refused.errors) == 1
         assert "holds no checkpoint that is intact" in refused.errors[0]
         assert "start anew under another logging.name" in refused.errors[0]
     for checkpoint in list((run / "checkpoints").iterdir()):
         checkpoint.rename(checkpoint.with_name(f"damaged_{checkpoint.name}"))
     refused = launch(arguments("lost"), 1, folder)
-    assert refused.codes == [1] and "holds only damaged checkpoints" in refused.errors[0]
+    assert refused.codes == [78] and "holds only damaged checkpoints" in refused.errors[0]
     assert (run / "metrics.jsonl").read_text() == metrics
 
 
 def test_resume_must_makes_no_folder_before_it_refuses(folder):
     refused = launch(arguments("not-there", "--train.resume", "must"), 2, folder)
-    assert refused.codes == [1, 1] and len(refused.errors) == 1
+    assert refused.codes == [78, 78] and len(refused.errors) == 1
     assert "train.resume=auto" in refused.errors[0]
     assert not (folder / "runs" / "not-there").exists()
 
@@ -124,7 +124,7 @@ def test_the_best_and_every_nth_stay(folder):
 
 def test_keeping_the_best_needs_validation(folder):
     refused = launch(arguments("no", "--train.keep_best", "true", "--train.eval_interval", "0"), 1, folder)
-    assert refused.codes == [1]
+    assert refused.codes == [78]
     assert "train.keep_best needs validation losses but train.eval_interval is 0" in refused.errors[0]
 
 
@@ -152,7 +152,7 @@ def test_a_disk_that_is_full_for_a_while(folder, tmp_path, choice, monkeypatch):
     finished = launch(arguments(name, *more), 2, folder)
     run = folder / "runs" / name
     if choice == "stop":
-        assert finished.codes == [1, 1]
+        assert finished.codes == [78, 78]
         assert len(finished.errors) == 1 and "the checkpoint could not be written" in finished.errors[0]
         assert "No space left" in finished.errors[0]
         assert list((run / "checkpoints").iterdir()) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.lowdim_cases import Problem, assert_near, draw, reference
+from kernels.lowdim_cases import Problem, assert_near, draw, reference, upstream_of
 
 from megatron_lpa.kernels.tiles import Tile, candidates, why_not
 from megatron_lpa.ops.lowdim import Norm, Pair, lowdim_linears
@@ -26,13 +26,17 @@ def errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
     ]
 
 
-def exact_on_gpu(problem: Problem) -> list[torch.Tensor]:
+def exact_on_gpu(problem: Problem, seed: int = 7) -> list[torch.Tensor]:
     """Outputs and gradients in float64 by the eager path, which the CPU tests hold to the formula."""
     leaves = iter([leaf.detach().double().requires_grad_() for leaf in problem.leaves()])
     x = next(leaves)
     pairs = [Pair(*(None if t is None else next(leaves) for t in pair)) for pair in problem.pairs]
     norm = None if problem.norm is None else Norm(next(leaves), problem.norm.eps)
-    return Problem(x, pairs, norm, problem.head_dim).outputs_and_gradients("eager")
+    exact = Problem(x, pairs, norm, problem.head_dim)
+    z = exact.outputs("eager")
+    # The same numbers as in ``outputs_and_gradients``, after their rounding there.
+    upstream = [g.to(problem.x.dtype).double() for g in upstream_of(z, seed)]
+    return [*(part.detach() for part in z), *torch.autograd.grad(z, exact.leaves(), upstream)]
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)

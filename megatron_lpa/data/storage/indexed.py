@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from megatron_lpa.data.storage.files import PARTIAL_SUFFIX
+from megatron_lpa.data.storage.token_reader import TokenReader
 from megatron_lpa.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -51,7 +52,9 @@ def idx_path(prefix: str | Path) -> Path:
 
 
 class IndexedDataset:
-    """A memory-mapped token dataset; opening it checks the whole index, but reads no tokens.
+    """A token dataset; opening it checks the whole index, but reads no tokens.
+
+    The index and whole documents are memory-mapped. What training reads, ``tokens``, is not (see ``token_reader.py``).
 
     A document may consist of several sequences (Megatron splits some by sentences) or of none.
 
@@ -104,6 +107,7 @@ class IndexedDataset:
         if self.num_tokens == 0:
             raise UserError(f"{self._bin_path}: holds no tokens; check the input text and {_REBUILD}")
         self._tokens = np.asarray(np.memmap(self._bin_path, dtype=self.dtype, mode="r"))
+        self._reader = TokenReader(self._bin_path, self.dtype, self.num_tokens)
 
     def _read_header(self) -> tuple[np.dtype[Any], int, int]:
         path, actual_bytes = self._idx_path, self._idx_path.stat().st_size
@@ -238,10 +242,14 @@ class IndexedDataset:
         return self._document_indices[start:stop]
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Token ids ``start`` to ``stop`` of the whole file: a read-only ``(stop - start,)`` view."""
+        """Token ids ``start`` to ``stop`` of the whole file: a read-only ``(stop - start,)`` copy.
+
+        Raises:
+            OSError: the disk does not give them after several attempts, or the file has become shorter.
+        """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start}:{stop} of {self.num_tokens} in {self.prefix}")
-        return self._tokens[start:stop]
+        return self._reader.read(start, stop)
 
 
 def check_output_prefix(prefix: str, option: str) -> None:

@@ -50,6 +50,9 @@ class Callback:
     def after_rollback(self, run: Run) -> None:
         """After it; ``run.progress`` is the checkpoint's."""
 
+    def before_failure(self, run: Run) -> None:
+        """Between two steps, when a problem that all ranks agreed on is about to end the run."""
+
     def on_finish(self, run: Run) -> None:
         """After the last step, or, with ``run.stopped_by`` above 0, after a signal."""
 
@@ -70,6 +73,9 @@ class Sink:
 
     def write(self, record: Record) -> None:
         """One record of ``metrics.jsonl``."""
+
+    def flush(self) -> None:
+        """Bring out what has been held back."""
 
     def rewind(self, run: Run) -> None:
         """The run went back to ``run.progress``: what was written of later steps will be written again."""

@@ -58,24 +58,47 @@ class Checkpoints(Callback):
         """
         train = run.config.train
         due = bool(train.checkpoint_interval) and run.progress.step % train.checkpoint_interval == 0
-        try:
-            if self._saving is not None:
-                unwritten = largest_of_all(not self._saving.written_here, run.engine.groups)
-                if due or not unwritten:
+        last = run.progress.step == run.steps
+        if self._saving is not None:
+            unwritten = largest_of_all(not self._saving.written_here, run.engine.groups)
+            if due or not unwritten:
+                try:
                     self._complete(run)
-            if due:
-                self._start(run, train.checkpoint_overlap and run.progress.step < run.steps)
-        except CheckpointNotWritten as error:
-            if train.on_checkpoint_failure == "stop" or run.progress.step == run.steps:
-                raise
-            warning = (
-                f"step {run.progress.step}: {error}; training goes on and the next attempt is in "
-                f"{train.checkpoint_interval} steps; what was trained since the last checkpoint would be lost "
-                "(train.on_checkpoint_failure=stop ends the run instead)"
-            )
-            if run.is_main:
-                print(f"warning: {warning}", file=sys.stderr, flush=True)
-            self._record(run, f"checkpoint failed: {warning}")
+                except CheckpointNotWritten as error:
+                    # Of an earlier step, so not the last one of the run: that is still to come.
+                    self._failed(run, error, "now" if due else self._at_the_interval(run))
+        if due:
+            try:
+                self._start(run, train.checkpoint_overlap and not last)
+            except CheckpointNotWritten as error:
+                if last:
+                    raise
+                self._failed(run, error, f"in {train.checkpoint_interval} steps")
+
+    def _at_the_interval(self, run: Run) -> str:
+        interval = run.config.train.checkpoint_interval
+        return f"in {interval - run.progress.step % interval} steps" if interval else "at the end"
+
+    def _failed(self, run: Run, error: CheckpointNotWritten, next_attempt: str) -> None:
+        if run.config.train.on_checkpoint_failure == "stop":
+            raise error
+        warning = (
+            f"step {run.progress.step}: {error}; training goes on and the next attempt is {next_attempt}; what was "
+            "trained since the last checkpoint would be lost "
+            "(train.on_checkpoint_failure=stop ends the run instead)"
+        )
+        if run.is_main:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+        self._record(run, f"checkpoint failed: {warning}")
+
+    def before_failure(self, run: Run) -> None:
+        """Save what there is, before a problem from outside ends the run."""
+        if run.progress.step == 0:
+            return
+        try:
+            self.on_finish(run)
+        except UserError as error:
+            self._record(run, f"checkpoint failed: {error}")
 
     def on_finish(self, run: Run) -> None:
         """Save whatever has not been saved."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from megatron_lpa.parallel.agreement import largest_of_all
 from megatron_lpa.train.callbacks.base import Callback, RollBack, StepReport
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.state import Run
@@ -66,7 +67,8 @@ class Divergence(Callback):
         limit = run.config.train.loss_spike
         if len(self._losses) >= FEWEST_STEPS:
             mean = sum(self._losses) / len(self._losses)
-            if not loss <= mean + limit:
+            # Agreed on: ranks of one tensor-parallel group may have sums that differ in the last bit.
+            if largest_of_all(not loss <= mean + limit, run.engine.groups):
                 raise RollBack(
                     f"the loss is {loss:.4f}, more than train.loss_spike={limit:g} above the {mean:.4f} of the last "
                     f"{len(self._losses)} steps"

@@ -127,6 +127,14 @@ class Metrics(Callback):
         name, reason = type(sink).__name__, f"{type(error).__name__}: {error}"
         print(f"warning: {name} is switched off: {reason}", file=sys.stderr, flush=True)
 
+    def on_finish(self, run: Run) -> None:
+        """Bring out what could not be written before; what still cannot be is a problem now."""
+        for sink in list(self.sinks) if run.is_main else ():
+            try:
+                sink.flush()
+            except Exception as error:
+                self._give_up(sink, error, run)
+
     def close(self, run: Run) -> None:
         """Close all sinks."""
         if run.is_main:

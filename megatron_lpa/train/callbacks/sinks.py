@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, BinaryIO, Literal
 
 from megatron_lpa.errors import UserError
 from megatron_lpa.train.callbacks.base import Sink
@@ -42,35 +44,100 @@ def drop_records_after(path: Path, step: int, keep_events: bool = False) -> None
     os.replace(partial, path)
 
 
+MOST_WAITING = 10_000
+"""Records that wait in memory for a disk that is full: a few megabytes."""
+
+
 class MetricsFile(Sink):
-    """``metrics.jsonl`` in the run folder: the record of a run, one JSON object per line."""
+    """``metrics.jsonl`` in the run folder: the record of a run, one JSON object per line.
+
+    Records that cannot be written wait in memory, and are tried again with each one that follows: a disk that is full
+    for a while ends no run and leaves no gap.
+    """
 
     required = True
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._path = Path(METRICS)
+        self._file: BinaryIO | None = None
+        self._whole_bytes = 0
+        self._waiting: list[Record] = []
+        self._rewind_to: int | None = None
 
     def open(self, run: Run) -> None:
         """Continue the file from the step the run resumes at."""
-        path = run.folder / METRICS
-        drop_records_after(path, run.progress.step)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close()
+        self._path = run.folder / METRICS
+        drop_records_after(self._path, run.progress.step)
+        self._open_to_append()
+
+    def _open_to_append(self) -> None:
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+        self._whole_bytes = os.fstat(self._file.fileno()).st_size
 
     def write(self, record: Record) -> None:
-        """Append one line."""
+        """Append one line, after those that wait.
+
+        Raises:
+            OSError: as ``flush``, once too many wait.
+        """
+        self._waiting.append(record)
+        try:
+            self.flush()
+        except OSError as error:
+            if len(self._waiting) > MOST_WAITING:
+                raise
+            if len(self._waiting) == 1:
+                self._warn(error)
+
+    def _warn(self, error: OSError) -> None:
+        print(
+            f"warning: metrics cannot be written, and wait in memory: {self._path}: {error}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+    def flush(self) -> None:
+        """Append what waits.
+
+        Raises:
+            OSError: a line cannot be written; no part of it stays in the file.
+        """
+        if self._rewind_to is not None:
+            if self._file is not None:
+                self._file.close()
+            drop_records_after(self._path, self._rewind_to, keep_events=True)
+            self._open_to_append()
+            self._rewind_to = None
         assert self._file is not None
-        self._file.write(json.dumps(record) + "\n")
+        while self._waiting:
+            line = (json.dumps(self._waiting[0]) + "\n").encode()
+            try:
+                written = self._file.write(line)
+                if written != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with contextlib.suppress(OSError):  # a device cannot be cut
+                    self._file.truncate(self._whole_bytes)
+                raise
+            self._whole_bytes += len(line)
+            del self._waiting[0]
 
     def rewind(self, run: Run) -> None:
-        """Drop later steps; events stay."""
-        self.close()
-        drop_records_after(run.folder / METRICS, run.progress.step, keep_events=True)
-        self._file = open(run.folder / METRICS, "a", buffering=1)  # noqa: SIM115 - closed in close()
+        """Drop later steps; events stay. Where the file cannot be written anew, that waits like records."""
+        step = run.progress.step
+        self._waiting = [r for r in self._waiting if r["kind"] == "event" or r["step"] <= step]
+        self._rewind_to = step if self._rewind_to is None else min(step, self._rewind_to)
+        try:
+            self.flush()
+        except OSError as error:
+            self._warn(error)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; what waits is tried a last time."""
         if self._file is not None:
-            self._file.close()
+            try:
+                self.flush()
+            finally:
+                self._file.close()
 
 
 class Console(Sink):

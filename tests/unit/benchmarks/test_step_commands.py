@@ -185,17 +185,3 @@ def test_llama_learns_too() -> None:
     step = build_loop(contender, CPU).step
     losses = [float(step()) for _ in range(9)]
     assert losses[8] < losses[0]  # the same batch twice, 8 steps apart
-
-
-def test_parts_of_the_suite_share_the_time() -> None:
-    from benchmarks import gpu_suite
-
-    ends = gpu_suite.ends_of(list(gpu_suite.SHARES))
-    assert list(ends) == list(gpu_suite.SHARES) and ends["profile"] == pytest.approx(1)
-    assert ends["tests"] == pytest.approx(0.18) and ends["ceilings"] == pytest.approx(0.19)
-    assert gpu_suite.ends_of(["train-step", "profile"]) == pytest.approx(
-        {"train-step": 34 / 39, "profile": 1}
-    )
-    tests = gpu_suite.gpu_tests()
-    assert "tests/kernels/test_lowdim_gpu.py" in tests and "tests/kernels/test_tiles.py" not in tests
-    assert all((ROOT / test).is_file() for test in tests)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_lpa.engine.launch import explained_losses
+from megatron_lpa.config import TrainConfig
+from megatron_lpa.engine.launch import collective_timeout, explained_losses
 from megatron_lpa.engine.tensor_file import write_tensors
-from megatron_lpa.errors import RankError
+from megatron_lpa.errors import EXIT_HANG, RankError, RankHang
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,28 @@ def test_a_lost_neighbour_is_one_line_with_what_to_do(words: str, monkeypatch: p
         raise RuntimeError(words)
     assert str(told.value).startswith("rank 3 lost its connection to another process, which has ended")
     assert "\n" not in str(told.value) and "GLHF" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete",
+        "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5)",
+    ],
+)
+def test_a_neighbour_that_does_not_answer_is_a_hang(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(RankHang) as told, explained_losses():
+        raise RuntimeError(words)
+    assert str(told.value).startswith("rank 3 waited for another process, which does not answer")
+    assert told.value.exit_code == EXIT_HANG and "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("limit_s", [TrainConfig.step_timeout_s, 0.0, 4.0, 7200.0])
+def test_the_watchdog_comes_before_the_time_out_of_collectives(limit_s: float) -> None:
+    """It can say which rank is where; gloo and NCCL cannot."""
+    seconds = collective_timeout(limit_s).total_seconds()
+    assert seconds >= limit_s + 300 and seconds >= 1800
 
 
 def test_other_errors_keep_their_traceback() -> None:

@@ -30,17 +30,19 @@ FUSED = ("fused", "128,64,64,8,3,1", "128,64,64,8,3,1")
 def line(**changes: Any) -> dict[str, Any]:
     return {
         "dtype": "bfloat16", "d_in": 1024, "ranks": [128] * 3, "widths": [1024] * 3, "norm": False,
-        "training": True, "tokens": 16384, "path": "fused", "forward_tile": FUSED[1], "backward_tile": FUSED[2],
+        "device": "H200", "training": True, "tokens": 16384, "path": "fused", "forward_tile": FUSED[1], "backward_tile": FUSED[2],
     } | changes  # fmt: skip
 
 
 @pytest.fixture
-def gpu_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A GPU of compute capability 9.0 whose table has two measured cases."""
     cases = [line(), line(tokens=64, path="joined", forward_tile="", backward_tile="")]
-    table = parse_table({"cases": cases}, Path("table.json"), (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(dispatch, "read_table", lambda capability: table)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H200")
+    monkeypatch.setattr(dispatch, "TUNING_FOLDER", tmp_path)
+    (tmp_path / "sm_90.json").write_text(json.dumps({"cases": cases}))
+    monkeypatch.setattr(dispatch, "read_table", dispatch.read_table.__wrapped__)  # not cached
     monkeypatch.setattr(dispatch, "why_not_fused", lambda case, device_type: None)
 
 
@@ -57,13 +59,13 @@ def test_the_cpu_takes_the_eager_path() -> None:
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 def test_shipped_tables_parse_and_say_whether_they_are_measured(capability: tuple[int, int]) -> None:
     content = json.loads(dispatch.table_path(capability).read_text())
-    table = read_table(capability)
+    table = read_table(capability, "any")
     assert content["device"] == f"sm_{capability[0]}{capability[1]}"
     assert (content["status"] == "not measured") == (not table) == (content["machine"] is None)
 
 
 def test_a_device_without_a_table() -> None:
-    assert read_table((7, 5)) == {}
+    assert read_table((7, 5), "any") == {}
 
 
 @pytest.mark.usefixtures("gpu_table")
@@ -84,6 +86,11 @@ def test_the_table_decides() -> None:
 def test_a_case_counts_for_near_numbers_of_tokens_only(tokens: int, path: str) -> None:
     measured = ((64, ("joined", "", "")), (16384, FUSED))
     assert nearest(measured, tokens).path == path
+
+
+def test_what_was_measured_for_few_tokens_only_says_nothing_about_many() -> None:
+    measured = ((16, FUSED),)
+    assert [nearest(measured, tokens).path for tokens in (64, 65, 10**5)] == ["fused", "eager", "eager"]
 
 
 def test_between_two_measured_cases_the_nearer_counts() -> None:
@@ -126,6 +133,7 @@ def test_forcing_what_cannot_run(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H200")
     with pytest.raises(UserError, match=f"'fused' cannot run: .*{reason}.*use 'auto'"):
         choose("fused", case, 100, device)
 
@@ -147,4 +155,25 @@ def test_forcing_the_kernel_without_triton(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_tables_that_cannot_be_right(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        parse_table({"cases": [line(**changes)]}, Path("table.json"), (9, 0))
+        parse_table({"cases": [line(**changes)]}, Path("table.json"), (9, 0), "H200")
+
+
+def test_lines_of_the_same_device_go_before_others_of_its_capability() -> None:
+    joined = {"path": "joined", "forward_tile": "", "backward_tile": ""}
+    cases = [
+        line(device="H100", **joined),
+        line(),
+        line(device="H100", tokens=1024),
+        line(device="H100", d_in=768),
+    ]
+
+    def lines_for(device: str, d_in: int = 1024) -> list[tuple[int, str]]:
+        table = parse_table({"cases": cases}, Path("table.json"), (9, 0), device)
+        return [(tokens, plan[0]) for tokens, plan in table[CASE._replace(d_in=d_in)]]
+
+    assert lines_for("H200") == [
+        (16384, "fused")
+    ]  # not the line for 1024 tokens either: one card's crossover
+    assert lines_for("H100") == [(1024, "fused"), (16384, "joined")]
+    assert lines_for("H200", 768) == [(16384, "fused")]  # measured on the other card only
+    assert len(lines_for("H20")) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -38,6 +39,30 @@ def test_a_hang_ends_the_process_with_the_stage_and_the_stacks(tmp_path: Path) -
     )
     stacks = (tmp_path / FOLDER / "rank_00003.txt").read_text()
     assert "read_a_disk_that_does_not_answer" in stacks
+
+
+def test_a_disk_that_never_answers_cannot_keep_the_process(tmp_path: Path) -> None:
+    """Opening a pipe that nobody reads from blocks as a dead network disk does."""
+    (tmp_path / FOLDER).mkdir(parents=True)
+    os.mkfifo(tmp_path / FOLDER / "rank_00003.txt")
+    code = HANGS.replace(
+        "watchdog = ",
+        "from megatron_lpa.train import watchdog as module; module.LAST_WORDS_S = 1.0; watchdog = ",
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=30)  # fmt: skip
+    assert done.returncode == EXIT_HANG
+    assert "error: rank 3 is reading data after 4 steps, for " in done.stderr
+
+
+def test_native_code_that_keeps_python_s_lock_cannot_keep_the_process(tmp_path: Path) -> None:
+    """The watchdog's threads cannot run either."""
+    code = HANGS.replace("time.sleep(60)", "import ctypes; ctypes.PyDLL(None).usleep(30_000_000)").replace(
+        "watchdog = ",
+        "from megatron_lpa.train import watchdog as module; module.BACKSTOP_S = 0.3; watchdog = ",
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=25)  # fmt: skip
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr and "read_a_disk_that_does_not_answer" in done.stderr
 
 
 STOPPED = """
@@ -86,6 +111,17 @@ def test_the_rank_that_is_elsewhere_is_named(tmp_path: Path) -> None:
         "rank 2 is reading data after 7 steps, where most ranks are waiting for other ranks after 7 steps: "
         "look at it first"
     ]
+
+
+def test_ranks_that_are_not_heard_of_are_named(tmp_path: Path) -> None:
+    assert odd_ones(tmp_path, 4) == []  # when no file arrives, the disk is what is wrong
+    for rank in (0, 3):
+        report(tmp_path, rank, "waiting for other ranks", 7)
+    (line,) = odd_ones(tmp_path, 4)
+    assert line.startswith(
+        "nothing is heard of 2 of 4 ranks (1, 2): each stands still as a whole, is gone, or"
+    )
+    assert "(1, 2, 4, " in odd_ones(tmp_path, 64)[0] and "20, 21, ...)" in odd_ones(tmp_path, 64)[0]
 
 
 def test_without_a_limit_nothing_is_watched(tmp_path: Path) -> None:

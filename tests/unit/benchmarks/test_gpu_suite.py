@@ -1,0 +1,185 @@
+"""What the GPU suite does when tests fail, do not end, or packages are missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu_suite, suite_tests, train_step
+from benchmarks.processes import ROOT
+
+PASSED = {"exit_code": 0, "counts": {"passed": 5}, "passed": True, "output": ""}
+FAILED = {"exit_code": 1, "counts": {"passed": 4, "failed": 1}, "passed": False, "output": ""}
+UNFINISHED = {"exit_code": None, "counts": {"passed": 4}, "passed": False, "output": ""}
+
+
+def arguments_of(module: Any, *words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def ran(tmp_path: Path, *parts: str) -> tuple[dict[str, Any], str | int | None]:
+    """The result of a dry run of some parts, and what it exited with."""
+    output, table = tmp_path / "suite.json", tmp_path / "shipped.json"
+    words = ["--dry-run", "--parts", *parts, "--output", str(output), "--table", str(table)]
+    code = None
+    try:
+        gpu_suite.run(arguments_of(gpu_suite, *words))
+    except SystemExit as stop:
+        code = stop.code
+    return json.loads(output.read_text()), code
+
+
+@pytest.mark.parametrize("found", [FAILED, UNFINISHED, {**PASSED, "counts": {"skipped": 5}, "passed": False}])
+def test_without_passed_tests_no_table_is_shipped_and_the_rest_goes_on(
+    found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite_tests, "run_tests", lambda *_: found)
+    result, code = ran(tmp_path, "tests", "tune")
+    assert code == "failed: tests"
+    assert {name: part["status"] for name, part in result["parts"].items()} == {
+        "tests": "failed",
+        "tune": "done",
+    }
+    assert result["tests"]["gate"] == found
+    assert not (tmp_path / "shipped.json").exists()
+    assert len(json.loads((tmp_path / "suite.table.json").read_text())["cases"]) == len(result["tune"]) > 0
+    assert result["table"].endswith("suite.table.json")
+
+
+def test_a_table_is_shipped_after_passed_tests_and_where_they_were_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite_tests, "run_tests", lambda *_: PASSED)
+    for parts in (("tests", "tune"), ("tune",)):
+        result, code = ran(tmp_path, *parts)
+        assert code is None and result["table"].endswith("shipped.json")
+        (tmp_path / "shipped.json").unlink()
+    assert not (tmp_path / "suite.table.json").exists()
+
+
+def test_other_tests_may_be_unfinished_but_not_fail() -> None:
+    assert not suite_tests.failed(UNFINISHED) and not suite_tests.failed(PASSED)
+    assert suite_tests.failed(FAILED)
+    assert suite_tests.failed({**UNFINISHED, "counts": {"error": 1}})
+    assert suite_tests.failed({"exit_code": 2, "counts": {}})  # interrupted, as by an error in a conftest
+
+
+def test_outcomes_are_counted_as_tests_finish() -> None:
+    alone = """
+tests/a.py::test_one[x y] PASSED                                         [ 14%]
+tests/a.py::test_two SKIPPED (needs DeepSpeed)                           [ 28%]
+tests/a.py::test_three FAILED                                            [ 42%]
+FAILED tests/a.py::test_three - assert 1 == 2
+=================== 1 failed, 1 passed, 1 skipped in 1.00s ===================
+"""
+    assert suite_tests.counted(alone) == {"passed": 1, "skipped": 1, "failed": 1}
+    parallel = """
+scheduling tests via LoadScheduling
+tests/a.py::test_one 
+[gw1] [ 14%] PASSED tests/a.py::test_one 
+[gw0] [ 28%] PASSED tests/a.py::test_two[x y] 
+[gw0] [100%] ERROR tests/a.py::test_three 
+"""
+    assert suite_tests.counted(parallel) == {"passed": 2, "error": 1}
+
+
+def test_tests_that_do_not_end_are_ended_with_all_they_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    child = tmp_path / "child"
+    (tmp_path / "test_endless.py").write_text(
+        "import subprocess, time\n"
+        "def test_quick(): pass\n"
+        "def test_endless():\n"
+        "    process = subprocess.Popen(['sleep', '300'])\n"
+        f"    open({str(child)!r}, 'w').write(str(process.pid))\n"
+        "    time.sleep(300)\n"
+    )
+    result = suite_tests.run_tests([str(tmp_path / "test_endless.py")], tmp_path / "log", limit_s=10.0)
+    assert result["exit_code"] is None and not result["passed"]
+    assert result["counts"] == {"passed": 1}
+    process = Path(f"/proc/{child.read_text()}/stat")
+    end = time.monotonic() + 10
+    while process.exists() and process.read_text().split()[2] != "Z" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not process.exists() or process.read_text().split()[2] == "Z"
+
+
+def test_failing_and_passing_tests(tmp_path: Path) -> None:
+    (tmp_path / "test_mixed.py").write_text("def test_good(): pass\ndef test_bad(): assert False\n")
+    result = suite_tests.run_tests([str(tmp_path / "test_mixed.py")], tmp_path / "log", 60.0)
+    assert result["exit_code"] == 1 and not result["passed"] and suite_tests.failed(result)
+    assert result["counts"] == {"passed": 1, "failed": 1} and "assert False" in result["output"]
+    again = suite_tests.run_tests([str(tmp_path / "test_mixed.py")], tmp_path / "log", 60.0, ["-k", "good"])
+    assert again["passed"] and again["counts"] == {"passed": 1}
+
+
+def test_parts_share_the_time() -> None:
+    assert sum(gpu_suite.SHARES.values()) == pytest.approx(1)
+    ends = gpu_suite.ends_of(list(gpu_suite.SHARES))
+    assert list(ends) == list(gpu_suite.SHARES) and ends["profile"] == pytest.approx(1)
+    assert ends["tests"] == pytest.approx(0.20) and ends["ceilings"] == pytest.approx(0.21)
+    assert gpu_suite.ends_of(["train-step", "profile"]) == pytest.approx(
+        {"train-step": 30 / 35, "profile": 1}
+    )
+
+
+def test_which_tests_a_gpu_runs() -> None:
+    tests = suite_tests.gpu_tests()
+    assert tests[0] == "tests/kernels/test_lowdim_gpu.py" and "tests/integration/test_no_sync_gpu.py" in tests
+    assert "tests/kernels/test_lowdim_kernel.py" in tests and "tests/kernels/test_tiles.py" not in tests
+    assert len(tests) == len(set(tests)) and all((ROOT / test).is_file() for test in tests)
+
+
+def test_memory_is_compared_without_deepspeed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert gpu_suite.memory_loops() == ["bare", "engine"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert gpu_suite.memory_loops() == ["bare"]
+
+
+def test_the_most_telling_pairs_come_first_and_in_both_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+
+    def measure(contender: Any, *_: Any) -> dict[str, Any]:
+        started.append(contender.name)
+        return (
+            {"error": "as if"}
+            if contender.loop == "llama"
+            else {"rounds_ms": [[1.0]], "peak_memory_bytes": None}
+        )
+
+    monkeypatch.setattr(train_step, "run_in_process", measure)
+    monkeypatch.setattr(train_step, "missing", lambda contender: {})
+    *_, result = train_step.results(arguments_of(train_step), None)
+    bare = ["3b/transformer bare", "3b/lpa bare"]
+    engine = ["3b/transformer engine", "3b/lpa engine"]
+    rest = ["3b/same_param bare", "3b/same_param engine"]
+    assert started == [*bare, *bare[::-1], "3b/transformer llama", *engine, *engine[::-1], *rest, *rest[::-1]]
+    assert [len(record.get("all_steps_ms", [])) for record in result["contenders"]] == [2, 2, 0, 2, 2, 2, 2]
+
+
+def test_no_process_starts_for_a_loop_whose_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(
+        train_step,
+        "run_in_process",
+        lambda contender, *_: started.append(contender.loop) or {"error": "as if"},
+    )
+    find = train_step.importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *rest: None if name in ("deepspeed", "transformers") else find(name, *rest),
+    )
+    *_, result = train_step.results(arguments_of(train_step), None)
+    assert started == ["bare"] * 3
+    missing = [record.get("missing_package") for record in result["contenders"]]
+    assert missing == [None, None, "transformers", "deepspeed", "deepspeed", None, "deepspeed"]

@@ -1,0 +1,75 @@
+"""Which checkpoints are tried after one that was on its way has failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_lpa.config.run import TrainConfig
+from megatron_lpa.engine.checkpoint import CheckpointNotWritten
+from megatron_lpa.engine.launch import collective_timeout
+from megatron_lpa.engine.manifest import Progress
+from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.train.callbacks import checkpoints as module
+from megatron_lpa.train.callbacks.checkpoints import Checkpoints
+
+
+class FakeSaving:
+    """Written in no time; those of ``broken`` steps fail when they are completed."""
+
+    broken: tuple[int, ...] = ()
+    written: list[int] = []  # noqa: RUF012 - emptied by each test
+    written_here, blocked_s = False, 0.0
+
+    def __init__(self, engine: Any, folder: Any, progress: Progress, *_: Any) -> None:
+        self.progress = progress
+
+    def complete(self) -> Path:
+        if self.progress.step in self.broken:
+            raise CheckpointNotWritten("the disk was full")
+        self.written.append(self.progress.step)
+        return Path(f"step_{self.progress.step:08d}")
+
+
+def trained(monkeypatch: pytest.MonkeyPatch, steps: int, broken: tuple[int, ...], on_failure: str) -> list[int]:  # fmt: skip
+    monkeypatch.setattr(module, "Saving", FakeSaving)
+    monkeypatch.setattr(module, "state_is_finite", lambda engine: True)
+    monkeypatch.setattr(FakeSaving, "broken", broken)
+    monkeypatch.setattr(FakeSaving, "written", [])
+    train = TrainConfig(checkpoint_interval=3, on_checkpoint_failure=on_failure)  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(train=train), steps=steps, saved_step=-1, is_main=True, checkpoints=Path("x"), order=None,
+        engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(),
+    )  # fmt: skip
+    callback = Checkpoints(SimpleNamespace(emit=lambda *_: None), SimpleNamespace(loss_at=lambda step: None))  # type: ignore[arg-type]
+    for step in range(1, steps + 1):
+        run.progress = Progress(step=step)
+        callback.after_step(run, SimpleNamespace())  # type: ignore[arg-type]
+    callback.on_finish(run)
+    return FakeSaving.written
+
+
+def test_a_failed_one_does_not_keep_the_next_from_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one of step 6 turns out to have failed when that of step 9, the last, is due."""
+    assert trained(monkeypatch, 9, (6,), "continue") == [3, 9]
+    assert trained(monkeypatch, 12, (6,), "continue") == [3, 9, 12]
+    assert trained(monkeypatch, 8, (6,), "continue") == [3, 8]
+
+
+def test_the_last_one_has_to_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointNotWritten):
+        trained(monkeypatch, 9, (9,), "continue")
+
+
+def test_the_first_failure_ends_a_run_that_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointNotWritten):
+        trained(monkeypatch, 9, (3,), "stop")
+
+
+def test_collectives_wait_longer_than_the_watchdog() -> None:
+    for limit_s in (TrainConfig().step_timeout_s, 10.0, 86_400.0):
+        assert collective_timeout(limit_s).total_seconds() >= limit_s + 60
+    assert collective_timeout(0).total_seconds() >= 1800
