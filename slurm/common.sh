@@ -4,13 +4,14 @@
 # the exit codes:
 #
 #   0 complete   1 the run folder cannot be written   2 wrong options   3 a node cannot train
-#   4 no progress over several starts   5 SLURM refused to requeue   143 stopped by SIGTERM
-readonly EXIT_FOLDER=1 EXIT_OPTIONS=2 EXIT_HEALTH=3 EXIT_NO_PROGRESS=4 EXIT_NOT_REQUEUED=5 EXIT_STOPPED=143
+#   4 no progress over several starts   5 SLURM refused to requeue   78 training would end like this again
+#   143 stopped by SIGTERM
+readonly EXIT_FOLDER=1 EXIT_OPTIONS=2 EXIT_HEALTH=3 EXIT_NO_PROGRESS=4 EXIT_NOT_REQUEUED=5 EXIT_REFUSED=78 EXIT_STOPPED=143
 
 asked_by="" # USR1: save, then start again. TERM: save, then end.
 signalled=""
 training="" # process id of the training step's srun
-timers=()   # process ids of what ends a checkpoint that takes too long
+timers=()   # process ids of what ends a checkpoint that takes too long, and of what asks again
 
 say() { printf '%s %s: %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "job $SLURM_JOB_ID" "$*"; }
 
@@ -30,7 +31,21 @@ on_signal() {
     # Through SLURM, which reaches the processes on all nodes; srun takes a SIGTERM of its own for an order to kill.
     # It fails for a job that is cancelled, whose processes SLURM has told already.
     scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true
+    ask_again
     if [[ $1 == USR1 ]]; then requeue_at_the_latest; fi
+}
+
+# A signal that comes while srun still starts the processes reaches none of them. A second one does no harm.
+ask_again() {
+    (
+        trap - USR1 TERM
+        for pause in 5 15 30 60; do
+            sleep "$pause"
+            scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true
+        done
+    ) &
+    disown
+    timers+=("$!")
 }
 
 # Once the time limit has ended the job, SLURM does not start it again. So a checkpoint that takes too long is given up.
@@ -88,6 +103,25 @@ check_health() {
         "${python[@]}" "$repository/tools/health_check.py" node --gpus "$gpus" "$@" |
         "${python[@]}" "$repository/tools/health_check.py" judge "${hosts[@]}"
 }
+
+# Once a job has trained, a node that is not ready may become so: memory that dying processes still hold, a slow mount.
+# At the first start somebody is there to mend it.
+wait_for_health() {
+    local attempt
+    for attempt in 1 2 3; do
+        if check_health "$@" || [[ -n $asked_by ]]; then return; fi
+        if ((restarts == 0)); then fail "$EXIT_HEALTH" "the nodes are not ready, so training was not started"; fi
+        say "the nodes are not ready (attempt $attempt of 3)"
+        if ((attempt < 3)); then
+            sleep "${HEALTH_PAUSE_S:-60}" &
+            wait "$!" || true # a signal ends the wait
+        fi
+    done
+    start_again
+}
+
+# Whether a process of this start has said that another start would end alike.
+refused() { grep -q -s "^exit code $EXIT_REFUSED: " -- "$logs"/rank_*.log; }
 
 # What the ranks' logs say went wrong; rank 0's is in this log already.
 show_errors() {
@@ -168,7 +202,7 @@ train_on_slurm() {
     say "start $((restarts + 1)) on $(IFS=,; echo "${hosts[*]}"): $processes processes, logs in $logs"
 
     on_all_nodes=(--nodes="$nodes" --distribution=block --mpi=none)
-    check_health "$@" || fail "$EXIT_HEALTH" "the nodes are not ready, so training was not started"
+    wait_for_health "$@"
 
     if [[ -z $asked_by ]]; then
         # shellcheck disable=SC2016  # the variables of each task
@@ -179,6 +213,7 @@ train_on_slurm() {
                 LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE; exec "$@"' rank \
             "${python[@]}" -m megatron_lpa.pretrain "$@" &
         training=$!
+        if [[ -n $asked_by ]]; then on_signal "$asked_by"; fi # it came just before there was anything to pass it on to
         # scancel's SIGTERM reaches tail as well, which has to tell how training ends.
         (trap '' TERM && exec tail -n +1 -F --pid="$training" -- "$first_log" 2>/dev/null) &
         tail_process=$!
@@ -196,7 +231,12 @@ train_on_slurm() {
     fi
     say "training ended with exit code $status at the checkpoint of step $(newest_step)"
     if [[ $asked_by == TERM ]]; then exit "$EXIT_STOPPED"; fi
-    if [[ -z $asked_by ]]; then show_errors; fi
+    if [[ -z $asked_by ]]; then
+        show_errors
+        if refused; then
+            fail "$EXIT_REFUSED" "another start would end in the same way, so there is none; mend the cause and submit the job again"
+        fi
+    fi
     start_again
 }
 

@@ -163,3 +163,15 @@ def test_a_disk_that_is_full_for_a_while(folder, tmp_path, choice, monkeypatch):
     assert len(warnings) == 2 and "training goes on" in finished.stderr[0]
     assert "could not be written" not in finished.stderr[1]
     assert sum("checkpoint failed" in r["message"] for r in records(run, "event")) == 2
+
+
+def test_data_that_cannot_be_read_for_a_while_costs_no_step(folder):
+    """All processes agree on it between two steps, so what was trained until then is saved."""
+    saving = ["--train.checkpoint_interval", "4", "--train.keep_checkpoints", "0"]
+    stopped = launch(arguments("unreadable", *saving), 2, folder, {6: "unreadable"})
+    assert stopped.codes == [1, 1], stopped.stderr
+    assert stopped.errors == ["error: rank 1: data.bin: Input/output error"]
+    run = folder / "runs" / "unreadable"
+    assert steps_of(run) == [4, 6]
+    assert launch(arguments("unreadable", *saving), 2, folder).codes == [0, 0]
+    assert [record["step"] for record in records(run, "train")] == list(range(1, 9))

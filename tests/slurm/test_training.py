@@ -208,7 +208,7 @@ def test_a_job_that_always_fails_is_not_started_for_ever(site: Site) -> None:
     run.mkdir(parents=True)
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        job = site.submit("locked run")
+        job = site.submit("locked run", RUN_LOCK_WAIT_S="1")
         ended, output = site.ended(job)
     assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 4, 1), output
     for start in range(2):
@@ -216,6 +216,29 @@ def test_a_job_that_always_fails_is_not_started_for_ever(site: Site) -> None:
         assert "error: " in log.read_text()
         assert "another run is writing here" in log.read_text()
     assert "error: 2 starts of this job brought no checkpoint after step 0" in output
+
+
+def test_an_error_that_stays_is_not_tried_again(site: Site, undisturbed: Path) -> None:
+    """The same run with another model, which no other start would change."""
+    job = site.submit("whole run", "lpa_3b", "--model.num_layers", "1")
+    ended, output = site.ended(job)
+    assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 78, 0), output
+    assert "was written with another model" in output
+    assert "another start would end in the same way" in output
+
+
+def test_a_requeued_job_whose_nodes_are_not_ready_starts_again(site: Site) -> None:
+    """The dataset is gone when the job comes back, as with a mount that is slow."""
+    data = site.folder / "slow data"
+    shutil.copytree(site.folder / "my data", data)
+    prefix = ("--data.prefix", str(data / "tokens"))
+    job = site.submit("slow run", "lpa_3b", *prefix, HEALTH_PAUSE_S="0")
+    site.wait_for_step(job, "slow run", 5)
+    data.rename(site.folder / "away")
+    site.cluster.signal_script(job, "USR1")
+    ended, output = site.ended(job)
+    assert "the nodes are not ready (attempt 3 of 3)" in output and output.count("requeued") >= 2, output
+    assert (ended.state, ended.exit_code) == ("FAILED", 4), output
 
 
 def test_nodes_that_cannot_train_are_named_before_training_starts(site: Site) -> None:
