@@ -41,7 +41,10 @@ CODE = (
 ENVIRONMENT = re.compile(
     r"(NCCL|TORCH_NCCL|GLOO|OMP|DS|CUDA_VISIBLE|SLURM_JOB|SLURM_NTASKS|SLURM_GPUS|MASTER)_\w+|DEVICE|CONTAINER|PYTHON"
 )
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+SECRET = re.compile(
+    r"KEY|TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|_PWD$|(^|_)(PAT|AUTH|PASS)(_|$)",
+    re.IGNORECASE,
+)
 SHORTEST_SECRET = 8
 COMMAND_S = 30
 
@@ -49,7 +52,8 @@ COMMAND_S = 30
 def without_secrets(text: str) -> str:
     """``text`` without the values of variables that are called like secrets, and without passwords in URLs."""
     for name, value in os.environ.items():
-        if SECRET.search(name) and len(value) >= SHORTEST_SECRET:
+        names_a_file = value.startswith("/") and Path(value).exists()  # whose path is no secret
+        if SECRET.search(name) and len(value) >= SHORTEST_SECRET and not names_a_file:
             text = text.replace(value, f"<{name}>")
     return re.sub(r"(\w://)[^\s/@]+@", r"\1<removed>@", text)
 

@@ -13,6 +13,7 @@ damaged from outside. What is on its way in or out has a name of its own:
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -56,10 +57,13 @@ def _replaced(checkpoint: Path) -> Path:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make names inside ``folder`` survive a power cut."""
+    """Make names inside ``folder`` survive a power cut, where its file system can: some refuse to be asked."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -79,6 +79,25 @@ def test_other_code_than_at_the_first_start_is_told_of(
     assert "note: the code is not that of the first start" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "name", ["WANDB_API_KEY", "HF_TOKEN", "GH_PAT", "HF_AUTH", "DB_PWD", "my_password", "AUTH_HEADER"]
+)
+def test_what_is_called_like_a_secret(
+    tool: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "/9j2kd83hs")
+    assert tool.without_secrets("a /9j2kd83hs b") == f"a <{name}> b"
+
+
+@pytest.mark.parametrize("name", ["TOKENIZER", "PATH_TO_DATA", "AUTHOR", "SSH_KEY_FILE", "PWD"])
+def test_a_path_is_no_secret(
+    tool: SimpleNamespace, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a snapshot's config would name no data that exists."""
+    monkeypatch.setenv(name, str(tmp_path))
+    assert tool.without_secrets(f"prefix: {tmp_path}") == f"prefix: {tmp_path}"
+
+
 def test_secrets_stay_out(tool: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
