@@ -234,8 +234,11 @@ def test_a_requeued_job_whose_nodes_are_not_ready_starts_again(site: Site) -> No
     prefix = ("--data.prefix", str(data / "tokens"))
     job = site.submit("slow run", "lpa_3b", *prefix, HEALTH_PAUSE_S="0")
     site.wait_for_step(job, "slow run", 5)
-    data.rename(site.folder / "away")
     site.cluster.signal_script(job, "USR1")
+    deadline = time.monotonic() + 100
+    while not list((site.run("slow run") / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    data.rename(site.folder / "away")  # SLURM takes seconds to start the job again
     ended, output = site.ended(job)
     assert "the nodes are not ready (attempt 3 of 3)" in output and output.count("requeued") >= 2, output
     assert (ended.state, ended.exit_code) == ("FAILED", 4), output
