@@ -22,8 +22,17 @@ class TryAgain(UserError):
     exit_code = EXIT_FAILED
 
 
-class AgreedProblem(TryAgain):
-    """The same between two steps, which all ranks know of: their state is whole, and can still be saved."""
+class AgreedProblem(UserError):
+    """What all ranks know of between two steps: their state is whole, and can still be saved.
+
+    Args:
+        message: of all ranks that have a problem.
+        exit_code: that of the worst one.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class RankError(TryAgain):

@@ -11,7 +11,8 @@ readonly EXIT_FOLDER=1 EXIT_OPTIONS=2 EXIT_HEALTH=3 EXIT_NO_PROGRESS=4 EXIT_NOT_
 asked_by="" # USR1: save, then start again. TERM: save, then end.
 signalled=""
 training="" # process id of the training step's srun
-timers=()   # process ids of what ends a checkpoint that takes too long, and of what asks again
+timers=()   # process ids of what ends a checkpoint that takes too long
+asker=""    # process id of what repeats the signal until training ends
 
 say() { printf '%s %s: %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "job $SLURM_JOB_ID" "$*"; }
 
@@ -31,21 +32,27 @@ on_signal() {
     # Through SLURM, which reaches the processes on all nodes; srun takes a SIGTERM of its own for an order to kill.
     # It fails for a job that is cancelled, whose processes SLURM has told already.
     scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true
-    ask_again
-    if [[ $1 == USR1 ]]; then requeue_at_the_latest; fi
+    if [[ -z $asker ]]; then ask_again; fi
+    if [[ $asked_by == USR1 ]]; then
+        requeue_at_the_latest
+    else # a job that was told to stop is not to start again
+        end_timers
+    fi
 }
 
 # A signal that comes while srun still starts the processes reaches none of them. A second one does no harm.
 ask_again() {
     (
         trap - USR1 TERM
-        for pause in 5 15 30 60; do
-            sleep "$pause"
-            scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true
-        done
+        while sleep 10; do scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true; done
     ) &
     disown
-    timers+=("$!")
+    asker="$!"
+}
+
+end_timers() {
+    if ((${#timers[@]})); then kill "${timers[@]}" 2>/dev/null || true; fi
+    timers=()
 }
 
 # Once the time limit has ended the job, SLURM does not start it again. So a checkpoint that takes too long is given up.
@@ -219,7 +226,8 @@ train_on_slurm() {
         tail_process=$!
         wait_for_training
         training=""
-        if ((${#timers[@]})); then kill "${timers[@]}" 2>/dev/null || true; fi
+        end_timers
+        if [[ -n $asker ]]; then kill "$asker" 2>/dev/null || true; fi
         wait "$tail_process" || true
     else
         status=$EXIT_STOPPED

@@ -35,7 +35,7 @@ from megatron_lpa.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (
-    "megatron_lpa/**/*.py", "megatron_lpa/**/*.yaml", "ds_configs/*.json", "slurm/*.sh", "tools/*.py",
+    "megatron_lpa/**/*.py", "megatron_lpa/**/*.yaml", "megatron_lpa/**/*.json", "ds_configs/*.json", "slurm/*.sh", "tools/*.py",
     "pyproject.toml", "constraints.txt",
 )  # fmt: skip
 ENVIRONMENT = re.compile(

@@ -28,10 +28,10 @@ import safetensors
 import torch
 
 import megatron_lpa
-from megatron_lpa.engine.convert_source import MASTER, Parameter, Source, SourceState
+from megatron_lpa.engine.convert_source import Parameter, Source, SourceState
 from megatron_lpa.engine.manifest import MANIFEST, WrittenFile, sealed, verify_files
 from megatron_lpa.engine.new_folder import new_folder
-from megatron_lpa.engine.reshard import fragment_key, shard_name
+from megatron_lpa.engine.reshard import MASTER, fragment_key, shard_name
 from megatron_lpa.engine.store import write_durably
 from megatron_lpa.engine.tensor_file import LazyTensor, write_lazily
 from megatron_lpa.engine.weights_files import INDEX, SHARD_BYTES, index_text, weights_name

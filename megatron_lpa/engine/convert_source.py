@@ -20,15 +20,12 @@ from megatron_lpa.engine.manifest import (
     step_of,
     verify_files,
 )
-from megatron_lpa.engine.reshard import StateReader, shard_box
+from megatron_lpa.engine.reshard import MASTER, MOMENTS, StateReader, shard_box
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import spec_of
-
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)

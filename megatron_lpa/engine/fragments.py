@@ -20,12 +20,10 @@ import torch
 from torch import nn
 
 from megatron_lpa.engine.build import Engine
+from megatron_lpa.engine.reshard import MASTER, MOMENTS
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import ParameterSpec, spec_of
-
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, eq=False)

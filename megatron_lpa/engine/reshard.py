@@ -18,6 +18,9 @@ from safetensors import SafetensorError, safe_open
 from megatron_lpa.engine.manifest import DamagedCheckpoint
 
 WHOLE = "whole"
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What a state holds of each parameter: the fp32 value, and AdamW's moments."""
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,10 @@ from typing import Any
 import torch
 
 from megatron_lpa.engine.convert import Converted
-from megatron_lpa.engine.convert_source import MASTER, MOMENTS, Parameter, Source, SourceState
+from megatron_lpa.engine.convert_source import Parameter, Source, SourceState
 from megatron_lpa.engine.manifest import sha256
 from megatron_lpa.engine.new_folder import new_folder
+from megatron_lpa.engine.reshard import MASTER, MOMENTS
 from megatron_lpa.engine.store import write_durably
 
 LATEST = "latest_universal"

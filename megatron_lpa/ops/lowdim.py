@@ -12,6 +12,7 @@ from megatron_lpa.ops.dispatch import Case, Plan, choose
 from megatron_lpa.ops.linear import autocast_dtype, linear
 from megatron_lpa.ops.lowdim_direct import lowdim
 from megatron_lpa.ops.lowdim_math import merge
+from megatron_lpa.ops.lowdim_op import Arguments
 
 
 class Pair(NamedTuple):
@@ -178,11 +179,11 @@ def _registered(
         bias_b = [p.w_b.new_zeros(p.w_b.shape[0]) if p.bias_b is None else p.bias_b for p in pairs]
     weight, eps = (None, 0.0) if norm is None else (norm.weight.to(x.dtype), norm.eps)
     cos, sin = (None, None) if rotary is None else rotary
-    outputs = lowdim(
+    arguments = Arguments(
         x, [pair.w_a for pair in pairs], [pair.w_b for pair in pairs], bias_a, bias_b,
         weight, eps, training, plan.forward_tile, plan.backward_tile, cos, sin, elementwise,
     )  # fmt: skip
-    return tuple(outputs)
+    return tuple(lowdim(arguments))
 
 
 def _cast(pair: Pair, dtype: torch.dtype) -> Pair:

@@ -24,6 +24,24 @@ Tensors = Sequence[torch.Tensor]
 OptionalTensors = Sequence[torch.Tensor | None]
 
 
+class Arguments(NamedTuple):
+    """Those of ``compute`` and of the operator, in their order; described there."""
+
+    x: torch.Tensor
+    w_a: Tensors
+    w_b: Tensors
+    bias_a: torch.Tensor | None
+    bias_b: Tensors
+    norm_weight: torch.Tensor | None
+    norm_eps: float
+    keep: bool
+    forward_tile: str
+    backward_tile: str
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    rotate_back_by: str
+
+
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """(..., d) -> (M, d), a view wherever the strides allow one."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])  # -1 would be ambiguous for zero tokens
@@ -187,29 +205,15 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
-    x, w_a, w_b, bias_a, bias_b, norm_weight, _, keep, _, backward_tile, cos, sin, rotate_back_by = inputs
-    assert keep, "the caller says keep=True wherever a gradient can be asked for"
-    save_for_backward(ctx, x, w_a, w_b, bias_a, len(bias_b), norm_weight, backward_tile, cos, sin, rotate_back_by, output[-2:])  # fmt: skip
+    save_for_backward(ctx, Arguments(*inputs), output)
 
 
-def save_for_backward(
-    ctx: Any,
-    x: torch.Tensor,
-    w_a: Tensors,
-    w_b: Tensors,
-    bias_a: torch.Tensor | None,
-    biases_b: int,
-    norm_weight: torch.Tensor | None,
-    backward_tile: str,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    rotate_back_by: str,
-    saved: Tensors,
-) -> None:
-    """What ``gradients_of`` needs: arguments of ``lowdim_op``, and the latents and 1/rms it returned."""
-    ctx.pairs, ctx.biases_b, ctx.backward_tile = len(w_a), biases_b, backward_tile
-    ctx.rotate_back_by = rotate_back_by
-    ctx.save_for_backward(x, *w_a, *w_b, bias_a, norm_weight, cos, sin, *saved)
+def save_for_backward(ctx: Any, a: Arguments, output: Tensors) -> None:
+    """What ``gradients_of`` needs of the arguments and of what ``compute`` returned."""
+    assert a.keep, "the caller says keep=True wherever a gradient can be asked for"
+    ctx.pairs, ctx.biases_b, ctx.backward_tile = len(a.w_a), len(a.bias_b), a.backward_tile
+    ctx.rotate_back_by = a.rotate_back_by
+    ctx.save_for_backward(a.x, *a.w_a, *a.w_b, a.bias_a, a.norm_weight, a.cos, a.sin, *output[-2:])
     ctx.set_materialize_grads(False)
 
 

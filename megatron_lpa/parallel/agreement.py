@@ -14,7 +14,18 @@ from megatron_lpa.parallel.groups import ParallelGroups
 
 Result = TypeVar("Result")
 
-_FINE, _OUTSIDE, _REFUSED = 0, 1, 2  # how bad a rank's problem is; the worst decides for all
+FINE, OUTSIDE, REFUSED = 0, 1, 2
+"""How bad a rank's problem is; the worst decides for all."""
+
+
+def severity_of(error: Exception) -> int:
+    """``REFUSED`` for bad input, which stays bad; ``OUTSIDE`` for what may be gone at the next attempt, or nobody foresaw."""
+    return REFUSED if isinstance(error, UserError) and not isinstance(error, TryAgain) else OUTSIDE
+
+
+def worst_error(severity: int) -> type[UserError]:
+    """What all ranks raise when the worst problem of any is this bad."""
+    return UserError if severity == REFUSED else TryAgain
 
 
 def largest_of_all(value: int, groups: ParallelGroups) -> int:
@@ -64,15 +75,14 @@ def together(work: Callable[[], Result], groups: ParallelGroups) -> Result:
             was a plain ``UserError``: a disk may answer again, where bad input stays bad.
     """
     result: Result | None = None
-    problem, severity = None, _FINE
+    problem, severity = None, FINE
     try:
         result = work()
     except (UserError, OSError) as error:
-        problem = str(error)
-        severity = _OUTSIDE if isinstance(error, (TryAgain, OSError)) else _REFUSED
+        problem, severity = str(error), severity_of(error)
     except Exception as error:
         traceback.print_exc()
-        problem, severity = f"{type(error).__name__}: {error}", _OUTSIDE
+        problem, severity = f"{type(error).__name__}: {error}", severity_of(error)
     if worst := largest_of_all(severity, groups):
-        raise (UserError if worst == _REFUSED else TryAgain)(gather_messages(problem, groups))
+        raise worst_error(worst)(gather_messages(problem, groups))
     return cast(Result, result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from megatron_lpa.data.batches import load_batch
@@ -39,7 +40,7 @@ def evaluate_split(run: Run, split: Samples, max_samples: int | None = None) -> 
         The loss; or None when any rank was asked to stop meanwhile.
 
     Raises:
-        TryAgain: on all ranks, when any rank cannot read its data.
+        AgreedProblem: on all ranks, when any rank cannot read its data.
     """
     engine, config, groups = run.engine, run.config, run.engine.groups
     samples = split.num_samples if max_samples is None else min(max_samples, split.num_samples)
@@ -47,11 +48,12 @@ def evaluate_split(run: Run, split: Samples, max_samples: int | None = None) -> 
     for positions, weights in evaluation_indices(
         samples, config.train.micro_batch_size, groups.dp_rank, groups.dp_size
     ):
-        batch, problem = None, None
+        batch: np.ndarray | None = None
+        problem: Exception | None = None
         try:
             batch = load_batch(split, split.in_order(positions), config.model.vocab_size)
         except (UserError, OSError) as error:
-            problem = str(error)
+            problem = error
         if not agree_to_go_on(run, problem):
             return None
         assert batch is not None

@@ -30,7 +30,8 @@ def train(run: Run, callbacks: Sequence[Callback]) -> int:
         0 when the run is complete, the signal's number when it was asked to stop.
 
     Raises:
-        TryAgain: on all ranks, when any rank cannot read its data or write its records.
+        AgreedProblem: on all ranks, when any rank cannot read its data, or write its records while it trains.
+        TryAgain: on all ranks, when records cannot be written at the end.
     """
     groups = run.engine.groups
     run.watchdog = Watchdog(
@@ -53,7 +54,7 @@ def train(run: Run, callbacks: Sequence[Callback]) -> int:
             run.enter(f"in {type(callback).__name__}")
             callback.on_finish(run)
         if largest_of_all(run.problem is not None, run.engine.groups):
-            raise TryAgain(gather_messages(run.problem, run.engine.groups))
+            raise TryAgain(gather_messages(str(run.problem) if run.problem else None, groups))
     finally:
         run.watchdog.stop()
         for callback in callbacks:
@@ -108,7 +109,7 @@ def train_one_step(run: Run) -> StepReport | None:
     return StepReport(result, lr, time.perf_counter() - started, data_wait_s)
 
 
-def _read_batches(run: Run) -> tuple[list[torch.Tensor], list[int], str | None]:
+def _read_batches(run: Run) -> tuple[list[torch.Tensor], list[int], Exception | None]:
     """This rank's micro-batches of the next step, or what is wrong with them."""
     train, groups = run.config.train, run.engine.groups
     positions = micro_batch_indices(
@@ -123,7 +124,7 @@ def _read_batches(run: Run) -> tuple[list[torch.Tensor], list[int], str | None]:
         indices = samples.shuffled(np.concatenate(positions))
         ids = torch.from_numpy(load_batch(samples, indices, run.config.model.vocab_size))
     except (UserError, OSError) as error:
-        return [], [], str(error)
+        return [], [], error
     return list(ids.split(train.micro_batch_size)), [int(chunk[0]) for chunk in positions], None
 
 

@@ -82,6 +82,7 @@ def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
     chosen = [together(lambda: _find_checkpoints(folder, groups), groups)]
     dist.broadcast_object_list(chosen, src=0, group=groups.control_group)
     run = Run(config, folder, Engine(config, groups), splits, steps, lock=lock)
+    together(lambda: run.order, groups)
     checkpoint = None
     if chosen[0]:
         resumed = load_newest(run.engine, chosen[0], run.order)

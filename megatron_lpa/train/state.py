@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from megatron_lpa.data.splits import Splits
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.manifest import Progress, SampleOrder
 from megatron_lpa.errors import AgreedProblem
-from megatron_lpa.parallel.agreement import gather_messages, largest_of_all
+from megatron_lpa.parallel.agreement import gather_messages, largest_of_all, severity_of, worst_error
 from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.watchdog import Watchdog
 
@@ -32,7 +33,7 @@ class Run:
         steps: optimizer steps of the whole run.
         progress: how far it has come.
         saved_step: step of the newest checkpoint; -1 when there is none.
-        problem: what went wrong on this rank alone. A rank that raised by itself would leave the others
+        problem: what went wrong on this rank alone; it says whether another attempt may help. A rank that raised by itself would leave the others
             waiting in a collective; the loop makes all ranks raise at the next agreement.
         stop: whether this process was asked to stop.
         lock: the open lock file of the run folder, on rank 0.
@@ -50,7 +51,7 @@ class Run:
     steps: int
     progress: Progress = Progress()  # noqa: RUF009 - frozen
     saved_step: int = -1
-    problem: str | None = None
+    problem: Exception | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     stopped_by: int = 0
     lock: IO[str] | None = None
@@ -69,9 +70,11 @@ class Run:
         """Whether this process writes logs."""
         return self.engine.groups.rank == 0
 
-    @property
+    @functools.cached_property
     def order(self) -> SampleOrder:
-        """What the order of training samples depends on."""
+        """What the order of training samples depends on. Start-up asks first: it reads a little of the data, which must
+        not be what keeps a checkpoint from being written later.
+        """
         train, samples = self.config.train, self.splits.train
         return SampleOrder(train.seed, samples.num_samples, train.global_batch_size, samples.facts())
 
@@ -84,7 +87,7 @@ class Run:
 GO_ON, STOP, FAIL = 0, 1000, 2000  # STOP carries the signal's number, FAIL outranks it
 
 
-def agree_to_go_on(run: Run, problem: str | None) -> bool:
+def agree_to_go_on(run: Run, problem: Exception | None) -> bool:
     """Whether all ranks can and want to go on: one small all-reduce on the CPU. Every rank calls it.
 
     Args:
@@ -97,11 +100,14 @@ def agree_to_go_on(run: Run, problem: str | None) -> bool:
     wish = run.stop.signum()
     run.enter("waiting for other ranks")
     arrived = time.perf_counter()
-    decision = largest_of_all(FAIL if problem else STOP + wish if wish else GO_ON, run.engine.groups)
+    decision = largest_of_all(
+        FAIL + severity_of(problem) if problem else STOP + wish if wish else GO_ON, run.engine.groups
+    )
     run.waited_s += time.perf_counter() - arrived
     run.enter("computing")
     if decision >= FAIL:
-        raise AgreedProblem(gather_messages(problem, run.engine.groups))
+        message = gather_messages(None if problem is None else str(problem), run.engine.groups)
+        raise AgreedProblem(message, worst_error(decision - FAIL).exit_code)
     if decision >= STOP:
         run.stopped_by = decision - STOP
     return decision == GO_ON

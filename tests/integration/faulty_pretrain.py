@@ -44,7 +44,7 @@ def read_batches(run: Run) -> Any:
     if kind == "die":
         os._exit(9)
     if last and kind == "unreadable":
-        return [], [], "data.bin: Input/output error"
+        return [], [], OSError("data.bin: Input/output error")
     return original_read(run)
 
 

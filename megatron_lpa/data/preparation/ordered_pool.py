@@ -52,15 +52,26 @@ def _die_with_parent() -> None:
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:
     """Submits with signals held back: a process that is being started has to get all that its parent tells it.
 
-    It inherits that, and leaves Ctrl-C to its parent.
+    It inherits the mask, and leaves Ctrl-C to its parent. The mask alone does not hold back this process's own handlers: the
+    system may give a signal to another thread, and Python then runs its handler here.
     """
     if threading.current_thread() is not threading.main_thread():
         return pool.submit(_call, function, item)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    came: list[int] = []
+    held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
+        for number, handler in held.items():
+            if callable(handler):
+                signal.signal(number, lambda which, _frame: came.append(which))
         return pool.submit(_call, function, item)
     finally:
+        for number, handler in held.items():
+            if callable(handler):
+                signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def ordered_map(

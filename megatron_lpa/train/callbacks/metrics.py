@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.model.accounting import flops_per_token_training
 from megatron_lpa.parallel.agreement import gather_numbers, together
 from megatron_lpa.train.callbacks.base import Callback, Sink, StepReport
@@ -121,7 +121,7 @@ class Metrics(Callback):
     def _give_up(self, sink: Sink, error: Exception, run: Run) -> None:
         """A required sink ends the run at the next agreement; a view is switched off."""
         if sink.required:
-            run.problem = run.problem or f"{run.folder}: metrics cannot be written: {error}"
+            run.problem = run.problem or TryAgain(f"{run.folder}: metrics cannot be written: {error}")
             return
         self.sinks.remove(sink)
         name, reason = type(sink).__name__, f"{type(error).__name__}: {error}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Iterator
 
@@ -74,3 +76,32 @@ def refuse(_: int) -> None:
 def test_a_worker_that_cannot_start_says_why() -> None:
     with pytest.raises(UserError, match=r"^the tokenizer changed$"):
         list(ordered_map(slow_for_even, range(3), 2, refuse, (0,)))
+
+
+def test_a_signal_that_another_thread_gets_waits_until_a_worker_is_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The mask of this thread does not hold it back: Python runs its handler here, whichever thread got it."""
+    events: list[str] = []
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+
+    class Pool:
+        def submit(self, *_: object) -> str:
+            signal.pthread_kill(other.ident or 0, signal.SIGTERM)
+            deadline = time.monotonic() + 1
+            while time.monotonic() < deadline:  # handlers run between instructions
+                pass
+            events.append("started")
+            return "future"
+
+    before = signal.signal(signal.SIGTERM, lambda *_: events.append("handled"))
+    try:
+        ordered_pool._submit(Pool(), slow_for_even, 1)  # type: ignore[arg-type]
+        assert events == ["started", "handled"]
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        done.set()
+        other.join()
+        signal.signal(signal.SIGTERM, before)

@@ -12,7 +12,7 @@ from megatron_lpa.ops.dispatch import Plan
 from megatron_lpa.ops.lowdim import Norm, lowdim_by_plan, lowdim_linear, lowdim_linears
 from megatron_lpa.ops.lowdim_direct import lowdim
 from megatron_lpa.ops.lowdim_math import inverse_rms, merge
-from megatron_lpa.ops.lowdim_op import lowdim_op
+from megatron_lpa.ops.lowdim_op import Arguments, lowdim_op
 
 CPU = torch.device("cpu")
 PATHS = ["auto", "eager", "joined", "merged"]
@@ -97,7 +97,9 @@ def test_registered_operator_and_what_is_inside_it_give_equal_bits(norm: bool, b
     z = lowdim_op(problem.x, w_a, w_b, bias_a, bias_b, weight, eps, True, "", "", None, None, "eager")[:3]
     upstream = [torch.randn_like(part) for part in z]
     expected = torch.autograd.grad(z, problem.leaves(), upstream)
-    direct = lowdim(problem.x, w_a, w_b, bias_a, bias_b, weight, eps, True, "", "", None, None, "eager")
+    direct = lowdim(
+        Arguments(problem.x, w_a, w_b, bias_a, bias_b, weight, eps, True, "", "", None, None, "eager")
+    )
     found = torch.autograd.grad(direct, problem.leaves(), upstream)
     assert all(torch.equal(one, other) for one, other in zip([*z, *expected], [*direct, *found], strict=True))
 

@@ -26,7 +26,7 @@ class Told(Callback):
     def after_step(self, run: Any, report: Any) -> None:
         self.hooks.append("after_step")
         if self._problem_in == "after_step":
-            raise AgreedProblem("rank 1: the validation split cannot be read")
+            raise AgreedProblem("rank 1: the validation split cannot be read", 1)
 
     def before_failure(self, run: Any) -> None:
         self.hooks.append("before_failure")
@@ -41,7 +41,7 @@ def test_callbacks_are_told_before_a_problem_ends_the_run(
 ) -> None:
     def step(run: Any) -> Any:
         if where == "step":
-            raise AgreedProblem("rank 1: data.bin cannot be read")
+            raise AgreedProblem("rank 1: data.bin cannot be read", 1)
         return SimpleNamespace()
 
     monkeypatch.setattr(loop, "train_one_step", step)
