@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_lpa.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_lpa.engine.convert import TargetLayout, convert
+from megatron_lpa.engine.convert_source import find_source
 from megatron_lpa.engine.manifest import MANIFEST, Progress, SampleOrder, sealed
 from megatron_lpa.engine.reshard import fragment_key, shard_name
 from megatron_lpa.engine.store import partial_of, publish
 from megatron_lpa.engine.tensor_file import write_tensors
+from megatron_lpa.engine.universal import write_universal
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -126,3 +129,13 @@ def manifest_of(checkpoint: Path) -> dict[str, object]:
     """The manifest as it is in the file."""
     found: dict[str, object] = json.loads((checkpoint / MANIFEST).read_text())
     return found
+
+
+def convert_in(
+    folder: Path, output: Path, tp: int = 1, dp: int = 2, lowdim: str = "latent", **more: str
+) -> None:
+    convert(find_source(folder), output, TargetLayout(tp, dp, lowdim), **more)
+
+
+def universal_in(source: Path, output: Path) -> None:
+    write_universal(find_source(source), output)
