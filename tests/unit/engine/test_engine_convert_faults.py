@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shutil
@@ -73,22 +74,27 @@ def test_too_little_space_is_found_before_anything_is_written(
     convert_in(saved[0], tmp_path / NAME)
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file can grow beyond 2 KB: writes fail in the middle, as on a disk that fills."""
+    """No file can grow beyond 2 KB: writes fail in the middle, as on a disk that fills.
+
+    Not a fixture: between a fixture and its test pytest writes its own output, which may go to a file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, previous)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
 
 
 @pytest.mark.parametrize("write", [convert_in, universal_in])
 def test_a_disk_that_fills_leaves_nothing(
-    tmp_path: Path, saved: tuple[Path, State], small_files: None, write: Callable[[Path, Path], object]
+    tmp_path: Path, saved: tuple[Path, State], write: Callable[[Path, Path], object]
 ) -> None:
-    with pytest.raises(UserError, match=r"could not be written: .*File too large"):
+    with small_files(), pytest.raises(UserError, match=r"could not be written: .*File too large"):
         write(saved[0], tmp_path / NAME)
     assert not any(tmp_path.iterdir())
 
