@@ -116,6 +116,8 @@ def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optim.grad_clip,
         "bf16": {"enabled": train.precision == "bf16"},
         "steps_per_print": 10**9,
+        # Its throughput timer waits for the whole device twice per micro-batch, for a figure that nobody reads.
+        "timers": {"throughput": {"enabled": False}},
         # The optimizer is ours to choose (engine/build.py): PyTorch's AdamW, also with offload on a CPU.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
