@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_lpa.config import load_config, validate_config
+from megatron_lpa.config import fitted_to_world, load_config, validate_config
 from megatron_lpa.errors import EXIT_FAILED, EXIT_REFUSED, RankError, UserError
 
 AGAIN = "the same command would end like this again; change what the message names first"
@@ -29,8 +29,9 @@ AFTER_OTHERS_S = 0.3
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; the process's exit code."""
     try:
-        config = load_config(sys.argv[1:] if argv is None else argv)
-        for warning in validate_config(config, int(os.environ.get("WORLD_SIZE", "1"))):
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        config, notes = fitted_to_world(load_config(sys.argv[1:] if argv is None else argv), world_size)
+        for warning in notes + validate_config(config, world_size):
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
         # Seconds of imports, only once the config is known to be good.

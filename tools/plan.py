@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from megatron_lpa.config import load_config, validate_config
+from megatron_lpa.config import fitted_to_world, load_config, validate_config
 from megatron_lpa.errors import UserError
 from megatron_lpa.model import accounting, memory
 
@@ -65,9 +65,10 @@ def plan(argv: Sequence[str]) -> tuple[dict[str, object], list[str], bool]:
     """
     own, rest = parse_arguments(argv)
     config = load_config(rest)
+    gpus = config.parallel.tensor_parallel_size if own.gpus is None else own.gpus
+    config, warnings = fitted_to_world(config, gpus)
+    warnings += validate_config(config, own.gpus, need_data=False)
     model, parallel, train = config.model, config.parallel, config.train
-    gpus = parallel.tensor_parallel_size if own.gpus is None else own.gpus
-    warnings = validate_config(config, own.gpus, need_data=False)
     zero_stage, offload = (
         zero_from(train.deepspeed_config) if own.zero_stage is None else (own.zero_stage, False)
     )

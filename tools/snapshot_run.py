@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa import __version__
-from megatron_lpa.config import RunConfig, load_config, save_config, validate_config
+from megatron_lpa.config import RunConfig, fitted_to_world, load_config, save_config, validate_config
 from megatron_lpa.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,8 +185,8 @@ def prepare(argv: Sequence[str]) -> Path:
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="of all nodes together")
     parser.add_argument("--job-script", metavar="FILE", help="a copy of it goes into the snapshot")
     own, options = parser.parse_known_args(argv)
-    config = load_config(options)
-    warnings = validate_config(config, own.processes)
+    config, warnings = fitted_to_world(load_config(options), own.processes)
+    warnings += validate_config(config, own.processes)
     assert config.logging.name is not None
     run = Path(config.logging.run_dir) / config.logging.name
     try:

@@ -19,6 +19,7 @@ from megatron_lpa.config.run import (
     TrainConfig,
 )
 from megatron_lpa.config.validation import validate_config
+from megatron_lpa.config.world import fitted_to_world
 
 __all__ = [
     "INPUT_PROJECTIONS",
@@ -33,6 +34,7 @@ __all__ = [
     "ProjectionsConfig",
     "RunConfig",
     "TrainConfig",
+    "fitted_to_world",
     "load_config",
     "preset_names",
     "save_config",

@@ -111,7 +111,8 @@ class TrainConfig:
         tokens: training tokens; rounded up to whole steps.
         epochs: passes over the training split; rounded up to whole steps.
         global_batch_size: sequences per optimizer step over all processes.
-        micro_batch_size: sequences per process and forward pass; gradient accumulation follows.
+        micro_batch_size: sequences per process and forward pass, or fewer where a step has fewer for each; gradient
+            accumulation follows.
         precision: ``fp32``, or ``bf16`` with fp32 master weights.
         activation_checkpointing: ``selective`` keeps results of matrix products and attention and recomputes the
             rest of every layer in the backward pass, ``full`` recomputes all of every layer.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from megatron_lpa.config import load_config, preset_names, validate_config
+from megatron_lpa.config import fitted_to_world, load_config, preset_names, validate_config
 from megatron_lpa.model.accounting import count_parameters
+from megatron_lpa.model.memory import estimate_memory
 
 COUNTS_MILLIONS = {
     "s1_small/transformer": 135,
@@ -76,6 +80,39 @@ def test_every_preset_validates_where_it_is_meant_to_run(name: str) -> None:
     config = load_config(["--preset", name, "--data.prefix", "corpus"])
     for world_size in (1, 2) if name.startswith("tiny/") else (1, 8):
         assert validate_config(config, world_size) == []
+
+
+@pytest.mark.parametrize("name", ["3b/transformer", "3b/same_param", "3b/lpa"])
+def test_the_3b_models_take_a_step_of_16_gpus_in_one_pass_and_fit_80_gib(name: str) -> None:
+    config = load_config(["--preset", name, "--data.prefix", "corpus"])
+    assert config.train.global_batch_size == 16 * config.train.micro_batch_size
+    for gpus in (8, 16):
+        needed = estimate_memory(
+            config.model, config.parallel, config.train, config.kernels, data_parallel_size=gpus, zero_stage=3
+        )
+        gathered = 2 * knobs("zero3")["stage3_max_live_parameters"]
+        assert needed.bytes_total + gathered < 0.6 * 80 * 2**30
+    for nodes in (4, 8):
+        fitted, notes = fitted_to_world(config, 8 * nodes)
+        assert validate_config(fitted, 8 * nodes) == [] and len(notes) == 1
+
+
+def knobs(name: str) -> dict[str, int]:
+    shipped = json.loads((Path(__file__).parents[3] / "ds_configs" / f"{name}.json").read_text())
+    return shipped["zero_optimization"]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_zero3_prefetches_whole_layers_and_the_head(name: str) -> None:
+    """DeepSpeed fetches ahead until it has passed the bucket, and only while what is gathered is under the limit."""
+    model = load_config(["--preset", name]).model
+    counts = count_parameters(model)
+    layer = (counts.attention + counts.ffn + counts.norm) // model.num_layers
+    for file in ("zero3", "zero3_offload"):
+        assert knobs(file)["stage3_prefetch_bucket_size"] >= layer
+    # The layers around the head, and what is kept because it is used again within the reuse distance.
+    zero = knobs("zero3")
+    assert zero["stage3_max_live_parameters"] >= zero["stage3_max_reuse_distance"] + 2 * layer + counts.head
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
-from megatron_lpa.config import RunConfig, load_config, validate_config
+from megatron_lpa.config import RunConfig, fitted_to_world, load_config, validate_config
 from megatron_lpa.errors import UserError
 
 BASE = ["--preset", "s2_small/lpa", "--data.prefix", "pile"]
@@ -142,6 +143,33 @@ def test_the_batch_must_be_whole_and_near_values_are_offered() -> None:
     text = refusal("--parallel.tensor_parallel_size=4", world_size=12)
     assert "data-parallel size 3 = 60; set it to 300 or 360" in text
     assert "train.micro_batch_size 7" in refusal("--train.micro_batch_size=7")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "expected"),
+    [
+        ([], 16, 20),  # 320 sequences: 20 for each
+        ([], 32, 10),
+        ([], 320, 1),
+        ([], 640, 20),  # half a sequence for each: left to be refused
+        ([], 6, 20),
+        (["--parallel.tensor_parallel_size=4"], 32, 20),  # 8 data-parallel ranks get 40 each
+        (["--parallel.tensor_parallel_size=4"], 128, 10),
+        (["--parallel.tensor_parallel_size=4"], 6, 20),
+        (["--train.micro_batch_size=8"], 32, 8),  # two of 10 would not fit: refused, and never made larger
+    ],
+)
+def test_with_more_processes_than_micro_batches_each_takes_less(
+    overrides: list[str], world_size: int, expected: int
+) -> None:
+    config = load_config([*BASE, *overrides])
+    fitted, notes = fitted_to_world(config, world_size)
+    assert fitted.train.micro_batch_size == expected
+    assert bool(notes) == (fitted != config)
+    if notes:
+        assert f"it is {expected} in this run" in notes[0]
+        assert validate_config(fitted, world_size) == []
+        assert replace(fitted, train=config.train) == config
 
 
 def test_planning_needs_no_data_but_pretraining_does() -> None:

@@ -88,7 +88,7 @@ def test_a_rank_too_large_is_a_warning_on_stderr(
     ("argv", "expected"),
     [
         (["--preset", "3b/lap"], "did you mean 3b/lpa"),
-        (["--preset", "3b/lpa", "--gpus", "12"], "set it to 60 or 72"),
+        (["--preset", "3b/lpa", "--gpus", "12"], "set it to 48 or 96"),
         (["--preset", "3b/lpa", "--gpus", "0"], "world size is 0"),
         (["--preset", "3b/lpa", "--gpu", "8"], "--gpu"),
         (["--preset", "3b/lpa", "--train.deepspeed_config", "my.json"], "--zero-stage"),
