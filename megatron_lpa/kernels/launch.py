@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from megatron_lpa.kernels.lowdim import forward_kernel, input_gradient_kernel
-from megatron_lpa.kernels.tiles import MAX_PAIRS, Tile, padded_rank
+from megatron_lpa.kernels.lowdim import forward_kernel, input_gradient_kernel, inverse_rms_kernel
+from megatron_lpa.kernels.tiles import ASYNCHRONOUS_ROWS, MAX_PAIRS, Tile, padded_rank
 
 
 class Rotary(NamedTuple):
@@ -59,7 +59,7 @@ def forward(
 
     Returns:
         P outputs (M, d_out_p); latents (M, P * r) in x's dtype, empty without ``keep``; 1/rms (M,) in fp32,
-        empty without ``keep`` or ``norm_eps``.
+        empty without ``norm_eps``, and without ``keep`` for small tiles.
     """
     (tokens, d_in), pairs, rank = x.shape, len(w_b), w_b[0].shape[1]
     widths = [w.shape[0] for w in w_b]
@@ -70,9 +70,13 @@ def forward(
     assert rotary is None or (pairs > 1 and all(width % cos.shape[1] == 0 for width in widths)), widths
     z = [x.new_empty((tokens, width)) for width in widths]
     latent = x.new_empty((tokens, pairs * rank) if keep else (0,))
-    rstd = torch.empty((tokens,) if keep and norm else (0,), dtype=torch.float32, device=x.device)
+    squares = norm and tile.block_m < ASYNCHRONOUS_ROWS
+    written = tokens if norm and (keep or not squares) else 0
+    rstd = torch.empty((written,), dtype=torch.float32, device=x.device)
     if tokens == 0:
         return z, latent, rstd
+    if norm_eps is not None and not squares:
+        inverse_rms(x, norm_eps, rstd)
     grid = (triton.cdiv(tokens, tile.block_m) * pairs * tile.split_n,)
     with _device_of(x):
         forward_kernel[grid](
@@ -81,10 +85,21 @@ def forward(
             0.0 if norm_eps is None else norm_eps, tokens, d_in, rank, *_three(widths),
             *x.stride(), *w_a.stride(), *w_b[0].stride(), cos, sin, cos.stride(0), cos.shape[0],
             **_cut(tile.for_rotary() if rotary else tile, rank, d_in, widths, x), PAIRS=pairs,
-            BIAS_A=bias_a is not None, BIAS_B=bias_b[0] is not None, KEEP=keep, NORM=norm,
+            BIAS_A=bias_a is not None, BIAS_B=bias_b[0] is not None, KEEP=keep, NORM=norm, SQUARES=squares,
             HALF_HEAD=0 if rotary is None else cos.shape[1] // 2,
         )  # fmt: skip
     return z, latent, rstd
+
+
+def inverse_rms(x: torch.Tensor, eps: float, rstd: torch.Tensor) -> None:
+    """Writes 1/rms of the rows of x (M, d) into ``rstd`` (M,) fp32, M at least 1: one read of x."""
+    tokens, width = x.shape
+    block = min(1024, triton.next_power_of_2(width))
+    rows = 4096 // block
+    with _device_of(x):
+        inverse_rms_kernel[(triton.cdiv(tokens, rows),)](
+            x, rstd, eps, tokens, width, *x.stride(), BLOCK_M=rows, BLOCK_K=block
+        )
 
 
 def input_gradient(

@@ -1,10 +1,11 @@
 """Triton kernels of the low-dimensional product: two matrix products with the latent between them kept on chip.
 
 ``forward_kernel``: ``z_p = (x W_Ap^T + b_Ap) W_Bp^T + b_Bp`` for up to three pairs that read one x, optionally with
-RMSNorm before and rotary embedding of the first two after. ``input_gradient_kernel``: ``dX = sum_p (dZ_p W_Bp) W_Ap``. A program owns a tile of rows: it sums the
-latent (rows x r) in fp32, rounds it to the inputs' dtype as two separate products would, and multiplies on from
-registers. Weights are addressed by strides, so neither direction copies one. Every output element is written by
-one program in a fixed order of sums: repeated runs give equal bits.
+RMSNorm before and rotary embedding of the first two after. ``input_gradient_kernel``: ``dX = sum_p (dZ_p W_Bp) W_Ap``.
+``inverse_rms_kernel``: 1/rms of x's rows, which large tiles of the forward kernel are given. A program owns a tile of
+rows: it sums the latent (rows x r) in fp32, rounds it to the inputs' dtype as two separate products would, and
+multiplies on from registers. Weights are addressed by strides, so neither direction copies one. Every output element is
+written by one program in a fixed order of sums: repeated runs give equal bits.
 
 Pairs are the fastest index of the forward's grid: programs that read the same rows of x run side by side, so x
 comes from device memory once and from the L2 cache for the other pairs.
@@ -48,9 +49,10 @@ def _sum_latent(
 ) -> tl.tensor:  # fmt: skip
     """fp32 sums over the depth: (BLOCK_M, BLOCK_R) of ``x @ w``, and (BLOCK_M,) of x^2 if ``SQUARES``.
 
-    With ``SQUARES`` the product takes x from registers. If it took x from shared memory, where the squares read it
-    too, Triton (3.6 and 3.7) would give x one slot less than the asynchronous product on Hopper needs, and the next
-    copy would land in what is still being multiplied. ``tests/kernels/test_tiles.py`` looks for that in what is compiled.
+    ``SQUARES`` is for products that are not asynchronous: tiles below Hopper's 64 rows. An asynchronous one would take x
+    from shared memory while the squares read it there, and Triton (3.6 and 3.7) gives x one slot too few for that: the next
+    copy lands in what is still being multiplied. With x in registers instead, every product waits for the one before.
+    ``tests/kernels/test_tiles.py`` looks for both in what is compiled.
     """
     k = tl.arange(0, BLOCK_K)
     j = tl.arange(0, BLOCK_R)
@@ -58,7 +60,6 @@ def _sum_latent(
     w_at = w + k[:, None] * w_depth + j[None, :] * w_rank
     sums = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     squares = tl.zeros((BLOCK_M,), dtype=tl.float32)
-    one = tl.where(depth > 0, 1.0, 0.0)  # known to us and not to the compiler
     for start in range(0, depth, BLOCK_K):
         if EVEN_K:  # noqa: SIM108 (Triton compiles one branch)
             a = tl.load(x_at)
@@ -71,7 +72,6 @@ def _sum_latent(
         if SQUARES:
             wide = a.to(tl.float32)
             squares += tl.sum(wide * wide, axis=1)
-            a = (wide * one).to(a.dtype)  # the same numbers, in registers
         sums = _dot(a, b, sums, PRECISION)
         x_at += BLOCK_K * x_column
         w_at += BLOCK_K * w_depth
@@ -131,6 +131,25 @@ def _rotated_columns(
 
 
 @triton.jit
+def inverse_rms_kernel(
+    x: tl.tensor, rstd: tl.tensor, eps: tl.tensor, tokens: tl.tensor, d_in: tl.tensor, x_row: tl.tensor, x_column: tl.tensor,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+) -> None:  # fmt: skip
+    """Writes ``1 / sqrt(mean(x^2) + eps)`` of each row, (M,) in fp32."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    there = rows < tokens
+    k = tl.arange(0, BLOCK_K)
+    x_at = x + rows[:, None] * x_row + k[None, :] * x_column
+    squares = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for start in range(0, d_in, BLOCK_K):
+        inside = there[:, None] & (start + k < d_in)[None, :]
+        wide = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+        squares += wide * wide
+        x_at += BLOCK_K * x_column
+    tl.store(rstd + rows, tl.rsqrt(tl.sum(squares, axis=1) / d_in + eps), mask=there)
+
+
+@triton.jit
 def forward_kernel(
     x: tl.tensor, w_a: tl.tensor, bias_a: tl.tensor,
     w_b0: tl.tensor, w_b1: tl.tensor, w_b2: tl.tensor,
@@ -141,11 +160,12 @@ def forward_kernel(
     cos: tl.tensor, sin: tl.tensor, table_row: tl.tensor, positions: tl.tensor,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
     PAIRS: tl.constexpr, SPLIT_N: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, EVEN_N: tl.constexpr,
-    BIAS_A: tl.constexpr, BIAS_B: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr, HALF_HEAD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BIAS_A: tl.constexpr, BIAS_B: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr, SQUARES: tl.constexpr,
+    HALF_HEAD: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Writes ``z_p`` (M, d_out_p), and where asked the latents (M, PAIRS * r) and 1/rms (M,).
+    """Writes ``z_p`` (M, d_out_p), and where asked the latents (M, PAIRS * r).
 
+    With ``NORM`` the rows' 1/rms (M,) is read from ``rstd``; with ``SQUARES`` it is computed here, and written there.
     ``HALF_HEAD``: half the width of a head, by which the first two pairs' outputs are rotated; 0 for no rotation.
     Row m is position m % positions.
     """
@@ -161,16 +181,19 @@ def forward_kernel(
     d_out = _pick(pair, d_out0, d_out1, d_out2, PAIRS)
 
     # Rows past the end repeat the last one: no mask in the loop, and what they give is not stored.
+    read_rows = tl.minimum(rows, tokens - 1)
     sums, squares = _sum_latent(
-        x, tl.minimum(rows, tokens - 1), x_row, x_column, w_a + pair * rank * a_rank, a_depth, a_rank, d_in, rank,
-        BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, PRECISION, NORM,
+        x, read_rows, x_row, x_column, w_a + pair * rank * a_rank, a_depth, a_rank, d_in, rank,
+        BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, PRECISION, SQUARES,
     )  # fmt: skip
     j = tl.arange(0, BLOCK_R)
-    if NORM:
+    if SQUARES:
         scale = tl.rsqrt(squares / d_in + eps)
         sums *= scale[:, None]
         if KEEP:
             tl.store(rstd + rows, scale, mask=there & (pair == 0) & (split == 0))
+    elif NORM:
+        sums *= tl.load(rstd + read_rows)[:, None]
     if BIAS_A:
         sums += tl.load(bias_a + pair * rank + j, mask=j < rank, other=0.0).to(tl.float32)[None, :]
     kept = sums.to(x.dtype.element_ty)

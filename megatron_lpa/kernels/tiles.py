@@ -13,6 +13,10 @@ MAX_PAIRS = 3
 FEW_TOKENS = 512
 """Up to here tiles are short, and several programs share the columns of one."""
 
+ASYNCHRONOUS_ROWS = 64
+"""Rows from which Hopper multiplies asynchronously. Tiles of so many rows are given 1/rms for a folded norm; smaller
+ones, for decoding above all, compute it beside the product and save a launch."""
+
 SHARED_BYTES = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
 """Shared memory that one block may use, by compute capability (CUDA programming guide, technical specifications)."""
 

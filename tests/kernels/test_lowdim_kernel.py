@@ -86,6 +86,21 @@ def test_norm_of_extreme_rows(x_times: float) -> None:
     torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
+@every_dtype
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (3, 40), (5, 1024), (2, 4099), (700, 16)])
+def test_inverse_rms_of_rows(dtype: torch.dtype, tokens: int, width: int) -> None:
+    """The pass before large tiles: any width, rows of zeros, huge and tiny rows, rows that are not contiguous."""
+    x = torch.randn(tokens, width, device=DEVICE)
+    x[0] *= 0 if tokens > 2 else 1e4
+    x[-1] *= 1e-3
+    x = x.to(dtype)
+    expected = 1 / (x.double().square().mean(-1) + 1e-6).sqrt()
+    for view in (x, x.T.contiguous().T, torch.cat([x, x], dim=-1)[:, :width]):
+        rstd = torch.full((tokens,), float("nan"), device=DEVICE)
+        launch.inverse_rms(view, 1e-6, rstd)
+        torch.testing.assert_close(rstd.double(), expected, rtol=1e-6, atol=0)
+
+
 def test_three_pairs_equal_three_calls_bit_by_bit() -> None:
     problem = draw(torch.bfloat16, (19, 48), 16, [32, 48, 16])
     together = problem.outputs("fused")

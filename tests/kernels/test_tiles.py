@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_lpa.kernels.tiles import (
+    ASYNCHRONOUS_ROWS,
     SHARED_BYTES,
     Tile,
     candidates,
@@ -81,7 +82,7 @@ def compile_kernel(
     constants: dict[str, Any] = {
         "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_N": tile.block_n, "BLOCK_R": padded_rank(rank),
         "PAIRS": pairs, "SPLIT_N": tile.split_n, "EVEN_K": True, "EVEN_R": rank == padded_rank(rank), "EVEN_N": True,
-        "BIAS_A": True, "BIAS_B": True, "KEEP": True, "NORM": norm, "PRECISION": "ieee", "HALF_HEAD": head_dim // 2,
+        "BIAS_A": True, "BIAS_B": True, "KEEP": True, "NORM": norm, "SQUARES": norm and tile.block_m < ASYNCHRONOUS_ROWS, "PRECISION": "ieee", "HALF_HEAD": head_dim // 2,
         "x_column": 1, "a_depth": 1, "b_rank": 1, "column0": 1, "column1": 1, "column2": 1,
     }  # fmt: skip
     constants = {key: value for key, value in constants.items() if key in names}
@@ -158,6 +159,67 @@ def test_default_tiles_compile_and_fit(
     assert ("LDGSTS" in code) == (tile.stages > 1)  # loads run ahead of the products
     if head_dim:
         assert "STG.E.128" in code and "LDG.E.128" in code  # outputs and tables, 16 bytes at a time
+
+
+def instructions(code: str) -> dict[str, int]:
+    """How often each kind stands in a disassembly: matrix products, their starts on Hopper, and copies."""
+    kinds = ("HGMMA", "WARPGROUP.ARRIVE", "HMMA", "LDGSTS", "LDSM", "LDS", "STS")
+    return {kind: len(re.findall(rf"\b{kind}\b", code)) for kind in kinds}
+
+
+@compiles
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("head_dim", [0, 64], ids=["norm", "norm and rotary"])
+@pytest.mark.parametrize("rank", [64, 128, 256])
+def test_a_folded_norm_leaves_the_products_as_they_are(
+    rank: int, head_dim: int, capability: tuple[int, int]
+) -> None:
+    """Hopper's products run one after another without a wait between if their operands allow it; each start of
+    such a sequence is one ARRIVE. Where the compiler cannot see that it is safe, every product is a sequence of its own."""
+    tile = default_tile(10**6, rank, 1, 2, capability, head_dim > 0)
+    assert tile is not None and tile.block_m >= ASYNCHRONOUS_ROWS
+    architecture = capability[0] * 10 + capability[1]
+    plain, normed = (
+        instructions(
+            resources(
+                compile_kernel("forward_kernel", tile, rank, 3, "bf16", norm, architecture, head_dim).asm[
+                    "cubin"
+                ]
+            )[1]
+        )
+        for norm in (False, True)
+    )
+    if capability == (9, 0):
+        assert 0 < normed["WARPGROUP.ARRIVE"] <= 3 and normed["HGMMA"] >= 4 * normed["WARPGROUP.ARRIVE"]
+    else:
+        assert normed["HMMA"] > 0
+    if head_dim == 0:
+        assert normed == plain
+    else:  # the order of the tables' loads may differ
+        assert all(
+            normed[kind] == plain[kind] for kind in ("HGMMA", "WARPGROUP.ARRIVE", "HMMA", "LDGSTS", "LDSM")
+        )
+
+
+@compiles
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+def test_small_tiles_norm_beside_products_that_are_not_asynchronous(capability: tuple[int, int]) -> None:
+    for tile in {tile for tile in candidates(1) if tile.block_m < ASYNCHRONOUS_ROWS and tile.split_n == 8}:
+        if why_not(tile, 128, 1, 2, capability) is not None:
+            continue
+        compiled = compile_kernel("forward_kernel", tile, 128, 3, "bf16", True, 10 * capability[0])
+        found = instructions(resources(compiled.asm["cubin"])[1])
+        assert found["HMMA"] > 0 and found["HGMMA"] == 0, tile
+
+
+@compiles
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_one_over_rms_is_read_16_bytes_at_a_time(architecture: int) -> None:
+    compiled = compile_kernel(
+        "inverse_rms_kernel", Tile(16, 1024, 16, 4, 3), 16, 1, "bf16", False, architecture
+    )
+    stack_bytes, code = resources(compiled.asm["cubin"])
+    assert stack_bytes == 0 and "LDG.E.128" in code
 
 
 def slots_that_products_read(code: str) -> list[int]:
