@@ -16,9 +16,10 @@ All shapes come first without torch.compile, which takes many seconds per functi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,11 @@ from benchmarks.machine import write_result
 from megatron_lpa.errors import UserError
 from megatron_lpa.kernels.tiles import FEW_TOKENS
 from megatron_lpa.ops.dispatch import (
-    EAGER,
     Case,
     Measured,
     Plan,
     default_tiles,
-    nearest,
+    planned,
     why_not_fused,
 )
 
@@ -116,8 +116,10 @@ def records(
     tuned: Table | None,
     limit: int | None = None,
     left_s: LeftSeconds = endless,
+    known: Sequence[Record] = (),
+    quick: bool = False,
 ) -> Iterator[list[Record]]:
-    """One record per shape: all records so far, after each shape, and again after each compiled variant.
+    """One record per shape: all records so far, after each shape and each compiled variant that was measured.
 
     Args:
         setting: device, dtype, budget.
@@ -125,28 +127,41 @@ def records(
         tuned: the table of ``tuned``; without one it is the shipped table.
         limit: training shapes, the first ones.
         left_s: seconds left. A compiled variant is begun only if there are as many as the longest one took.
+        known: earlier records, which are filled where something is missing.
+        quick: training shapes only, before tuning: without ``tuned``, and nothing compiled.
     """
     paper = (layers.DRY_PAPER if setting.dry else layers.PAPER)[:limit]
     decode = layers.DRY_DECODE if setting.dry else layers.DECODE
-    found: list[Record] = []
-    for shape in (*paper[:2], *decode, *paper[2:]):
-        record = empty_record(shape, setting, ceilings)
-        measure_shape(record, shape, setting, tuned, left_s)
+    shapes = paper if quick else (*paper[:2], *decode, *paper[2:])
+    found = [record for record in known if shape_of(record) not in shapes]
+    for shape in shapes:
+        record = next((r for r in known if shape_of(r) == shape), None) or empty_record(shape, setting, ceilings)  # fmt: skip
+        measured = measure_shape(record, shape, setting, tuned, left_s, ("tuned",) if quick else ())
         if record["plain"]:
             found.append(record)
+        if measured:
             yield found
+    if quick:
+        return
     longest = 0.0
     for chosen in COMPILED:
         for record in (record for record in found if record["kind"] == "training"):
-            shape = layers.Shape(record["tokens"], record["width"], record["rank"])
-            layer = layers.make_layer(shape, setting)
-            for key, name in chosen:
+            pending = [(key, name) for key, name in chosen if f"{name} compiled" not in record[key]]
+            if not pending:
+                continue
+            layer = layers.make_layer(shape_of(record), setting)
+            for key, name in pending:
                 if left_s() <= longest:
                     return
                 start = time.monotonic()
                 measure_compiled(record, layer, key, name, setting, tuned)
                 longest = max(longest, time.monotonic() - start)
                 yield found
+
+
+def shape_of(record: Record) -> layers.Shape:
+    """The shape that a record is about."""
+    return layers.Shape(record["tokens"], record["width"], record["rank"])
 
 
 def empty_record(shape: layers.Shape, setting: Setting, ceilings: Ceilings) -> Record:
@@ -191,13 +206,15 @@ def variants(
     if why_not_fused(cases(True)[0], setting.device.type) is None:
         index = 0 if setting.device.index is None else setting.device.index
         few = shape.tokens <= FEW_TOKENS
-        qkv, o = [
-            Plan("fused", *default_tiles((*case,), few, setting.device.type, index)) for case in cases(True)
-        ]
-        chosen["fused"] = (layers.by_plans(qkv, o, qkv, o), False)
+        with contextlib.suppress(UserError):  # no tile that could win fits this device
+            qkv, o = [
+                Plan("fused", *default_tiles((*case,), few, setting.device.type, index))
+                for case in cases(True)
+            ]
+            chosen["fused"] = (layers.by_plans(qkv, o, qkv, o), False)
     if tuned is not None:
         plans = [
-            nearest(tuned[case], shape.tokens) if case in tuned else EAGER
+            planned(tuned.get(case, ()), case, shape.tokens)
             for training in (True, False)
             for case in cases(training)
         ]
@@ -206,22 +223,32 @@ def variants(
 
 
 def measure_shape(
-    record: Record, shape: layers.Shape, setting: Setting, tuned: Table | None, left_s: LeftSeconds
-) -> None:
-    """Fills a record with every variant that is not compiled, as far as time allows."""
-    if left_s() <= 0:
-        return
+    record: Record,
+    shape: layers.Shape,
+    setting: Setting,
+    tuned: Table | None,
+    left_s: LeftSeconds,
+    without: Sequence[str] = (),
+) -> int:
+    """Fills a record with every missing variant that is not compiled, as far as time allows, and says with how many."""
+    pending = [
+        (key, normed, name, *variant)
+        for key, normed in FORMS
+        if key in record
+        for name, variant in variants(setting, shape, tuned, normed).items()
+        if name not in record[key] and name not in without
+    ]
+    if not pending or left_s() <= 0:
+        return 0
     layer = layers.make_layer(shape, setting)
-    for key, normed in FORMS:
-        if key not in record:
-            continue
-        for name, (project, is_dense) in variants(setting, shape, tuned, normed).items():
-            if left_s() <= 0:
-                return
-            function = layers.layer_function(project, layer, normed)
-            record[key][name] = guarded(
-                functools.partial(all_passes, function, layer, is_dense, normed, setting, record)
-            )
+    for done, (key, normed, name, project, is_dense) in enumerate(pending):
+        if left_s() <= 0:
+            return done
+        function = layers.layer_function(project, layer, normed)
+        record[key][name] = guarded(
+            functools.partial(all_passes, function, layer, is_dense, normed, setting, record)
+        )
+    return len(pending)
 
 
 def measure_compiled(

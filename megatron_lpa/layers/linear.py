@@ -15,6 +15,7 @@ from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.dense import DenseInput, DenseOutput
 from megatron_lpa.layers.lowdim import LowDimInput, LowDimOutput
 from megatron_lpa.layers.structure import InputStructure, OutputStructure
+from megatron_lpa.ops.linear import linears
 from megatron_lpa.ops.lowdim import Norm, Rotary, lowdim_linears
 from megatron_lpa.parallel.collectives import copy_to_tp, gather_shards, reduce_scatter_shards
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -45,7 +46,7 @@ class InputProjections(nn.Module):
     """Several projections of one replicated input; the outputs are split over tensor-parallel ranks.
 
     Projections of equal collective share one call, whatever their widths. Low-dimensional modules share
-    one product, which may read the input once for all of them.
+    one product, which may read the input once for all of them; dense ones share the gradient of the input.
 
     Args:
         names: projections in the order in which ``forward`` returns them.
@@ -125,9 +126,14 @@ class InputProjections(nn.Module):
         }
         pairs = [structure.pair(parameters[name]) for name, structure in at_once.items()]
         products = lowdim_linears(x, pairs, norm, self.path, self.backend, rotary) if pairs else ()
-        shared = dict(zip(at_once, products, strict=True))
+        found = {name: at_once[name].shaped(z) for name, z in zip(at_once, products, strict=True)}
+        dense = [name for name, structure in self.structures.items() if isinstance(structure, DenseInput)]
+        if dense:
+            matrices = [parameters[name]["weight"] for name in dense]
+            biases = [parameters[name].get("bias") for name in dense]
+            found |= zip(dense, linears(x, matrices, biases), strict=True)
         return {
-            name: at_once[name].shaped(shared[name]) if name in at_once else s.before(x, parameters[name])
+            name: found[name] if name in found else s.before(x, parameters[name])
             for name, s in self.structures.items()
         }
 

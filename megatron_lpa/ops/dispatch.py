@@ -1,4 +1,4 @@
-"""Which path computes a low-dimensional product: measured profit decides, and without a measurement the plain path.
+"""Which path computes a low-dimensional product: measured profit decides, and without a measurement what counting proves.
 
 Paths:
 
@@ -9,7 +9,8 @@ Paths:
 
 ``ops/tuning/sm_NN.json`` holds measured cases of one compute capability; ``docs/kernels.md`` says how they are
 made. A case counts for its exact widths, and for numbers of tokens near the measured ones. Where a case was measured
-on several devices of the capability, the lines of the device at hand count, by its name.
+on several devices of the capability, the lines of the device at hand count, by its name. Where none counts, ``ops/cost.py``
+says where ``joined`` cannot lose; ``fused`` is never chosen without a measurement.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +28,7 @@ import torch
 
 from megatron_lpa.errors import UserError
 from megatron_lpa.kernels.tiles import FEW_TOKENS, MAX_PAIRS, Tile, default_tile, why_not
+from megatron_lpa.ops.cost import least_joined_tokens
 
 PATHS = ("auto", "eager", "joined", "fused", "merged")
 ENVIRONMENT_VARIABLE = "MEGATRON_LPA_LOWDIM"
@@ -37,8 +40,8 @@ NEAR = 4
 more than ``FEW_TOKENS``: what wins at decoding sizes says nothing about training."""
 
 LEAST_ROWS = 64
-"""Of an untuned tile for the gradient of x. Every tile reads all factors from the L2 cache, so with fewer rows plain
-products are far faster where tokens are many."""
+"""Of an untuned tile where tokens are many. Every tile reads all factors from the L2 cache, so with fewer rows plain
+products are far faster."""
 
 # Functions under ``assume_constant_result`` run while torch.compile traces, which reads neither files nor the
 # environment itself. They take and give plain tuples: objects that are made inside a trace do not exist there.
@@ -81,6 +84,7 @@ class Plan(NamedTuple):
 
 
 EAGER = Plan("eager")
+JOINED = Plan("joined")
 
 
 Measured = tuple[int, tuple[str, str, str]]
@@ -120,16 +124,36 @@ def choose(path: str, case: Case, tokens: int, device: torch.device) -> Plan:
         return Plan(requested)
     if device.type != "cuda":
         return EAGER
-    measured = measured_cases((*case,), device.index or 0)
-    return nearest(measured, tokens) if measured else EAGER
+    return planned(measured_cases((*case,), device.index or 0), case, tokens)
 
 
-def nearest(measured: Sequence[Measured], tokens: int) -> Plan:
-    """The plan of the measured case with the nearest number of tokens, ``EAGER`` if none is near.
+def planned(measured: Sequence[Measured], case: Case, tokens: int) -> Plan:
+    """The plan of the nearest measured case, else ``joined`` where it cannot lose, else ``eager``.
+
+    Args:
+        measured: lines of the case, by rising number of tokens; perhaps none.
+        case: what is computed.
+        tokens: M. Only compared, so that torch.compile can leave it open.
+    """
+    found = nearest(measured, tokens) if measured else None
+    if found is not None:
+        return found
+    return JOINED if case.training and tokens >= joined_from((*case,)) else EAGER
+
+
+@torch.compiler.assume_constant_result
+def joined_from(case: tuple[Any, ...]) -> int:
+    """Tokens from which a case is computed by joined products if nothing was measured."""
+    wanted = Case(*case)
+    return least_joined_tokens(wanted.d_in, wanted.ranks, wanted.widths, wanted.dtype.itemsize)
+
+
+def nearest(measured: Sequence[Measured], tokens: int) -> Plan | None:
+    """The plan of the measured case with the nearest number of tokens, None if none is near.
 
     Args:
         measured: by rising number of tokens, at least one.
-        tokens: M. Only compared, so that torch.compile can leave it open.
+        tokens: as in ``planned``.
     """
     best, plan = measured[0]
     for above, plan_above in measured[1:]:
@@ -137,7 +161,7 @@ def nearest(measured: Sequence[Measured], tokens: int) -> Plan:
             best, plan = above, plan_above
     open_above = best == measured[-1][0] and best > FEW_TOKENS
     if tokens * NEAR < best or (tokens > best * NEAR and not open_above):
-        return EAGER
+        return None
     return Plan(*plan)
 
 
@@ -145,8 +169,11 @@ def why_not_fused(case: Case, device_type: str) -> str | None:
     """The reason why no kernel can compute a case, whatever its tiles, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"x is on {device_type}, and the kernel needs a GPU (or TRITON_INTERPRET=1)"
+    if device_type != "cuda":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return f"x is on {device_type}, and the kernel needs a GPU (or TRITON_INTERPRET=1)"
+        if reason := why_no_interpreter(version("triton"), version("numpy")):
+            return reason
     if case.dtype not in KERNEL_DTYPES:
         return f"{case.dtype} is not one of its dtypes"
     if len(case.ranks) > MAX_PAIRS:
@@ -154,6 +181,22 @@ def why_not_fused(case: Case, device_type: str) -> str | None:
     if len(set(case.ranks)) > 1:
         return f"the pairs' ranks {case.ranks} differ"
     return None
+
+
+def why_no_interpreter(triton_version: str, numpy_version: str) -> str | None:
+    """The reason why Triton's interpreter cannot run beside this NumPy, or None: up to 3.6 it makes Python numbers of
+    arrays with one element, which NumPy allows no more since 2.4."""
+
+    def at_least(found: str, least: tuple[int, int]) -> bool:
+        major, minor, *_ = found.split(".")
+        return (int(major), int(minor)) >= least
+
+    if at_least(triton_version, (3, 7)) or not at_least(numpy_version, (2, 4)):
+        return None
+    return (
+        f"the interpreter of Triton {triton_version} does not work with NumPy {numpy_version}; install "
+        "numpy<2.4, or Triton 3.7 or newer"
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -167,16 +210,22 @@ def default_tiles(case: tuple[Any, ...], few: bool, device_type: str, index: int
     reason = why_not_fused(wanted, device_type)
     size, rank = wanted.dtype.itemsize, wanted.ranks[0]
     capability = torch.cuda.get_device_capability(index) if device_type == "cuda" else (9, 0)
-    tokens = 1 if few else FEW_TOKENS + 1
-    tile = None if reason else default_tile(tokens, rank, 1, size, capability, wanted.rotary)
+    tokens, rows = (1, 1) if few else (FEW_TOKENS + 1, LEAST_ROWS)
+
+    def tile_of(latents: int, rotary: bool) -> Tile | None:
+        tile = default_tile(tokens, rank, latents, size, capability, rotary)
+        return None if tile is None or tile.block_m < rows else tile
+
+    tile = None if reason else tile_of(1, wanted.rotary)
     if tile is None:
-        raise UserError(
-            f"the low-dimensional path 'fused' cannot run: {reason or f'no tile of rank {rank} fits the device'}; "
-            f"use 'auto' (configuration or {ENVIRONMENT_VARIABLE})"
+        least = (
+            "" if few else f" of {LEAST_ROWS} rows or more, and smaller ones are slower than plain products,"
         )
-    backward = default_tile(tokens, rank, len(wanted.ranks), size, capability)
-    if not few and backward is not None and backward.block_m < LEAST_ROWS:
-        backward = None
+        reason = reason or f"no tile{least} fits the device at r = {rank}"
+        raise UserError(
+            f"the low-dimensional path 'fused' cannot run: {reason}; use 'auto' (configuration or {ENVIRONMENT_VARIABLE})"
+        )
+    backward = tile_of(len(wanted.ranks), False)
     return str(tile), "" if backward is None else str(backward)
 
 
@@ -189,7 +238,8 @@ def forced_fused(case: Case, tokens: int, device: torch.device) -> Plan:
     index = device.index or 0
     if device.type == "cuda":
         fused = [m for m in measured_cases((*case,), index) if m[1][0] == "fused"]
-        if fused and (plan := nearest(fused, tokens)).path == "fused":
+        plan = nearest(fused, tokens) if fused else None
+        if plan is not None:
             return plan
     few = False
     if (

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -25,3 +29,52 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
+
+
+def linears(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """``x weight_p^T + bias_p`` of several matrices, (..., d_in) -> (..., d_out_p) each.
+
+    Separate products hand back one gradient of x each, and autograd adds them in passes over memory. Here each product
+    but the first adds to what is there (``ops/cost.py`` counts both): as many FLOPs, fewer bytes and launches at any size.
+    One product with all matrices would need them copied together, and the outputs' gradients too.
+    """
+    inputs = [x, *weights, *(b for b in biases if b is not None)]
+    training = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    # Under autocast the products cast what they read, which an autograd function would have to repeat.
+    if len(weights) == 1 or not training or torch.is_autocast_enabled(x.device.type):
+        return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+    return _Linears.apply(x, len(weights), *weights, *biases)
+
+
+class _Linears(torch.autograd.Function):
+    """``linears`` with the gradient of x summed inside the products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, count: int, *parameters: torch.Tensor | None) -> Any:
+        weights, biases = parameters[:count], parameters[count:]
+        # Weights as they were passed: under ZeRO-3 the parameters, emptied after forward and filled before backward.
+        ctx.save_for_backward(x, *weights)
+        ctx.set_materialize_grads(False)
+        return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True) if w is not None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        x, *weights = ctx.saved_tensors
+        need_x, _, *needed = ctx.needs_input_grad
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        found: list[torch.Tensor | None] = [None] * (2 * len(weights))
+        dx: torch.Tensor | None = None
+        for number, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+            if grad is None:
+                continue
+            dz = grad.reshape(rows.shape[0], weight.shape[0])
+            if need_x:
+                dx = dz @ weight if dx is None else dx.addmm_(dz, weight)
+            if needed[number]:
+                found[number] = dz.T @ rows
+            if needed[len(weights) + number]:
+                found[len(weights) + number] = dz.sum(dim=0)
+        return (None if dx is None else dx.view(x.shape), None, *found)

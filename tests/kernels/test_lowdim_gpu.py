@@ -53,7 +53,9 @@ def test_no_worse_than_the_eager_path(
     exact = exact_on_gpu(problem)
     eager = errors(problem.outputs_and_gradients("eager"), exact)
     floor = 1e-6 if dtype == torch.float32 else 1e-3
-    for path in ("fused", "joined"):
+    # In fp32 no tile of r = 256 is large enough for the kernel to be any use, and it says so.
+    paths = ("joined",) if dtype == torch.float32 and rank == 256 else ("fused", "joined")
+    for path in paths:
         found = errors(problem.outputs_and_gradients(path), exact)
         # The folded norm rounds the product of weights, the eager one the normed x.
         assert all(one <= 2.0 * other + floor for one, other in zip(found, eager, strict=True)), (path, found, eager)  # fmt: skip
@@ -130,10 +132,9 @@ def test_fp32_uses_tf32_only_where_pytorch_does(path: str) -> None:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-@pytest.mark.parametrize("path", ["auto", "joined", "fused"])
-def test_inductor_compiles_one_graph(path: str) -> None:
+def assert_compiles_one_graph(path: str, backend: str) -> None:
     problem = draw(torch.bfloat16, (4, 128, 768), 128, [768] * 3, norm=True, device=GPU, head_dim=64)
-    compiled = torch.compile(lowdim_linears, fullgraph=True)
+    compiled = torch.compile(lowdim_linears, fullgraph=True, backend=backend)
     z = compiled(problem.x, problem.pairs, problem.norm, path, rotary=problem.rotary)
     plain = problem.outputs("eager")
     for one, other in zip(z, plain, strict=True):
@@ -142,6 +143,17 @@ def test_inductor_compiles_one_graph(path: str) -> None:
     found = torch.autograd.grad(z, problem.leaves(), upstream)
     for one, other in zip(found, torch.autograd.grad(plain, problem.leaves(), upstream), strict=True):
         assert (one - other).norm() <= 2e-2 * other.norm()
+
+
+@pytest.mark.parametrize("path", ["auto", "joined", "fused"])
+def test_tracing_finds_one_graph(path: str) -> None:
+    """With a backend that compiles nothing: what a tuning table waits for has to be quick."""
+    assert_compiles_one_graph(path, "aot_eager")
+
+
+def test_inductor_compiles_one_graph() -> None:
+    """The GPU suite runs this one apart from the others (``benchmarks/suite_tests.py``), by its name."""
+    assert_compiles_one_graph("fused", "inductor")
 
 
 def test_cuda_graphs_capture_the_kernel() -> None:

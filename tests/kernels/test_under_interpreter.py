@@ -6,17 +6,24 @@ import importlib.util
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_lpa.ops.dispatch import why_no_interpreter
+
+NO_INTERPRETER = (
+    why_no_interpreter(version("triton"), version("numpy")) if importlib.util.find_spec("triton") else None
+)
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the kernels' tests run on it")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter already")
+@pytest.mark.skipif(NO_INTERPRETER is not None, reason=str(NO_INTERPRETER))
 def test_kernels_under_the_interpreter() -> None:
     files = ["tests/kernels/test_lowdim_kernel.py", "tests/kernels/test_decoder_kernel.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]

@@ -70,6 +70,7 @@ def test_train_step_in_processes_of_their_own(
     for r in result["contenders"]:
         assert r["steps"] == 2 and len(r["round_medians_ms"]) == 2, r
         assert r["peak_memory_bytes"] > 50e6 and r["kernels"]["lowdim"] == "joined"
+        assert set(r["plans"].values()) == ({"joined"} if r["preset"] == "tiny/lpa" else set())
     (line,) = result["comparisons"]
     assert 0 < line["limit"] < 1 and line["memory_ratio"] > 0
     assert "tiny/lpa bare, round 2" in capsys.readouterr().out
@@ -111,10 +112,16 @@ def test_evaluate_step(benchmark: ModuleType, tmp_path: Path, capsys: pytest.Cap
 
 def test_profile(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, path = tmp_path / "result.json", tmp_path / "trace.json.gz"
-    words = ["profile", "--dry-run", "--steps", "2", "--trace", str(path), "--output", str(output)]
-    assert benchmark.main(words) == 0
-    figures = json.loads(output.read_text())["profile"]
-    assert path.stat().st_size > 1000 and figures["steps"] == 2 and not figures["on_gpu"]
+    words = ["profile", "--dry-run", "--steps", "2", "--loops", "bare", "engine"]
+    assert benchmark.main([*words, "--trace", str(path), "--output", str(output)]) == 0
+    profiles = json.loads(output.read_text())["profiles"]
+    assert list(profiles) == ["bare", "engine"]
+    zero = {"ZeRO-3 parameter gather", "ZeRO-3 gradient reduction", "optimizer"}
+    assert zero <= set(profiles["engine"]["profile"]["categories_ms"])
+    assert profiles["engine"]["plans"]["3 pairs, d 128, r 32, training"] == "eager"  # on a CPU
+    figures = profiles["bare"]["profile"]
+    assert (tmp_path / "bare_trace.json.gz").stat().st_size > 1000
+    assert figures["steps"] == 2 and not figures["on_gpu"]
     assert {"matrix products", "attention", "optimizer", "elementwise"} <= set(figures["categories_ms"])
     assert sum(figures["categories_ms"].values()) + figures["idle_ms"] == pytest.approx(figures["step_ms"], rel=0.05)  # fmt: skip
     assert "idle gaps" in capsys.readouterr().out

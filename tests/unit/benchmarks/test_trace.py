@@ -58,11 +58,13 @@ def test_a_step_on_a_gpu() -> None:
     events = [
         event("user_annotation", trace.STEP, 0, 100),
         event("user_annotation", "benchmark optimizer", 60, 40),
-        event("user_annotation", "Optimizer.step#AdamW.step", 70, 10),
+        *(event("user_annotation", "Optimizer.step#AdamW.step", 70 + 2 * number, 1) for number in range(5)),
         event("cuda_runtime", "cudaLaunchKernel", 1, 1, correlation=1),
         event("cuda_runtime", "cudaLaunchKernel", 3, 1, correlation=2),
         event("cuda_runtime", "cudaLaunchKernel", 90, 1, correlation=3),
         event("cuda_runtime", "cudaStreamSynchronize", 95, 5),
+        event("cuda_runtime", "cudaDeviceSynchronize", 96, 1),
+        event("cuda_runtime", "cudaDeviceSynchronize", 98, 1),
         event("cpu_op", "aten::_local_scalar_dense", 94, 6),
         event("kernel", "nvjet_tst", 10, 50, tid=7, correlation=1),
         event("kernel", "vectorized_elementwise_kernel", 70, 20, tid=7, correlation=2),
@@ -76,10 +78,49 @@ def test_a_step_on_a_gpu() -> None:
         "matrix products": 0.05, "elementwise": 0.02, "optimizer": 0.01
     }  # fmt: skip
     assert figures["idle_ms"] == pytest.approx(0.02)  # 60 to 70, 90 to 100
-    assert figures["host_synchronisations_per_step"] == 1 and figures["values_read_back_per_step"] == 1
+    assert figures["host_waits_per_step"] == {"stream": 1, "device": 2, "event": 0}
+    assert figures["values_read_back_per_step"] == 1 and figures["attention_backend"] is None
     assert figures["launches_per_step"] == 3
-    assert "matrix products" in trace.table(figures)
+    assert "matrix products" in trace.table(figures) and "1.0 (stream), 2.0 (device)" in trace.table(figures)
 
+
+def test_work_of_zero_is_named_by_where_it_was_launched() -> None:
+    """Also from the thread that autograd runs backward in, whose annotations are its own."""
+    events = [
+        event("user_annotation", trace.STEP, 0, 100),
+        event("user_annotation", "benchmark parameter gather", 10, 10),
+        event("user_annotation", "benchmark gradient reduction", 30, 20, tid=2),
+        event("user_annotation", "benchmark optimizer", 60, 20),
+        *(
+            event("cuda_runtime", "cudaLaunchKernel", start, 1, tid, number)
+            for number, (start, tid) in enumerate(((12, 1), (35, 2), (35, 1), (65, 1), (36, 2)))
+        ),
+        event("kernel", "copy_kernel", 15, 1, 7, correlation=0),
+        event("kernel", "copy_kernel", 40, 2, 7, correlation=1),
+        event("kernel", "copy_kernel", 45, 4, 7, correlation=2),
+        event("kernel", "copy_kernel", 70, 8, 7, correlation=3),
+        event("kernel", "ncclDevKernel_ReduceScatter", 80, 16, 8, correlation=4),
+    ]
+    assert trace.summary(events)["categories_ms"] == {
+        "ZeRO-3 parameter gather": 0.001,
+        "ZeRO-3 gradient reduction": 0.002,
+        "elementwise": 0.004,
+        "optimizer": 0.008,
+        "communication": 0.016,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "cuDNN"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>", "FlashAttention"),
+        ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80", "memory-efficient"),
+        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_TNT", None),
+    ],
+)
+def test_attention_is_known_by_its_kernels(name: str, backend: str | None) -> None:
+    assert trace.attention_backend(["aten::mm", name]) == backend
 
 def test_steps_on_a_cpu_from_a_file(tmp_path: Path) -> None:
     events = [

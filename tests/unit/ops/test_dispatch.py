@@ -20,6 +20,7 @@ from megatron_lpa.ops.dispatch import (
     parse_table,
     read_table,
     requested_path,
+    why_no_interpreter,
 )
 
 CASE = Case(torch.bfloat16, 1024, (128,) * 3, (1024,) * 3, False, True)
@@ -73,29 +74,39 @@ def test_the_table_decides() -> None:
     assert choose("auto", CASE, 16384, GPU) == Plan(*FUSED)
     assert choose("auto", CASE, 10**6, GPU) == Plan(*FUSED)
     assert choose("auto", CASE, 64, GPU) == Plan("joined")
-    assert choose("auto", CASE._replace(d_in=768), 16384, GPU) == EAGER
-    assert choose("auto", CASE._replace(training=False), 16384, GPU) == EAGER
-    assert choose("auto", CASE._replace(dtype=torch.float16), 16384, GPU) == EAGER
+
+
+@pytest.mark.usefixtures("gpu_table")
+def test_without_a_measured_case_joined_products_train_and_the_plain_path_decodes() -> None:
+    for case in (CASE._replace(d_in=768), CASE._replace(dtype=torch.float16), CASE._replace(norm=True)):
+        assert choose("auto", case, 16384, GPU) == Plan("joined")
+        assert choose("auto", case, 1535, GPU) == EAGER  # 4 tokens for each of 3 x 128
+        assert choose("auto", case._replace(training=False), 16384, GPU) == EAGER
+        assert choose("auto", case._replace(ranks=(128,), widths=(1024,)), 16384, GPU) == EAGER
+    # Measured at 64 and 16,384 tokens: nothing is near 2,000.
+    assert choose("auto", CASE, 2000, GPU) == Plan("joined")
+    assert choose("auto", CASE, 1000, GPU) == EAGER
 
 
 @pytest.mark.parametrize(
     ("tokens", "path"),
-    [(0, "eager"), (15, "eager"), (16, "joined"), (256, "joined"), (257, "eager"), (1023, "eager"), (1025, "eager"),
-     (4095, "eager"), (4096, "fused"), (10**7, "fused")],
+    [(0, None), (15, None), (16, "joined"), (256, "joined"), (257, None), (1023, None), (1025, None),
+     (4095, None), (4096, "fused"), (10**7, "fused")],
 )  # fmt: skip
-def test_a_case_counts_for_near_numbers_of_tokens_only(tokens: int, path: str) -> None:
+def test_a_case_counts_for_near_numbers_of_tokens_only(tokens: int, path: str | None) -> None:
     measured = ((64, ("joined", "", "")), (16384, FUSED))
-    assert nearest(measured, tokens).path == path
+    plan = nearest(measured, tokens)
+    assert (plan and plan.path) == path
 
 
 def test_what_was_measured_for_few_tokens_only_says_nothing_about_many() -> None:
     measured = ((16, FUSED),)
-    assert [nearest(measured, tokens).path for tokens in (64, 65, 10**5)] == ["fused", "eager", "eager"]
+    assert [nearest(measured, tokens) for tokens in (64, 65, 10**5)] == [Plan(*FUSED), None, None]
 
 
 def test_between_two_measured_cases_the_nearer_counts() -> None:
     measured = ((1000, ("joined", "", "")), (4000, FUSED))
-    assert [nearest(measured, tokens).path for tokens in (1999, 2001)] == ["joined", "fused"]
+    assert [nearest(measured, tokens) for tokens in (1999, 2001)] == [Plan("joined"), Plan(*FUSED)]
 
 
 @pytest.mark.usefixtures("gpu_table")
@@ -125,7 +136,7 @@ def test_paths_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         (CASE._replace(dtype=torch.float64), GPU, "float64 is not one"),
         (CASE._replace(ranks=(128,) * 4, widths=(1024,) * 4), GPU, "4 pairs are more than 3"),
         (CASE._replace(ranks=(128, 64, 64)), GPU, r"ranks \(128, 64, 64\) differ"),
-        (CASE._replace(ranks=(513,), widths=(64,)), GPU, "no tile of rank 513 fits"),
+        (CASE._replace(ranks=(513,), widths=(64,)), GPU, "no tile fits the device at r = 513"),
     ],
 )
 def test_forcing_what_cannot_run(
@@ -136,6 +147,31 @@ def test_forcing_what_cannot_run(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "H200")
     with pytest.raises(UserError, match=f"'fused' cannot run: .*{reason}.*use 'auto'"):
         choose("fused", case, 100, device)
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((8, 0), False), ((9, 0), True)])
+def test_forcing_a_rank_whose_tiles_are_too_small_for_many_tokens(
+    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At r = 512 an A800 has room for 32 rows: every 32 tokens would read both factors again."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "some GPU")
+    case = CASE._replace(d_in=4096, ranks=(512,) * 3, widths=(4096,) * 3)
+    assert choose("fused", case, 16, GPU).path == "fused"
+    if runs:
+        plan = choose("fused", case, 4096, GPU)
+        assert plan.forward_tile.startswith("64,") and not plan.backward_tile
+    else:
+        with pytest.raises(UserError, match=r"no tile of 64 rows or more.*r = 512; use 'auto'"):
+            choose("fused", case, 4096, GPU)
+
+
+def test_an_interpreter_that_does_not_work_with_this_numpy() -> None:
+    assert why_no_interpreter("3.7.1", "2.5.2") is None
+    assert why_no_interpreter("3.6.0", "2.3.5") is None
+    for numpy_version in ("2.4.0rc1", "2.10.1", "3.0.0"):
+        assert "install numpy<2.4, or Triton 3.7" in str(why_no_interpreter("3.6.0", numpy_version))
 
 
 def test_forcing_the_kernel_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
