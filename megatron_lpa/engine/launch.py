@@ -22,6 +22,7 @@ import deepspeed
 
 from megatron_lpa.engine.compile_lock import wait_for_compilers
 from megatron_lpa.errors import RankError, RankHang, UserError
+from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
 from megatron_lpa.parallel.groups import ParallelGroups
 
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -80,6 +81,7 @@ def start_distributed(tensor_parallel_size: int, timeout: datetime.timedelta = T
         UserError: a rank without a GPU of its own, or a world that TP does not divide.
     """
     quiet_libraries()
+    keep_partial_sums_in_fp32()
     rank, world_size, local_rank = world_from_environment()
     if "MASTER_PORT" not in os.environ:
         if world_size > 1:

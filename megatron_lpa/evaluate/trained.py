@@ -15,6 +15,7 @@ from megatron_lpa.engine.manifest import MANIFEST, complete_checkpoints, read_ma
 from megatron_lpa.engine.weights_reader import load_decoder
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.transformer import Decoder
+from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
 
 CONFIG = "config.yaml"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -53,6 +54,7 @@ def load_run(run: str | Path, step: int | None = None, tokenizer: str | None = N
         UserError: no such folder or step, no complete checkpoint, damaged files, or a tokenizer that is
             gone or has more ids than the model.
     """
+    keep_partial_sums_in_fp32()
     folder, checkpoint = find_checkpoint(Path(run), step)
     config = read_config(folder)
     manifest = read_manifest(checkpoint, under="weights/")

@@ -10,6 +10,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
+def keep_partial_sums_in_fp32() -> None:
+    """For this process: products in half precision on a GPU add their partial sums in fp32.
+
+    cuBLAS may split a long sum over several programs and, by PyTorch's default, add their parts in bf16. Gradients of
+    thin factors, (r, d) over all tokens, are such sums.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x weight^T + bias``, (..., d_in) -> (..., d_out).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,11 +20,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# DeepSpeed 0.19.8 waits once or twice per optimizer step, between backward and the optimizer, for two decisions
-# on the host: whether a gradient is infinite (has_overflow: .item()) and whether the norm is one
-# (is_invalid_grad_norm: bool()). Stage 3 also moves the norm to the CPU (total_norm.cpu()). The other calls
-# build tensors from Python numbers for these.
-ALLOWED = (
+# What DeepSpeed 0.19.8 waits for in a step, as "file.function".
+#
+# Once or twice per optimizer step, between backward and the optimizer, for decisions on the host: whether a
+# gradient is infinite (.item()), whether the norm is one (bool()); stage 3 also moves the norm to the CPU. The other
+# functions build tensors from Python numbers for these.
+DECISIONS = (
     "has_overflow",
     "is_invalid_grad_norm",
     "scaled_global_norm",
@@ -31,6 +33,24 @@ ALLOWED = (
     "complete_grad_norm_calculation_for_cpu_offload",
     "unscale_and_clip_grads",
 )
+# Stage 3, on streams of its own: the end of each micro-batch's reductions, gathers on one process (which copy
+# nothing), and reductions and gathers that have run far ahead of the device.
+STREAMS = (
+    "stage3.independent_gradient_partition_epilogue",
+    "partition_parameters.wait",
+    "stage3.__reduce_and_partition_ipg_grads",
+    "partitioned_param_coordinator._fetch_sub_module_impl",
+)
+# Stage 2 with overlap_comm, for the whole device, once or twice per micro-batch.
+DEVICE = (
+    "stage_1_and_2.independent_gradient_partition_epilogue",
+    "stage_1_and_2.allreduce_and_copy",
+    "stage_1_and_2._allreduce_noncontiguous_bucket_preserving_fp32",
+)
+
+
+EVERY_PARAMETER = str(Path(__file__).parents[1] / "support" / "zero3_every_parameter.json")
+"""The shipped file keeps small parameters whole, which is all that the model here has."""
 
 
 @pytest.fixture
@@ -44,15 +64,29 @@ def engine_of(tmp_path: Path) -> Iterator[Callable[[RunConfig], Any]]:
     stop_distributed()
 
 
-def where_synchronised(act: Callable[[], object]) -> list[str]:
-    """The functions on the stack of every call that waits for the GPU, our own tree's and DeepSpeed's."""
-    found: list[str] = []
+def stack() -> str:
+    """The callers, the innermost first, each as "file.function"."""
+    frames = reversed(traceback.extract_stack()[:-2])
+    return " < ".join(f"{Path(frame.filename).stem}.{frame.name}" for frame in frames)
+
+
+def where_waiting(act: Callable[[], object]) -> tuple[list[str], list[str]]:
+    """Stacks of every call that waits for a stream, an event or a value, and of every wait for the whole device.
+
+    PyTorch's debug mode sees the first kind except events, and nothing of the second.
+    """
+    waits: list[str] = []
+    device_waits: list[str] = []
 
     def note(message: Any, *_args: Any, **_kwargs: Any) -> None:
         if "synchroniz" in str(message):
-            found.append(" < ".join(frame.name for frame in reversed(traceback.extract_stack()[:-1])))
+            waits.append(stack())
 
-    with warnings.catch_warnings():
+    with (
+        warnings.catch_warnings(),
+        unittest.mock.patch.object(torch.cuda, "synchronize", lambda *_: device_waits.append(stack())),
+        unittest.mock.patch.object(torch.cuda.Event, "synchronize", lambda *_: waits.append(stack())),
+    ):
         warnings.simplefilter("always")
         warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")
@@ -60,11 +94,15 @@ def where_synchronised(act: Callable[[], object]) -> list[str]:
             act()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return found
+    return waits, device_waits
+
+
+def not_named(stacks: list[str], names: tuple[str, ...]) -> list[str]:
+    return [stack for stack in stacks if not any(name in stack for name in names)]
 
 
 @pytest.mark.parametrize("mode", ["none", "selective"])
-@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3", EVERY_PARAMETER])
 def test_a_step_waits_only_inside_deepspeed(engine_of, zero: str, mode: str) -> None:
     model: ModelConfig = MODELS["s2_lpa"]
     train = TrainConfig(
@@ -79,6 +117,10 @@ def test_a_step_waits_only_inside_deepspeed(engine_of, zero: str, mode: str) -> 
     for _ in range(3):  # compilation, first allocations, DeepSpeed's trace of the modules
         step()
     torch.cuda.synchronize()
-    waits = [stack for _ in range(3) for stack in where_synchronised(step)]
-    assert [s for s in waits if not any(name in s for name in ALLOWED)] == []
-    assert [s for _ in range(2) for s in where_synchronised(lambda: engine.losses(ids))] == []
+    found = [where_waiting(step) for _ in range(3)]
+    waits, device_waits = ([stack for pair in found for stack in pair[kind]] for kind in (0, 1))
+    assert not_named(waits, DECISIONS + STREAMS) == []
+    assert not_named(device_waits, DEVICE if zero == "zero2" else ()) == []
+    for _ in range(2):
+        waits, device_waits = where_waiting(lambda: engine.losses(ids))
+        assert not_named(waits, STREAMS) == [] and device_waits == []

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from kernels.lowdim_cases import DEVICE, Problem, assert_near, draw, reference
 
 from megatron_lpa.kernels import launch
 from megatron_lpa.kernels.tiles import Tile
+from megatron_lpa.ops import cost
 from megatron_lpa.ops.lowdim import Pair, lowdim_linear, lowdim_linears
 from megatron_lpa.ops.lowdim_op import lowdim_op
 
@@ -215,6 +218,42 @@ def test_any_tile_gives_the_same(tile: Tile, norm: bool, head_dim: int) -> None:
     torch.testing.assert_close(
         found, torch.autograd.grad(plain, problem.leaves(), upstream), rtol=1e-5, atol=1e-4
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="reads and writes are counted in the interpreter")
+@pytest.mark.parametrize("rows", [16, 32])
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_programs_read_and_write_what_the_cost_model_counts(
+    pairs: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes through the L2 cache, counted element by element; 40 tokens leave the last tile half empty."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    counted = [0, 0]
+    load, store = interpreter_builder.create_masked_load, interpreter_builder.create_masked_store
+
+    def counting_load(ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        counted[0] += int(np.count_nonzero(mask.data))
+        return load(ptrs, mask, other, *rest)
+
+    def counting_store(ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        counted[1] += int(np.count_nonzero(mask.data))
+        return store(ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(interpreter_builder, "create_masked_load", counting_load)
+    monkeypatch.setattr(interpreter_builder, "create_masked_store", counting_store)
+    tokens, width, rank = 40, 48, 12
+    problem = draw(torch.float32, (tokens, width), rank, [width] * pairs, biases=False)
+    works = cost.fused(cost.Problem(tokens, width, (rank,) * pairs, (width,) * pairs, 4), rows, rows)
+    forward, backward = (work for work in works if work.l2_bytes)
+    tile = Tile(rows, 16, 16, 4, 1)
+    w_a, w_b = ([pair[n].detach() for pair in problem.pairs] for n in (0, 1))
+    x = problem.x.detach()
+    z, *_ = launch.forward(x, torch.cat(w_a), w_b, None, [None] * pairs, tile, keep=True)
+    assert 4 * sum(counted) == forward.l2_bytes
+    counted[:] = [0, 0]
+    launch.input_gradient(z, torch.cat(w_a), w_b, tile)
+    assert 4 * sum(counted) == backward.l2_bytes
 
 
 def test_every_output_element_is_written() -> None:

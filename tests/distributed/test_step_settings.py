@@ -1,4 +1,4 @@
-"""What ZeRO-3 makes a step wait for: parameters that nobody fetched ahead, and the whole device."""
+"""What DeepSpeed and cuBLAS are told: nothing to wait for that could have come before, and sums in fp32."""
 
 from __future__ import annotations
 
@@ -92,3 +92,14 @@ def test_limits_smaller_than_a_layer_would_show(world, tmp_path):
     knobs = scaled_knobs(tmp_path, stage3_prefetch_bucket_size=100_000_000)
     events, _ = world(2).run(on_demand_and_device_waits, scaled_run("3b/transformer", knobs))[0]
     assert events["forward_fetch_submit"] > 10
+
+
+def reduced_precision_sums() -> tuple[bool, bool]:
+    matmul = torch.backends.cuda.matmul
+    return bool(matmul.allow_bf16_reduced_precision_reduction), bool(
+        matmul.allow_fp16_reduced_precision_reduction
+    )
+
+
+def test_products_on_a_gpu_keep_their_partial_sums_in_fp32(world):
+    assert world(1).run(reduced_precision_sums)[0] == (False, False)
