@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from benchmarks.step_config import run_config
 from benchmarks.step_figures import Record, measured, saving_limit, table, throughput, variant_of
 from benchmarks.step_loops import Loop, random_decoder
 from benchmarks.step_runs import TURN_STEPS, device_here, failure, release, timed_steps
-from megatron_lpa.config import ModelConfig
+from megatron_lpa.config import ModelConfig, RunConfig
 from megatron_lpa.errors import UserError
 from megatron_lpa.train.hardware import peak_flops_per_second
 
@@ -81,13 +81,22 @@ def run(arguments: argparse.Namespace) -> None:
     print(table(last["models"], last["comparisons"]))
 
 
+def config_of(preset: str, arguments: argparse.Namespace) -> RunConfig:
+    """The run that is measured.
+
+    Raises:
+        UserError: an unknown preset, key or value.
+    """
+    changes: dict[str, Any] = {"model.num_layers": arguments.layers} if arguments.layers else {}
+    if arguments.dry_run:
+        changes = {"model.num_layers": 1, "model.sequence_length": 16}
+    return run_config(preset, changes, arguments.set)
+
+
 def evaluated(preset: str, arguments: argparse.Namespace, device: torch.device) -> Evaluated:
     """Builds one model with random weights."""
-    changes: dict[str, Any] = {"model.num_layers": arguments.layers} if arguments.layers else {}
-    precision = arguments.precision
-    if arguments.dry_run:
-        changes, precision = {"model.num_layers": 1, "model.sequence_length": 16}, "fp32"
-    config = run_config(preset, changes, arguments.set)
+    config = config_of(preset, arguments)
+    precision = "fp32" if arguments.dry_run else arguments.precision
     before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     decoder = random_decoder(config, device, precision).eval()
     weight_bytes = sum(p.numel() * p.element_size() for p in decoder.parameters())
@@ -117,12 +126,37 @@ def peak_on_top(step: Callable[[], Any], device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def results(arguments: argparse.Namespace, deadline: float | None) -> Iterator[dict[str, Any]]:
+def presets_of(arguments: argparse.Namespace) -> list[str]:
+    """What is measured."""
+    return ["tiny/transformer", "tiny/lpa"] if arguments.dry_run else list(arguments.models)
+
+
+def request_of(preset: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a record is about, as it stands in a result."""
+    return {
+        "preset": preset,
+        "tokens": arguments.tokens,
+        "precision": arguments.precision,
+        "layers": arguments.layers,
+        "settings": list(arguments.set),
+    }
+
+
+def unmeasured(arguments: argparse.Namespace, known: Sequence[Record]) -> list[str]:
+    """The presets that no known record is about."""
+    about = [record["request"] for record in known]
+    return [preset for preset in presets_of(arguments) if request_of(preset, arguments) not in about]
+
+
+def results(
+    arguments: argparse.Namespace, deadline: float | None, known: Sequence[Record] = ()
+) -> Iterator[dict[str, Any]]:
     """The whole result after every round of turns.
 
     Args:
         arguments: as ``add_arguments`` defines them.
         deadline: no round starts after this, on the clock of ``time.monotonic``.
+        known: records that are kept, and whose models are not measured again.
     """
     device = device_here()
     head = {
@@ -134,14 +168,19 @@ def results(arguments: argparse.Namespace, deadline: float | None) -> Iterator[d
         "settings": list(arguments.set),
     }
     warn_if_busy(head["machine"])
-    presets = ["tiny/transformer", "tiny/lpa"] if arguments.dry_run else arguments.models
-    for preset in presets:
-        run_config(
-            preset, {}, arguments.set
-        )  # a wrong name is the caller's to mend, not a failed measurement
+    presets = presets_of(arguments)
+    # Here, because a wrong name is the caller's to mend, not a failed measurement.
+    models = {preset: config_of(preset, arguments).model for preset in presets}
+    pending = unmeasured(arguments, known)
+    kept = {record["preset"]: record for record in known}
     built: dict[str, Evaluated] = {}
-    records: dict[str, Record] = {preset: {"preset": preset} for preset in presets}
-    for preset in presets:
+    records: dict[str, Record] = {
+        preset: {"preset": preset, "request": request_of(preset, arguments)}
+        if preset in pending
+        else kept[preset]
+        for preset in presets
+    }
+    for preset in pending:
         try:
             item = evaluated(preset, arguments, device)
             for _ in range(arguments.warm_up):
@@ -162,13 +201,14 @@ def results(arguments: argparse.Namespace, deadline: float | None) -> Iterator[d
             release()
     turns: dict[str, list[list[float]]] = {preset: [] for preset in built}
     if not built:
-        yield finished(head, records, built, turns)
+        yield finished(head, records, models, built, turns)
         return
     steps = 1 if arguments.dry_run else arguments.steps
+    head["steps"] = steps
     for done in range(0, steps, TURN_STEPS):
         for preset, item in built.items():
             turns[preset].append(timed_steps(item.loop, min(TURN_STEPS, steps - done), device))
-        yield finished(head, records, built, turns)
+        yield finished(head, records, models, built, turns)
         if deadline is not None and time.monotonic() > deadline:
             break
 
@@ -176,6 +216,7 @@ def results(arguments: argparse.Namespace, deadline: float | None) -> Iterator[d
 def finished(
     head: dict[str, Any],
     records: dict[str, Record],
+    models: dict[str, ModelConfig],
     built: dict[str, Evaluated],
     turns: dict[str, list[list[float]]],
 ) -> dict[str, Any]:
@@ -189,7 +230,7 @@ def finished(
         )
         if preset in PAPER:
             record["paper"] = PAPER[preset]
-    lines = comparisons(records, {preset: item.model for preset, item in built.items()})
+    lines = comparisons(records, models)
     return {**head, "peak_flops_per_second": peak, "models": list(records.values()), "comparisons": lines}
 
 

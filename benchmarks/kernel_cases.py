@@ -17,7 +17,7 @@ MICRO_BATCHES = (
     (Shape(7680, 1024, 256), True),  # s2_medium
     (Shape(5120, 768, 256), False),  # s1_small
     (Shape(6144, 1024, 256), False),  # s1_medium
-    (Shape(4096, 4096, 512), False),  # 3b
+    (Shape(16384, 4096, 512), False),  # 3b
 )
 """Of the presets ``*/lpa``; whether RMSNorm comes before q, k and v, and rotary embedding after (setting 2)."""
 

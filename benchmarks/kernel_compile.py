@@ -99,9 +99,11 @@ def compile_ahead(
     # Spawned, because a forked process cannot use the GPU of its parent.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(compile_one, item) for item in work]
-        compile_elementwise(setting, jobs)
-        wait(futures, timeout=max(0.0, end - time.monotonic()))
-        pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            compile_elementwise(setting, jobs)
+            wait(futures, timeout=max(0.0, end - time.monotonic()))
+        finally:  # also where a signal ends all: those that have begun are waited for
+            pool.shutdown(wait=False, cancel_futures=True)
     done = sum(not future.cancelled() and future.exception() is None for future in futures)
     return {"kernels": len(work), "done": done}
 

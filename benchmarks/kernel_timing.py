@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine, versions_of
+from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
 
 ROTATED_BYTES = 256 * 2**20
 """Inputs rotate among copies that together are several times the L2 cache, so that none is read from it."""
@@ -209,7 +210,8 @@ def device_name(setting: Setting) -> str:
 
 
 def setting_of(dry: bool, budget_ms: float, dtype: str = "bfloat16") -> Setting:
-    """The GPU where there is one; a dry run computes in fp32, on the CPU where there is none."""
+    """The GPU where there is one; a dry run computes in fp32, on the CPU where there is none. Products sum as in training."""
+    keep_partial_sums_in_fp32()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Setting(device, torch.float32 if dry else getattr(torch, dtype), budget_ms, dry)
 

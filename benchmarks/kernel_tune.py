@@ -194,14 +194,10 @@ def line_of(
     setting: Setting, job: Job, plan: Plan, times: dict[Plan, Times], failures: dict[str, str]
 ) -> dict[str, Any]:
     """A line of the table."""
-    case = case_of(setting, job)
     names = {" ".join(filter(None, p)): t for p, t in sorted(times.items(), key=lambda item: item[1].device_us)}  # fmt: skip
     late = [name for name, t in names.items() if not t.host_ahead]
     return {
-        "device": device_name(setting),
-        "dtype": str(setting.dtype).removeprefix("torch."),
-        "d_in": case.d_in, "ranks": list(case.ranks), "widths": list(case.widths), "norm": case.norm, "rotary": case.rotary,
-        "training": case.training, "tokens": job.shape.tokens,
+        **about(setting, job),
         **{key: value for key, value in plan._asdict().items() if value},
         "device_us": {name: round(t.device_us, 2) for name, t in names.items()},
         "host_us": {name: round(t.host_us, 2) for name, t in names.items()},
@@ -210,18 +206,40 @@ def line_of(
     }  # fmt: skip
 
 
+def about(setting: Setting, job: Job) -> dict[str, Any]:
+    """What a line is about, as it stands in a table."""
+    case = case_of(setting, job)
+    return {
+        "device": device_name(setting),
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "d_in": case.d_in,
+        "ranks": list(case.ranks),
+        "widths": list(case.widths),
+        "norm": case.norm,
+        "rotary": case.rotary,
+        "training": case.training,
+        "tokens": job.shape.tokens,
+    }
+
+
+def unmeasured(setting: Setting, jobs: Sequence[Job], known: Sequence[dict[str, Any]]) -> list[Job]:
+    """The jobs that no known line is about."""
+    done = {key(line) for line in known}
+    return [job for job in jobs if key(about(setting, job)) not in done]
+
+
 def merged_table(path: Path, lines: list[dict[str, Any]], setting: Setting) -> dict[str, Any]:
     """The table with new lines in place of old ones of the same case and number of tokens."""
     old = json.loads(path.read_text()) if path.is_file() else {"cases": []}
     fresh = {key(line) for line in lines}
     kept = [line for line in old["cases"] if key(line) not in fresh]
-    about = describe(setting)
-    major, minor = about["device"].get("capability", (0, 0))
+    machine = describe(setting)
+    major, minor = machine["device"].get("capability", (0, 0))
     return {
         "device": f"sm_{major}{minor}",
         "status": "dry run" if setting.dry else "measured",
         "note": "Medians in microseconds of every plan tried, of the device and of the host; docs/kernels.md says how they are made and used.",
-        "machine": about,
+        "machine": machine,
         "cases": sorted(kept + lines, key=lambda line: json.dumps(key(line))),
     }
 

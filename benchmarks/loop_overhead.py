@@ -10,7 +10,6 @@ engine, no metrics, no data pipeline. Ours is the whole loop's step: reading dat
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -24,6 +23,7 @@ import torch
 import megatron_lpa
 from megatron_lpa.config import load_config, validate_config
 from megatron_lpa.data.splits import open_splits
+from megatron_lpa.data.storage.files import write_json
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.launch import start_distributed, stop_distributed
@@ -137,7 +137,7 @@ def main() -> None:
         f"{result['overhead_percent']:+.1f} %"
     )
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.output, result)
 
 
 if __name__ == "__main__":

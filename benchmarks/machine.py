@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from megatron_lpa.data.storage.files import explained_write_errors
+from megatron_lpa.data.storage.files import write_json
 
 BUSY_LOAD = 0.5
 
@@ -68,12 +67,10 @@ def versions_of(packages: Sequence[str]) -> dict[str, str | None]:
 
 
 def write_result(path: Path | None, result: dict[str, Any]) -> None:
-    """Writes a result as JSON where a path is given.
+    """Writes a result as JSON where a path is given: whole or not at all, whatever ends the process.
 
     Raises:
         UserError: it cannot be written.
     """
     if path is not None:
-        with explained_write_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(path, result)

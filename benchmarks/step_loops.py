@@ -9,8 +9,9 @@ win by leaving work out, and one under autocast would lose by casting every weig
 from __future__ import annotations
 
 import contextlib
+import functools
 import unittest.mock
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from megatron_lpa.config import ModelConfig, OptimConfig, RunConfig
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.recompute import recompute_for
 from megatron_lpa.model.transformer import Decoder
+from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import spec_of
 
@@ -52,6 +54,7 @@ def build_loop(contender: Contender, device: torch.device) -> Loop:
         UserError: the configuration cannot be measured.
         ImportError: a package is missing.
     """
+    keep_partial_sums_in_fp32()  # as training does
     config = contender.config()
     return {"bare": bare_loop, "engine": engine_loop, "llama": llama_loop}[contender.loop](
         config, device, contender.dry
@@ -209,6 +212,37 @@ def llama_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
         return compiled(input_ids=ids[:, :-1], labels=labels, shift_labels=labels).loss
 
     return plain_loop(config, device, llama, loss_of)
+
+
+@contextlib.contextmanager
+def annotated_deepspeed() -> Iterator[None]:
+    """Puts annotations around what ZeRO stage 3 does, for a profile: its kernels have no names of their own."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    with contextlib.ExitStack() as patches:
+        for owner, method, label in (
+            (PartitionedParameterCoordinator, "fetch_sub_module", "parameter gather"),
+            (PartitionedParameterCoordinator, "release_sub_module", "parameter gather"),
+            (DeepSpeedZeroOptimizer_Stage3, "reduce_ready_partitions_and_remove_grads", "gradient reduction"),
+            (DeepSpeedZeroOptimizer_Stage3, "independent_gradient_partition_epilogue", "gradient reduction"),
+            (DeepSpeedZeroOptimizer_Stage3, "step", "optimizer"),
+        ):
+            patches.enter_context(
+                unittest.mock.patch.object(
+                    owner, method, _annotated(getattr(owner, method), f"benchmark {label}")
+                )
+            )
+        yield
+
+
+def _annotated(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.profiler.record_function(label):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def engine_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:

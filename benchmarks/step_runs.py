@@ -22,10 +22,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import write_result
 from benchmarks.processes import ROOT
 from benchmarks.step_config import Contender
 from benchmarks.step_loops import Loop, build_loop
+from benchmarks.step_plans import recorded_plans
 from megatron_lpa.train.hardware import peak_memory_bytes
+
+WORLD = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""Variables that join processes."""
 
 TURN_STEPS = 3
 """Steps in a row of one model before the next one's turn, in one process."""
@@ -85,8 +90,9 @@ def run_alone(contender: Contender, warm_up: int, steps: int) -> dict[str, Any]:
     device = device_here()
     try:
         loop = build_loop(contender, device)
-        for _ in range(warm_up):
-            loop.step()
+        with recorded_plans() as plans:
+            for _ in range(warm_up):
+                loop.step()
         synchronize(device)
         on_gpu = device.type == "cuda"
         if on_gpu:
@@ -97,6 +103,7 @@ def run_alone(contender: Contender, warm_up: int, steps: int) -> dict[str, Any]:
             "rounds_ms": [times],
             "parameters": loop.parameters,
             "kernels": dataclasses.asdict(loop.config.kernels),
+            "plans": plans,
             "peak_memory_bytes": peak_memory_bytes(),
             "reserved_memory_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
             "memory_between_steps_bytes": resting,
@@ -105,24 +112,30 @@ def run_alone(contender: Contender, warm_up: int, steps: int) -> dict[str, Any]:
         return failure(error)
 
 
-def run_in_process(contender: Contender, warm_up: int, steps: int, limit_s: float | None) -> dict[str, Any]:
-    """``run_alone`` in a process of its own.
+def run_in_process(
+    contender: Contender, warm_up: int, steps: int, limit_s: float | None, trace: Path | None = None
+) -> dict[str, Any]:
+    """``run_alone``, or a profile, in a process of its own.
 
     Args:
         contender: what to measure.
         warm_up: steps before measuring.
         steps: steps measured.
         limit_s: after this the process is ended and nothing of it counts.
+        trace: profile instead (``step_profile.profiled``), and write the trace here.
     """
     with tempfile.TemporaryDirectory() as folder:
         spec, result = Path(folder) / "spec.json", Path(folder) / "result.json"
-        spec.write_text(
-            json.dumps({"contender": dataclasses.asdict(contender), "warm_up": warm_up, "steps": steps})
-        )
+        wanted = {"contender": dataclasses.asdict(contender), "warm_up": warm_up, "steps": steps}
+        write_result(spec, wanted | {"trace": None if trace is None else str(trace.resolve())})
         command = [sys.executable, "-m", "benchmarks.step_runs", str(spec), str(result)]
         with (Path(folder) / "log").open("w+") as log:
+            # An engine in this process has left its address here, and has the port.
+            environment = {name: value for name, value in os.environ.items() if name not in WORLD}
             # A session of its own: compilers that it starts have to end with it.
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
             try:
                 code = process.wait(limit_s)
             except BaseException as error:
@@ -158,14 +171,16 @@ def run_together(
     for contender in contenders:
         try:
             loop = build_loop(contender, device)
-            for _ in range(warm_up):
-                loop.step()
+            with recorded_plans() as plans:
+                for _ in range(warm_up):
+                    loop.step()
             loops.append(loop)
             results.append(
                 {
                     "rounds_ms": [],
                     "parameters": loop.parameters,
                     "kernels": dataclasses.asdict(loop.config.kernels),
+                    "plans": plans,
                     "peak_memory_bytes": None,
                 }
             )
@@ -187,13 +202,26 @@ def run_together(
     return results
 
 
+def profile_alone(contender: Contender, warm_up: int, steps: int, trace: Path) -> dict[str, Any]:
+    """The profile, or what it failed by."""
+    from benchmarks.step_profile import profiled  # which needs this module
+
+    try:
+        return profiled(contender, warm_up, steps, trace)
+    except Exception as error:  # recorded, as in run_alone
+        return failure(error)
+
+
 def main(spec_file: str, result_file: str) -> None:
     """The process of its own."""
     spec = json.loads(Path(spec_file).read_text())
     fields = spec["contender"]
     contender = Contender(**fields | {"settings": tuple(fields["settings"])})
-    result = run_alone(contender, spec["warm_up"], spec["steps"])
-    Path(result_file).write_text(json.dumps(result))
+    if spec["trace"] is None:
+        result = run_alone(contender, spec["warm_up"], spec["steps"])
+    else:
+        result = profile_alone(contender, spec["warm_up"], spec["steps"], Path(spec["trace"]))
+    write_result(Path(result_file), result)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

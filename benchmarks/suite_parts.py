@@ -1,12 +1,8 @@
-"""The parts of the GPU suite (``benchmarks/gpu_suite.py``), and the result that they fill."""
+"""The parts of the GPU suite (``benchmarks/gpu_suite.py``). Each measures what the result does not have yet."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,175 +20,191 @@ from benchmarks import (
 )
 from benchmarks.kernel_cases import default_jobs
 from benchmarks.kernel_compile import compile_ahead
-from benchmarks.kernel_timing import Setting, describe, device_name, measure_ceilings
+from benchmarks.kernel_timing import Ceilings, device_name, measure_ceilings
 from benchmarks.machine import write_result
-from benchmarks.step_runs import release
+from benchmarks.processes import ROOT
+from benchmarks.step_runs import run_in_process
+from benchmarks.suite_state import SuiteState
 from megatron_lpa.ops import dispatch
 
+BUILD = ROOT / "build" / "gpu_suite"
+"""Traces of the bare loop, which are only worth a look on the machine itself."""
 
-class Suite:
-    """The result so far and the time left.
+QUICK_SHAPES = 4
+"""Training shapes of the first look at projections."""
 
-    Args:
-        setting: device, dtype, time per figure.
-        output: where the result goes.
-        deadline: on the clock of ``time.monotonic``.
-        total_s: the whole limit.
-        aside: folder of logs and traces; the result's own without it.
-    """
 
-    def __init__(
-        self, setting: Setting, output: Path, deadline: float, total_s: float, aside: Path | None = None
-    ) -> None:
-        self.aside = aside or output.parent
-        self.setting, self.output, self.deadline, self.total_s = setting, output, deadline, total_s
-        self.result: dict[str, Any] = {"benchmark": "gpu-suite", **describe(setting), "limit_s": total_s, "parts": {}}  # fmt: skip
-        self.tuned: kernel.Table = {}
-        self.trusted = False  # that kernels compute what they should
-        self.stop = deadline
-        self.ends: dict[str, float] = {}
+class Suite(SuiteState):
+    """As ``SuiteState``."""
 
-    def left_s(self) -> float:
-        """Until the current part has to end."""
-        return self.stop - time.monotonic()
+    trusted = False
+    """That kernels compute what they should: a tuning table may go where models look."""
 
-    def write(self) -> None:
-        write_result(self.output, self.result)
-
-    def part(self, name: str, work: Callable[[], None]) -> None:
-        """Runs one part, and records its time, that it had none, or its error."""
-        start = time.monotonic()
-        self.stop = self.deadline - (1 - self.ends.get(name, 1.0)) * self.total_s
-        state: dict[str, Any] = {"status": "running"}
-        self.result["parts"][name] = state
-        self.write()
-        try:
-            if self.left_s() <= 0:
-                state["status"] = "no time left"
-            else:
-                work()
-                state["status"] = "done" if self.left_s() > 0 else "stopped at the limit"
-        except ModuleNotFoundError as error:
-            state |= {"status": "missing package", "package": error.name}
-        except Exception as error:  # the parts that follow are worth having all the same
-            state |= {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
-        release()
-        state["seconds"] = round(time.monotonic() - start, 1)
-        self.write()
-        print(f"{name}: {state['status']}, {state['seconds']} s", flush=True)
-
-    def tests(self) -> None:
-        """The GPU's tests, and the kernels' tests on the GPU.
+    def gate(self) -> None:
+        """The tests that a tuning table has to wait for.
 
         Raises:
-            RuntimeError: a test failed, or those that the tuning table has to wait for were not finished.
+            RuntimeError: they did not pass.
         """
-        self.trusted = False
-        groups = {
-            "gate": list(suite_tests.GATE),
-            "others": [*suite_tests.gpu_tests()[len(suite_tests.GATE) :]],
-        }
-        options: list[str] = []
-        if self.setting.dry:
-            groups, options = {"gate": ["tests/kernels/test_tiles.py"]}, ["-k", "padded_rank"]
-        results = self.result["tests"] = {}
-        for name, files in groups.items():
-            log = self.aside / f"{self.output.stem}.tests_{name}.log"
-            results[name] = suite_tests.run_tests(files, log, self.left_s(), options)
-            self.write()
-            print(results[name]["output"][-1500:], flush=True)
-        # Others that are unfinished say nothing against the kernels.
-        self.trusted = results["gate"]["passed"] and not any(map(suite_tests.failed, results.values()))
+        earlier = self.result["parts"]["gate"]["code"]
+        kept = self.result.get("tests", {}).get("gate")
+        self.trusted = kept is not None and kept["passed"] and earlier[-1:] == [self.code]
         if not self.trusted:
-            raise RuntimeError(
-                f"tests did not pass: { {name: found['counts'] for name, found in results.items()} }"
-            )
+            self.trusted = self.run_tests("gate", suite_tests.GATE, suite_tests.GATE_OPTIONS)["passed"]
+        if not self.trusted:
+            raise RuntimeError(f"tests did not pass: {self.result['tests']['gate']['counts']}")
+
+    def tests(self) -> None:
+        """All other tests that a GPU makes a difference to.
+
+        Raises:
+            RuntimeError: a test failed. Unfinished ones say nothing against the kernels.
+        """
+        if self.result.get("tests", {}).get("others") is not None:
+            return
+        found = self.run_tests("others", suite_tests.other_tests(), ())
+        if suite_tests.failed(found):
+            raise RuntimeError(f"tests failed: {found['counts']}")
+
+    def run_tests(self, name: str, tests: tuple[str, ...], options: tuple[str, ...]) -> dict[str, Any]:
+        if self.setting.dry:
+            tests, options = suite_tests.DRY, ()
+        log = self.aside / f"{self.output.stem}.tests_{name}.log"
+        found = suite_tests.run_tests(tests, log, self.left_s(), options)
+        self.record("tests", self.result.get("tests", {}) | {name: found})
+        print(found["output"][-1500:], flush=True)
+        return found
 
     def ceilings(self) -> None:
         """A large matrix product and a large copy."""
-        self.result["ceilings"] = vars(self.measured_ceilings())
         print(kernel.ceilings_line(self.measured_ceilings()), flush=True)
 
-    def measured_ceilings(self) -> Any:
-        if not hasattr(self, "_ceilings"):
-            self._ceilings = measure_ceilings(self.setting)
-        return self._ceilings
-
-    def compile_ahead(self, tiles: int) -> None:
-        """The kernels that tuning will time."""
-        if importlib.util.find_spec("triton") is None or (
-            self.setting.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1"
-        ):
-            return
-        workers = 0 if self.setting.dry else kernel_tune.workers()
-        jobs = default_jobs(self.setting)[-1 if self.setting.dry else 0 :]
-        self.result["compiled"] = compile_ahead(self.setting, jobs, tiles, workers, self.left_s())
-
-    def tune(self, tiles: int, table: Path | None) -> None:
-        """Plans, the most telling cases first. Where tests failed the table goes beside the result."""
-        if table is not None and not self.trusted:
-            table = self.output.with_name(f"{self.output.stem}.table.json")
-        self.result["table"] = None if table is None else str(table)
-        capability = torch.cuda.get_device_capability() if self.setting.device.type == "cuda" else (9, 0)
-        lines: list[dict[str, Any]] = []
-        for line in kernel_tune.measured_lines(
-            self.setting, default_jobs(self.setting), tiles, lambda: self.left_s() <= 0
-        ):
-            lines.append(line)
-            self.result["tune"] = lines
-            self.tuned = dispatch.parse_table(
-                {"cases": lines}, self.output, capability, device_name(self.setting)
-            )
-            self.write()
-            if table is not None:
-                write_result(table, kernel_tune.merged_table(table, lines, self.setting))
-                dispatch.read_table.cache_clear()  # it may be the shipped table, which whole steps choose by
-            print(kernel_tune.summary(line), flush=True)
-
-    def kernel(self) -> None:
-        """The benchmark's records, the most telling shapes first."""
-        shown = 0
-        for found in kernel.records(
-            self.setting, self.measured_ceilings(), self.tuned or None, left_s=self.left_s
-        ):
-            self.result["kernel"] = found
-            self.write()
-            if len(found) > shown:  # afterwards come the compiled variants, one by one
-                shown = len(found)
-                print(kernel.table(found[-1]), flush=True)
-        for record in self.result.get("kernel", []):
-            print(kernel.table(record), flush=True)
+    def measured_ceilings(self) -> Ceilings:
+        if "ceilings" not in self.result:
+            self.record("ceilings", vars(measure_ceilings(self.setting)))
+        return Ceilings(**self.result["ceilings"])
 
     def train_step(self, key: str, words: list[str]) -> None:
-        """Every model in every loop; each in a process of its own, except in a dry run."""
+        """Models in loops; each in a process of its own, except in a dry run."""
         arguments = parsed(train_step, words, self.setting.dry)
+        known = self.result.get(key, {}).get("contenders", [])
+        known = [record for record in known if "step_ms" in record or "error" in record]
+        if not train_step.unmeasured(arguments, known):
+            return
         if not self.setting.dry:
             torch.cuda.empty_cache()
-        for result in train_step.results(arguments, self.stop):
-            self.result[key] = result
-            self.write()
+        for result in train_step.results(arguments, self.stop, known):
+            self.record(key, result)
         print(step_figures.table(result["contenders"], result["comparisons"]), flush=True)
+
+    def projections(self, quick: bool) -> None:
+        """The kernel benchmark's records, the most telling shapes first.
+
+        Args:
+            quick: the first training shapes alone, as they are before tuning.
+        """
+        known = self.result.get("kernel", [])
+        for found in kernel.records(
+            self.setting,
+            self.measured_ceilings(),
+            self.tuned_here(),
+            QUICK_SHAPES if quick else None,
+            self.left_s,
+            known,
+            quick,
+        ):
+            self.record("kernel", found)
+        if self.measured:
+            for record in self.result["kernel"]:
+                print(kernel.table(record), flush=True)
+
+    def profile(self, loop: str, words: list[str]) -> None:
+        """Where a step's time goes, for both models, each in a process of its own.
+
+        Raises:
+            RuntimeError: a profile failed; the other one is measured all the same.
+        """
+        found = dict(self.result.get("profile", {}))
+        errors = []
+        for preset in ("3b/transformer", "3b/lpa")[1 if self.setting.dry else 0 :]:
+            arguments = parsed(step_profile, [*words, "--loops", loop, "--preset", preset], self.setting.dry)
+            (contender,) = step_profile.contenders_of(arguments)
+            known = found.get(contender.name)
+            if known is not None and known["contender"] == train_step.described(contender):
+                continue
+            if self.left_s() <= 0:
+                return
+            path = self.trace_path(contender.name, loop)
+            limit_s = self.left_s()
+            result = train_step.missing(contender) or run_in_process(
+                contender, arguments.warm_up, arguments.steps, limit_s, path
+            )
+            found[contender.name] = {"contender": train_step.described(contender), **result}
+            self.record("profile", found)
+            if "error" not in result:
+                print(f"{contender.name}\n{trace.table(result['profile'])}", flush=True)
+            elif not {"out_of_time", "missing_package"} & result.keys():
+                errors.append(f"{contender.name}: {result['error']}")
+        if errors:
+            raise RuntimeError("; ".join(errors))
+
+    def trace_path(self, name: str, loop: str) -> Path:
+        """Beside the result for the engine; few files can be brought back from a machine."""
+        folder = self.aside if loop == "engine" else BUILD
+        return folder / f"{self.output.stem}.{name.replace('/', '_').replace(' ', '_')}.trace.json.gz"
+
+    def tune(self, tiles: int, table: Path | None) -> None:
+        """Compiles the kernels and measures plans, the most telling cases first.
+
+        The table goes beside the result, and, if the tests passed, where ``table`` says.
+        """
+        lines: list[dict[str, Any]] = list(self.result.get("tune", []))
+        jobs = kernel_tune.unmeasured(self.setting, default_jobs(self.setting), lines)
+        reason = dispatch.why_not_fused(
+            kernel_tune.case_of(self.setting, default_jobs(self.setting)[0]), self.setting.device.type
+        )
+        if reason is not None:
+            self.note("tune", f"the kernel was not timed: {reason}")
+        elif jobs:
+            workers = 0 if self.setting.dry else kernel_tune.workers()
+            compiled = jobs[-1 if self.setting.dry else 0 :]
+            self.record("compiled", compile_ahead(self.setting, compiled, tiles, workers, self.left_s() / 2))
+        for line in kernel_tune.measured_lines(self.setting, jobs, tiles, lambda: self.left_s() <= 0):
+            lines.append(line)
+            self.record("tune", lines)
+            self.write_table(lines, table)
+            print(kernel_tune.summary(line), flush=True)
+        if lines:
+            self.write_table(lines, table)  # of kept lines, after tests that passed only now
+
+    def write_table(self, lines: list[dict[str, Any]], table: Path | None) -> None:
+        beside = self.output.with_name(f"{self.output.stem}.table.json")
+        content = kernel_tune.merged_table(table or beside, lines, self.setting)
+        write_result(beside, content)
+        shipped = table is not None and self.trusted
+        if table is not None and shipped:
+            write_result(table, content)
+            dispatch.read_table.cache_clear()  # it may be the shipped table, which whole steps choose by
+        self.result["table"] = str(table if shipped else beside)
+
+    def tuned_here(self) -> kernel.Table | None:
+        """The plans that this result's cases say, None before any was tuned."""
+        if not self.result.get("tune"):
+            return None
+        on_gpu = self.setting.device.type == "cuda"
+        capability = torch.cuda.get_device_capability() if on_gpu else (9, 0)
+        lines = {"cases": self.result["tune"]}
+        return dispatch.parse_table(lines, self.output, capability, device_name(self.setting))
 
     def evaluate_step(self, words: list[str]) -> None:
         """Table 2's models."""
-        for result in evaluate_step.results(parsed(evaluate_step, words, self.setting.dry), self.stop):
-            self.result["evaluate_step"] = result
-            self.write()
+        arguments = parsed(evaluate_step, words, self.setting.dry)
+        known = self.result.get("evaluate_step", {}).get("models", [])
+        if not evaluate_step.unmeasured(arguments, known):
+            return
+        for result in evaluate_step.results(arguments, self.stop, known):
+            self.record("evaluate_step", result)
         print(step_figures.table(result["models"], result["comparisons"]), flush=True)
-
-    def profile(self, words: list[str]) -> None:
-        """One trace each of the Transformer and of LPA, beside the result."""
-        self.result["profile"] = {}
-        for preset in ("3b/lpa", "3b/transformer")[: 1 if self.setting.dry else 2]:
-            if self.left_s() <= 0:
-                break
-            path = self.aside / f"{self.output.stem}.{preset.replace('/', '_')}.trace.json.gz"
-            own = [*words, "--preset", preset, "--trace", str(path)]
-            result = step_profile.profiled(parsed(step_profile, own, self.setting.dry))
-            self.result["profile"][preset] = result
-            self.write()
-            print(trace.table(result["profile"]), flush=True)
-            release()
 
 
 def parsed(module: Any, words: list[str], dry: bool) -> argparse.Namespace:

@@ -20,6 +20,13 @@ from benchmarks.processes import ROOT
 GATE = ("tests/kernels/test_lowdim_gpu.py",)
 """These have to pass before a tuning table may go where models look: real tiles and sizes against float64."""
 
+GATE_OPTIONS = ("-k", "not inductor")
+"""Inductor's compiler would be started by each process that runs such a test; they come later."""
+
+INDUCTOR = "tests/kernels/test_lowdim_gpu.py::test_inductor_compiles_one_graph"
+DRY = ("tests/unit/benchmarks/test_trace.py",)
+"""In a dry run, in place of all others: quick, and passed on a CPU."""
+
 NEED_NO_GPU = ("test_kernel_benchmarks.py", "test_tiles.py", "test_under_interpreter.py")
 """Tests of kernels that show nothing more on a GPU."""
 
@@ -32,19 +39,19 @@ OUTCOME = re.compile(
 )
 
 
-def gpu_tests() -> list[str]:
-    """Files of tests that a GPU makes a difference to, those of ``GATE`` first."""
+def other_tests() -> tuple[str, ...]:
+    """Tests that a GPU makes a difference to, besides those of ``GATE``."""
     tests = ROOT / "tests"
     kernels = {path for path in (tests / "kernels").glob("test_*.py") if path.name not in NEED_NO_GPU}
     found = {str(path.relative_to(ROOT)) for path in kernels | set(tests.rglob("test_*_gpu.py"))}
-    return [*GATE, *sorted(found - set(GATE))]
+    return (INDUCTOR, *sorted(found - set(GATE)))
 
 
 def run_tests(files: Sequence[str], log: Path, limit_s: float, options: Sequence[str] = ()) -> dict[str, Any]:
     """Runs pytest in a session of its own; in parallel where pytest-xdist is installed.
 
     Args:
-        files: of tests, from the repository's root.
+        files: of tests, from the repository's root; also single tests.
         log: where the output goes.
         limit_s: after this, pytest and all that it started are ended.
         options: further ones of pytest.

@@ -20,8 +20,13 @@ Event = dict[str, Any]
 STEP = "benchmark step"
 """The annotation that ``step_profile`` puts around each step."""
 
-OPTIMIZER = re.compile(r"^Optimizer\.step#|^benchmark optimizer")
-"""Annotations around the optimizer: PyTorch's own, and the bare loop's around clipping and rounding."""
+ANNOTATED = (
+    ("ZeRO-3 parameter gather", re.compile(r"^benchmark parameter gather")),
+    ("ZeRO-3 gradient reduction", re.compile(r"^benchmark gradient reduction")),
+    ("optimizer", re.compile(r"^Optimizer\.step#|^benchmark optimizer")),
+)
+"""Work whose kernels have no names of their own, by the annotations that it is launched in, first match first. PyTorch's
+optimizers have one; the others are made in ``step_loops``: around clipping and rounding, and around what DeepSpeed does."""
 
 CATEGORIES = (
     ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter|broadcast|c10d::|gloo"),
@@ -35,10 +40,19 @@ CATEGORIES = (
 activations, rotary embedding, loss, residual additions, reductions, and kernels made by torch.compile."""
 
 REST = "elementwise"
-SYNCHRONISING = re.compile(
-    r"^(cudaStreamSynchronize|cudaDeviceSynchronize|cudaEventSynchronize|cuStreamSynchronize|cuCtxSynchronize"
-    r"|cuEventSynchronize)$"
+WAITS = {
+    "stream": ("cudaStreamSynchronize", "cuStreamSynchronize"),
+    "device": ("cudaDeviceSynchronize", "cuCtxSynchronize"),
+    "event": ("cudaEventSynchronize", "cuEventSynchronize"),
+}
+"""Calls in which the host waits for the GPU, by what it waits for."""
+
+ATTENTION_BACKENDS = (
+    ("cuDNN", r"cudnn"),
+    ("FlashAttention", r"flash_(fwd|bwd)|flash_attention|flashattn"),
+    ("memory-efficient", r"fmha|efficient_attention|AttentionKernel|AttentionBackward"),
 )
+"""Libraries that compute attention, and what the names of their kernels contain, first match first."""
 
 
 def read_events(path: Path) -> list[Event]:
@@ -88,21 +102,31 @@ def _end(event: Event) -> float:
     return event["ts"] + event["dur"]
 
 
+def attention_backend(names: Iterable[str]) -> str | None:
+    """The library that computed attention, by the names of all kernels; None where none is known."""
+    attention = [name for name in names if category_of(name) == "attention"]
+    for backend, pattern in ATTENTION_BACKENDS:
+        if any(re.search(pattern, name, re.IGNORECASE) for name in attention):
+            return backend
+    return None
+
+
 class _Spans:
-    """Whether a moment of a thread lies in one of some annotations, which do not overlap."""
+    """Whether a moment of a thread lies in one of some annotations, which may be nested."""
 
     def __init__(self, annotations: Iterable[Event]) -> None:
         self.by_thread: dict[Any, list[tuple[float, float]]] = defaultdict(list)
-        for event in annotations:
-            self.by_thread[event.get("tid")].append((event["ts"], _end(event)))
-        for spans in self.by_thread.values():
-            spans.sort()
+        for event in sorted(annotations, key=lambda e: e["ts"]):
+            spans = self.by_thread[event.get("tid")]
+            if spans and event["ts"] < spans[-1][1]:
+                spans[-1] = (spans[-1][0], max(spans[-1][1], _end(event)))
+            else:
+                spans.append((event["ts"], _end(event)))
 
     def holds(self, event: Event) -> bool:
         spans = self.by_thread.get(event.get("tid"), [])
         index = bisect.bisect_right(spans, (event["ts"], float("inf"))) - 1
-        # Annotations can be nested: an outer one may have begun before the nearest.
-        return any(start <= event["ts"] < end for start, end in spans[max(0, index - 3) : index + 1])
+        return index >= 0 and event["ts"] < spans[index][1]
 
 
 def summary(events: Sequence[Event]) -> dict[str, Any]:
@@ -115,7 +139,10 @@ def summary(events: Sequence[Event]) -> dict[str, Any]:
     steps = [e for e in annotations if e["name"] == STEP]
     if not steps:
         raise ValueError(f"the trace has no annotation {STEP!r}")
-    optimizer = _Spans(e for e in annotations if OPTIMIZER.search(e["name"]))
+    annotated = [
+        (category, _Spans(e for e in annotations if pattern.search(e["name"])))
+        for category, pattern in ANNOTATED
+    ]
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     on_gpu = bool(kernels)
     if on_gpu:
@@ -139,8 +166,8 @@ def summary(events: Sequence[Event]) -> dict[str, Any]:
     for event, time_us in entries:
         source = launches.get(event.get("args", {}).get("correlation"), event) if on_gpu else event
         category = category_of(event["name"])
-        if optimizer.holds(source) and category != "communication":
-            category = "optimizer"
+        if category != "communication":
+            category = next((name for name, spans in annotated if spans.holds(source)), category)
         categories[category] += time_us
         names[event["name"]][0] += time_us
         names[event["name"]][1] += 1
@@ -156,7 +183,10 @@ def summary(events: Sequence[Event]) -> dict[str, Any]:
         },
         "idle_ms": (span_us - busy_us) / 1e3 / count,
         "launches_per_step": len(entries) / count,
-        "host_synchronisations_per_step": sum(bool(SYNCHRONISING.match(e["name"])) for e in inside) / count,
+        "host_waits_per_step": {
+            kind: sum(e["name"] in calls for e in inside) / count for kind, calls in WAITS.items()
+        },
+        "attention_backend": attention_backend(names),
         "values_read_back_per_step": sum(e["name"] == "aten::_local_scalar_dense" for e in inside) / count,
         "largest": [
             {"name": name[:160], "ms_per_step": time_us / 1e3 / count, "calls_per_step": calls / count, "category": category_of(name)}
@@ -173,7 +203,8 @@ def table(figures: dict[str, Any]) -> str:
         lines.append(f"  {name:<26}{time_ms:>10.3f} ms{time_ms / step:>8.1%}")
     lines.append(
         f"  per step: {figures['launches_per_step']:.0f} {'kernels and copies' if figures['on_gpu'] else 'operators'}, "
-        f"{figures['host_synchronisations_per_step']:.1f} waits of the host, "
+        f"waits of the host "
+        f"{', '.join(f'{n:.1f} ({kind})' for kind, n in figures['host_waits_per_step'].items())}, "
         f"{figures['values_read_back_per_step']:.1f} values read back"
     )
     for entry in figures["largest"][:12]:

@@ -14,6 +14,7 @@ comparisons are whole.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import itertools
 import time
@@ -28,6 +29,7 @@ from benchmarks.machine import versions_of, warn_if_busy, write_result
 from benchmarks.step_config import LOOPS, Contender
 from benchmarks.step_figures import Record, comparisons, measured, table, throughput
 from benchmarks.step_runs import failure, run_in_process, run_together
+from megatron_lpa.config import ModelConfig
 from megatron_lpa.errors import UserError
 from megatron_lpa.train.hardware import peak_flops_per_second
 
@@ -107,21 +109,42 @@ def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
 
 
 def group_of(contender: Contender) -> int:
-    """Smaller is more telling: LPA against the Transformer in the bare loop, then Llama, then DeepSpeed's part; the
-    model with the least to tell last."""
+    """Smaller is more telling: Transformer and LPA in the bare loop and in the engine, then Llama; the model with the
+    least to tell last."""
     if contender.preset.endswith("/same_param"):
-        return 3
-    return {"bare": 0, "llama": 1, "engine": 2}[contender.loop]
+        return 2
+    return 1 if contender.loop == "llama" else 0
 
 
-def results(arguments: argparse.Namespace, deadline: float | None) -> Iterator[dict[str, Any]]:
+def unmeasured(arguments: argparse.Namespace, known: Sequence[Record]) -> list[Contender]:
+    """The contenders that no known record is about.
+
+    Args:
+        arguments: as ``add_arguments`` defines them.
+        known: records of an earlier result.
+    """
+    about = [record["contender"] for record in known]
+    return [contender for contender in contenders_of(arguments) if described(contender) not in about]
+
+
+def described(contender: Contender) -> dict[str, Any]:
+    """A contender as it stands in a result."""
+    return dataclasses.asdict(contender) | {"settings": list(contender.settings)}
+
+
+def results(
+    arguments: argparse.Namespace, deadline: float | None, known: Sequence[Record] = ()
+) -> Iterator[dict[str, Any]]:
     """The whole result, anew after every measurement.
 
     Args:
         arguments: as ``add_arguments`` defines them.
         deadline: on the clock of ``time.monotonic``; what is then running is ended.
+        known: records that are kept, and not measured again where they are about the same contender.
     """
     contenders = contenders_of(arguments)
+    models = [contender.config().model for contender in contenders]
+    kept = [record for record in known if record["contender"] not in map(described, contenders)]
     setting = setting_of(arguments.dry_run, 0.0)
     head = {"benchmark": "train-step", **describe(setting), "versions": versions_of(PACKAGES)}
     head |= {
@@ -133,20 +156,27 @@ def results(arguments: argparse.Namespace, deadline: float | None) -> Iterator[d
     warn_if_busy(head["machine"])
     warm_up, steps = (1, 1) if arguments.dry_run else (arguments.warm_up, arguments.steps)
     rounds = 1 if arguments.dry_run else arguments.rounds
+    head["rounds"] = rounds
+    found = [known_or_missing(contender, known) for contender in contenders]
+    pending = [index for index, result in enumerate(found) if not result]
     if head["one_process"]:
-        together = run_together(contenders, rounds, warm_up, -(-steps // rounds), deadline)
-        yield finished(head, contenders, together)
+        asked = [contenders[index] for index in pending]
+        together = run_together(asked, rounds, warm_up, -(-steps // rounds), deadline)
+        for index, result in zip(pending, together, strict=True):
+            found[index] = result
+        yield finished(head, contenders, models, found, kept)
         return
-    found: list[dict[str, Any]] = [missing(contender) for contender in contenders]
-    yield finished(head, contenders, found)
+    yield finished(head, contenders, models, found, kept)
     for number, index in turns(contenders, rounds):
+        if index not in pending:
+            continue
         left = None if deadline is None else deadline - time.monotonic()
         if "error" in found[index] or (left is not None and left <= 0):
             continue
         turn = run_in_process(contenders[index], warm_up, -(-steps // rounds), left)
         found[index] = joined(found[index], turn)
         print(f"{contenders[index].name}, round {number + 1}: {outcome(turn)}", flush=True)
-        yield finished(head, contenders, found)
+        yield finished(head, contenders, models, found, kept)
 
 
 def turns(contenders: Sequence[Contender], rounds: int) -> Iterator[tuple[int, int]]:
@@ -156,6 +186,15 @@ def turns(contenders: Sequence[Contender], rounds: int) -> Iterator[tuple[int, i
         for number in range(rounds):
             for index in members if number % 2 == 0 else reversed(members):
                 yield number, index
+
+
+def known_or_missing(contender: Contender, known: Sequence[Record]) -> dict[str, Any]:
+    """A known record as if it had just been measured, the failure of ``missing``, or nothing."""
+    for record in known:
+        if record["contender"] == described(contender):
+            rounds = record.get("all_steps_ms")
+            return record | ({} if rounds is None else {"rounds_ms": rounds})
+    return missing(contender)
 
 
 def missing(contender: Contender) -> dict[str, Any]:
@@ -188,34 +227,40 @@ def joined(before: dict[str, Any], turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def finished(
-    head: dict[str, Any], contenders: Sequence[Contender], found: Sequence[dict[str, Any]]
+    head: dict[str, Any],
+    contenders: Sequence[Contender],
+    models: Sequence[ModelConfig],
+    found: Sequence[dict[str, Any]],
+    kept: Sequence[Record] = (),
 ) -> dict[str, Any]:
-    """The result with every figure that follows from the times."""
+    """The result with every figure that follows from the times, and after it records that are only kept."""
     peak = peak_flops_per_second(None)
     records: list[Record] = []
-    models = {}
-    for contender, result in zip(contenders, found, strict=True):
-        model = contender.config().model
-        models[contender.preset, contender.loop] = model
+    by_name = {}
+    for contender, model, result in zip(contenders, models, found, strict=True):
+        by_name[contender.preset, contender.loop] = model
+        tokens = contender.micro_batch * contender.accumulate * model.sequence_length
         record: Record = {
             "preset": contender.preset,
             "loop": contender.loop,
+            "contender": described(contender),
             "layers": model.num_layers,
             "layers_changed": contender.layers is not None,
             "sequence_length": model.sequence_length,
             "ffn_hidden_size": model.ffn_hidden_size,
             "micro_batch": contender.micro_batch,
             "accumulate": contender.accumulate,
-            "tokens_per_step": contender.tokens_per_step,
+            "tokens_per_step": tokens,
             **result,
         }
-        rounds = record.pop("rounds_ms", [])
+        # Rounded first: a record that is read back has to give the same figures.
+        rounds = [[round(ms, 3) for ms in turn] for turn in record.pop("rounds_ms", [])]
         if rounds:
             record |= measured(rounds)
-            record |= throughput(model, contender.tokens_per_step, record["step_ms"]["median"], peak)
-            record["all_steps_ms"] = [[round(ms, 3) for ms in turn] for turn in rounds]
+            record |= throughput(model, tokens, record["step_ms"]["median"], peak)
+            record["all_steps_ms"] = rounds
         records.append(record)
-    return {**head, "peak_flops_per_second": peak, "contenders": records, "comparisons": comparisons(records, models)}  # fmt: skip
+    return {**head, "peak_flops_per_second": peak, "contenders": [*records, *kept], "comparisons": comparisons(records, by_name)}  # fmt: skip
 
 
 if __name__ == "__main__":

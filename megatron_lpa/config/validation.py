@@ -194,8 +194,17 @@ def _check_train(train: TrainConfig) -> None:
 
 def _raise_batch(train: TrainConfig, data_parallel_size: int) -> None:
     chunk = train.micro_batch_size * data_parallel_size
-    below = train.global_batch_size // chunk * chunk
-    nearest = [n for n in (below, below + chunk) if n > 0]
+
+    def whole(
+        sequences: int,
+    ) -> bool:  # fewer than a micro-batch for each process are made one (fitted_to_world)
+        share, rest = divmod(sequences, data_parallel_size)
+        return not rest and (share < train.micro_batch_size or not share % train.micro_batch_size)
+
+    batch = train.global_batch_size
+    below = next((n for n in range(batch - 1, 0, -1) if whole(n)), 0)
+    above = next(n for n in range(batch + 1, batch + chunk + 1) if whole(n))
+    nearest = [n for n in (below, above) if n > 0]
     micro = [
         n
         for n in range(1, train.global_batch_size + 1)

@@ -16,14 +16,15 @@ says where ``joined`` cannot lose; ``fused`` is never chosen without a measureme
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import json
 import os
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from megatron_lpa.errors import UserError
@@ -172,7 +173,8 @@ def why_not_fused(case: Case, device_type: str) -> str | None:
     if device_type != "cuda":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return f"x is on {device_type}, and the kernel needs a GPU (or TRITON_INTERPRET=1)"
-        if reason := why_no_interpreter(version("triton"), version("numpy")):
+        # Not by its distribution's name, which differs among builds of PyTorch.
+        if reason := why_no_interpreter(importlib.import_module("triton").__version__, np.__version__):
             return reason
     if case.dtype not in KERNEL_DTYPES:
         return f"{case.dtype} is not one of its dtypes"
@@ -218,10 +220,10 @@ def default_tiles(case: tuple[Any, ...], few: bool, device_type: str, index: int
 
     tile = None if reason else tile_of(1, wanted.rotary)
     if tile is None:
-        least = (
-            "" if few else f" of {LEAST_ROWS} rows or more, and smaller ones are slower than plain products,"
+        least, smaller = (
+            ("", "") if few else (f" of {LEAST_ROWS} rows or more", "; smaller ones lose to plain products")
         )
-        reason = reason or f"no tile{least} fits the device at r = {rank}"
+        reason = reason or f"no tile{least} fits the device at r = {rank}{smaller}"
         raise UserError(
             f"the low-dimensional path 'fused' cannot run: {reason}; use 'auto' (configuration or {ENVIRONMENT_VARIABLE})"
         )

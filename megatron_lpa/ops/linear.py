@@ -49,42 +49,49 @@ def linears(
     Separate products hand back one gradient of x each, and autograd adds them in passes over memory. Here each product
     but the first adds to what is there (``ops/cost.py`` counts both): as many FLOPs, fewer bytes and launches at any size.
     One product with all matrices would need them copied together, and the outputs' gradients too.
+
+    Differentiable once.
     """
     inputs = [x, *weights, *(b for b in biases if b is not None)]
     training = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     # Under autocast the products cast what they read, which an autograd function would have to repeat.
     if len(weights) == 1 or not training or torch.is_autocast_enabled(x.device.type):
         return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))
-    return _Linears.apply(x, len(weights), *weights, *biases)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    products = _Linears.apply(rows, len(weights), *weights, *biases)
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in products)
 
 
 class _Linears(torch.autograd.Function):
-    """``linears`` with the gradient of x summed inside the products."""
+    """``linears`` of rows (M, d_in), with the gradient of x summed inside the products."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, count: int, *parameters: torch.Tensor | None) -> Any:
         weights, biases = parameters[:count], parameters[count:]
+        need_x, _, *needed = ctx.needs_input_grad
         # Weights as they were passed: under ZeRO-3 the parameters, emptied after forward and filled before backward.
-        ctx.save_for_backward(x, *weights)
+        ctx.save_for_backward(x if any(needed[:count]) else None, *(weights if need_x else ()))
+        ctx.count = count
         ctx.set_materialize_grads(False)
-        return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True) if w is not None)
+        return tuple(
+            functional.linear(x, w, b) for w, b in zip(weights, biases, strict=True) if w is not None
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         x, *weights = ctx.saved_tensors
-        need_x, _, *needed = ctx.needs_input_grad
-        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        found: list[torch.Tensor | None] = [None] * (2 * len(weights))
+        _, _, *needed = ctx.needs_input_grad
+        found: list[torch.Tensor | None] = [None] * (2 * ctx.count)
         dx: torch.Tensor | None = None
-        for number, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-            if grad is None:
+        for number, dz in enumerate(grads):
+            if dz is None:
                 continue
-            dz = grad.reshape(rows.shape[0], weight.shape[0])
-            if need_x:
-                dx = dz @ weight if dx is None else dx.addmm_(dz, weight)
-            if needed[number]:
-                found[number] = dz.T @ rows
-            if needed[len(weights) + number]:
-                found[len(weights) + number] = dz.sum(dim=0)
-        return (None if dx is None else dx.view(x.shape), None, *found)
+            with torch.autocast(dz.device.type, enabled=False):  # backward may run inside it; forward did not
+                if weights:
+                    dx = dz @ weights[number] if dx is None else dx.addmm_(dz, weights[number])
+                if needed[number]:
+                    found[number] = dz.T @ x
+                if needed[ctx.count + number]:
+                    found[ctx.count + number] = dz.sum(dim=0)
+        return (dx, None, *found)

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_lpa.kernels.tiles import (
     ASYNCHRONOUS_ROWS,
+    FEW_TOKENS,
     SHARED_BYTES,
     Tile,
     candidates,
@@ -203,11 +204,14 @@ def test_a_folded_norm_leaves_the_products_as_they_are(
 
 @compiles
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
-def test_small_tiles_norm_beside_products_that_are_not_asynchronous(capability: tuple[int, int]) -> None:
-    for tile in {tile for tile in candidates(1) if tile.block_m < ASYNCHRONOUS_ROWS and tile.split_n == 8}:
-        if why_not(tile, 128, 1, 2, capability) is not None:
-            continue
-        compiled = compile_kernel("forward_kernel", tile, 128, 3, "bf16", True, 10 * capability[0])
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bf16", 0), ("fp16", 0), ("bf16", 64)])
+def test_small_tiles_norm_beside_products_that_are_not_asynchronous(
+    dtype: str, head_dim: int, capability: tuple[int, int]
+) -> None:
+    small = [tile for tile in candidates(FEW_TOKENS) if tile.block_m < ASYNCHRONOUS_ROWS and tile.stages == 2]
+    for rows in (16, 32):
+        tile = next(t for t in small if t.block_m == rows and why_not(t, 128, 1, 2, capability, True) is None)
+        compiled = compile_kernel("forward_kernel", tile, 128, 3, dtype, True, 10 * capability[0], head_dim)
         found = instructions(resources(compiled.asm["cubin"])[1])
         assert found["HMMA"] > 0 and found["HGMMA"] == 0, tile
 

@@ -6,17 +6,19 @@ import importlib.util
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_lpa.ops.dispatch import why_no_interpreter
 
-NO_INTERPRETER = (
-    why_no_interpreter(version("triton"), version("numpy")) if importlib.util.find_spec("triton") else None
-)
+NO_INTERPRETER = None
+if importlib.util.find_spec("triton") is not None:
+    import triton
+
+    NO_INTERPRETER = why_no_interpreter(triton.__version__, np.__version__)
 ROOT = Path(__file__).resolve().parents[2]
 
 

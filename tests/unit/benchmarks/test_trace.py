@@ -122,6 +122,7 @@ def test_work_of_zero_is_named_by_where_it_was_launched() -> None:
 def test_attention_is_known_by_its_kernels(name: str, backend: str | None) -> None:
     assert trace.attention_backend(["aten::mm", name]) == backend
 
+
 def test_steps_on_a_cpu_from_a_file(tmp_path: Path) -> None:
     events = [
         event("cpu_op", "aten::mm", -50, 10),  # before the first step

@@ -136,9 +136,12 @@ def test_the_batch_must_be_whole_and_near_values_are_offered() -> None:
     text = refusal(world_size=6)
     assert "train.global_batch_size 320" in text and "= 120; set it to 240 or 360" in text
     assert "train.micro_batch_size to" not in text
-    # 20 x 32 = 640: only larger batches, or micro-batches of 320 / 32 = 10 and its divisors.
+    # 20 x 32 = 640. Below, a process gets fewer than 20, which is fine: 9 or 11 for each, or micro-batches of 10.
     text = refusal(world_size=32)
-    assert "set it to 640, or train.micro_batch_size to 5 or 10" in text
+    assert "set it to 288 or 352, or train.micro_batch_size to 5 or 10" in text
+    for batch in (288, 352):
+        fitted, _ = fitted_to_world(load_config([*BASE, f"--train.global_batch_size={batch}"]), 32)
+        assert validate_config(fitted, 32) == [] and fitted.train.global_batch_size == batch
     # Tensor-parallel ranks share one batch: 12 processes of TP 4 are 3 data-parallel ranks.
     text = refusal("--parallel.tensor_parallel_size=4", world_size=12)
     assert "data-parallel size 3 = 60; set it to 300 or 360" in text

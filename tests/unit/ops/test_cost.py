@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -123,6 +124,22 @@ def test_joined_cannot_lose_where_it_is_chosen_without_a_measurement() -> None:
             assert seconds(joined, rates) < seconds(eager, rates), (p, rates)
 
 
+def test_joined_cannot_lose_at_sizes_drawn_at_random() -> None:
+    """Between the sizes that are tried the least time of a launch leaves steps in the times."""
+    generator = random.Random(5)
+    tried = 0
+    for _ in range(3000):
+        d, pairs = generator.choice((128, 256, 512, 768, 1024, 2048, 4096)), generator.choice((2, 3))
+        ranks = (generator.choice((8, 32, 64, 128, 256, 512)),) * pairs
+        widths = tuple(generator.choice((64, 128, 256, 512, 1024, 4096)) for _ in range(pairs))
+        p = Problem(round(2 ** generator.uniform(9, 18)), d, ranks, widths)
+        if p.tokens >= least_joined_tokens(d, ranks, widths, 2):
+            tried += 1
+            for rates in (H200, A800):
+                assert seconds(cost.joined(p), rates) < 1.005 * seconds(cost.eager(p), rates), (p, rates)
+    assert tried > 1000
+
+
 def test_from_where_it_is_chosen() -> None:
     def least(d: int, ranks: tuple[int, ...]) -> int:
         return least_joined_tokens(d, ranks, (d,) * len(ranks), 2)
@@ -131,8 +148,8 @@ def test_from_where_it_is_chosen() -> None:
     assert least(4096, (512,) * 3) == 6144
     assert least(1024, (256,) * 3) == 3072
     assert least(4096, (16,) * 2) == 512  # below, the weights are what counts
-    # Small gradients take no longer to add than to launch the copies: twice as many tokens as the margin asks for.
-    assert least(768, (256,) * 2) == 4096
+    # Small gradients take no longer to add than to launch the copies: more tokens than the margin asks for.
+    assert 2048 < least(768, (256,) * 2) < 3000
 
 
 def test_dense_gradients_summed_inside_products_cannot_lose_and_one_large_product_can() -> None:

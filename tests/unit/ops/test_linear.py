@@ -97,6 +97,23 @@ def test_torch_compile_keeps_one_graph() -> None:
         torch.testing.assert_close(found, wanted)
 
 
+def test_backward_inside_autocast_after_a_forward_outside() -> None:
+    x, weights, bias = drawn(torch.float32, (6, 8), [4, 12], [True, False])
+    leaves = [x, *weights]
+    z, expected = linears(x, weights, bias), linears(x, weights, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = gradients(z, leaves)
+    assert all(torch.equal(one, other) for one, other in zip(found, gradients(expected, leaves), strict=True))
+
+
+def test_outputs_may_be_written_to() -> None:
+    x, weights, bias = drawn(torch.float64, (2, 3, 8), [4, 12], [True, False])
+    z = linears(x, weights, bias)
+    z[0].mul_(2)
+    (found,) = torch.autograd.grad(z[0].sum(), bias[0])
+    assert torch.equal(found, torch.full((4,), 12.0, dtype=torch.float64))
+
+
 def test_autocast_casts_as_separate_products_do() -> None:
     x, weights, bias = drawn(torch.float32, (6, 8), [4, 12], [True, False])
     with torch.autocast("cpu", dtype=torch.bfloat16):
