@@ -21,7 +21,7 @@ from benchmarks.machine import versions_of, warn_if_busy, write_result
 from benchmarks.step_config import run_config
 from benchmarks.step_figures import Record, measured, saving_limit, table, throughput, variant_of
 from benchmarks.step_loops import Loop, random_decoder
-from benchmarks.step_runs import TURN_STEPS, device_here, failure, release, timed_steps
+from benchmarks.step_timing import TURN_STEPS, device_here, failure, release, timed_steps
 from megatron_lpa.config import ModelConfig, RunConfig
 from megatron_lpa.errors import UserError
 from megatron_lpa.train.hardware import peak_flops_per_second

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
-import itertools
 import json
 import os
 import signal
@@ -27,62 +25,12 @@ from benchmarks.processes import ROOT
 from benchmarks.step_config import Contender
 from benchmarks.step_loops import Loop, build_loop
 from benchmarks.step_plans import recorded_plans
+from benchmarks.step_timing import TURN_STEPS, device_here, failure, release, synchronize, timed_steps
+from benchmarks.step_trace import profiled
 from megatron_lpa.train.hardware import peak_memory_bytes
 
 WORLD = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 """Variables that join processes."""
-
-TURN_STEPS = 3
-"""Steps in a row of one model before the next one's turn, in one process."""
-
-
-def device_here() -> torch.device:
-    """The first GPU, or the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed_steps(loop: Loop, count: int, device: torch.device) -> list[float]:
-    """Milliseconds from the end of one step to the end of the next.
-
-    On a GPU between events, without waiting between steps: what the host does while the device still works costs
-    nothing, and where the device has to wait for the host, the wait counts. That is how training runs.
-    """
-    synchronize(device)
-    if device.type != "cuda":
-        times = []
-        for _ in range(count):
-            start = time.perf_counter()
-            loop.step()
-            times.append(1e3 * (time.perf_counter() - start))
-        return times
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    events[0].record()
-    for event in events[1:]:
-        loop.step()
-        event.record()
-    synchronize(device)
-    return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
-
-
-def failure(error: BaseException) -> dict[str, Any]:
-    """What is recorded in place of figures."""
-    if isinstance(error, ModuleNotFoundError):
-        return {"missing_package": error.name, "error": f"not measured: the package {error.name} is missing"}
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return {"out_of_memory": True, "error": f"out of memory: {error}"[:500]}
-    return {"error": f"{type(error).__name__}: {error}"[:2000]}
-
-
-def release() -> None:
-    """Gives back what a failed or finished model held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def run_alone(contender: Contender, warm_up: int, steps: int) -> dict[str, Any]:
@@ -122,7 +70,7 @@ def run_in_process(
         warm_up: steps before measuring.
         steps: steps measured.
         limit_s: after this the process is ended and nothing of it counts.
-        trace: profile instead (``step_profile.profiled``), and write the trace here.
+        trace: profile instead (``step_trace.profiled``), and write the trace here.
     """
     with tempfile.TemporaryDirectory() as folder:
         spec, result = Path(folder) / "spec.json", Path(folder) / "result.json"
@@ -204,8 +152,6 @@ def run_together(
 
 def profile_alone(contender: Contender, warm_up: int, steps: int, trace: Path) -> dict[str, Any]:
     """The profile, or what it failed by."""
-    from benchmarks.step_profile import profiled  # which needs this module
-
     try:
         return profiled(contender, warm_up, steps, trace)
     except Exception as error:  # recorded, as in run_alone

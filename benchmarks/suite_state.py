@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.kernel_timing import Setting, describe
 from benchmarks.machine import versions_of, write_result
-from benchmarks.step_runs import release
+from benchmarks.step_timing import release
 from benchmarks.suite_resume import FORMAT, code_digest, read_earlier
 
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "numpy")

@@ -28,7 +28,8 @@ from benchmarks.kernel_timing import describe, setting_of
 from benchmarks.machine import versions_of, warn_if_busy, write_result
 from benchmarks.step_config import LOOPS, Contender
 from benchmarks.step_figures import Record, comparisons, measured, table, throughput
-from benchmarks.step_runs import failure, run_in_process, run_together
+from benchmarks.step_runs import run_in_process, run_together
+from benchmarks.step_timing import failure
 from megatron_lpa.config import ModelConfig
 from megatron_lpa.errors import UserError
 from megatron_lpa.train.hardware import peak_flops_per_second

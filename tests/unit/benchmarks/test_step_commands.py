@@ -15,7 +15,8 @@ from torch import nn
 
 from benchmarks.step_config import Contender
 from benchmarks.step_loops import MasterAdamW, build_loop
-from benchmarks.step_runs import failure, run_in_process
+from benchmarks.step_runs import run_in_process
+from benchmarks.step_timing import failure
 from megatron_lpa.config import OptimConfig
 
 ROOT = Path(__file__).resolve().parents[3]
