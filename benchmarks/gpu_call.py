@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -36,9 +37,16 @@ GRACE_S = 15.0
 
 PROBE = """
 import json, torch
-found = torch.cuda.is_available()
-print(json.dumps({"capability": torch.cuda.get_device_capability(), "name": torch.cuda.get_device_name()} if found else {}))
+found = {}
+if torch.cuda.is_available():
+    found = {"capability": torch.cuda.get_device_capability(), "name": torch.cuda.get_device_name(), "compiler": ""}
+    try:
+        torch.compile(lambda x: 2 * x + 1)(torch.ones(4096, device="cuda"))
+    except Exception as error:
+        found["compiler"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+print(json.dumps(found))
 """
+"""What the GPU is, and why nothing can be compiled for it, if so: Triton needs a C compiler and Python's headers."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     end = time.monotonic() + 60 * arguments.minutes
     try:
-        check_output(arguments.output)
+        check_output(arguments.output, arguments.earlier is not None)
         wheels = to_install(installed(), wheels_by_name(arguments.wheels))
         gpu = {} if arguments.dry_run else check_gpu()
         with tempfile.TemporaryDirectory(prefix="gpu_call_") as work:
@@ -74,12 +82,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def check_output(folder: Path) -> None:
+def check_output(folder: Path, goes_on: bool) -> None:
     """Creates the folder and writes a file into it.
 
+    Args:
+        folder: for the results.
+        goes_on: whether an earlier result may be there.
+
     Raises:
-        UserError: one of the two failed.
+        UserError: one of the two failed, or the folder holds a result that nobody said is to be gone on with.
     """
+    if not goes_on and (folder / RESULT).exists():
+        raise UserError(
+            f"--output {folder}: holds a result already; go on with it (--continue {folder / RESULT}) or choose another folder"
+        )
     probe = folder / "probe.partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +108,7 @@ def check_output(folder: Path) -> None:
 
 
 def check_gpu() -> dict[str, Any]:
-    """Capability and name of the GPU, by a process of its own: this one must not hold memory on it.
+    """What ``PROBE`` tells of the GPU, by a process of its own: this one must not hold memory on it.
 
     Raises:
         UserError: PyTorch finds none, or one that no kernel is written for.
@@ -112,14 +128,21 @@ def check_gpu() -> dict[str, Any]:
             f"{gpu['name']} has compute capability {major}.{minor}, and kernels are written for {known}: use such a GPU "
             "(A100, A800, H100, H200); python -m benchmarks.gpu_suite measures any other without this check"
         )
+    if gpu.get("compiler"):
+        print(
+            f"warning: nothing can be compiled for the GPU ({gpu['compiler']}): whole steps run with "
+            "kernels.elementwise=eager, and what needs Triton fails",
+            file=sys.stderr,
+        )
     return gpu
 
 
 def prepared(wheels: Sequence[Path], work: Path) -> dict[str, str]:
-    """Installs the wheels into a folder, and returns the environment that finds them.
+    """Unpacks the wheels into a folder, and returns the environment that finds them. Without DeepSpeed all but the
+    engine can be measured, so a failing import is told, and no more.
 
     Raises:
-        UserError: pip failed, or DeepSpeed cannot be imported afterwards.
+        UserError: a wheel cannot be unpacked.
     """
     site = work / "site"
     environment = {
@@ -131,18 +154,21 @@ def prepared(wheels: Sequence[Path], work: Path) -> dict[str, str]:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONUNBUFFERED": "1",
     }
-    if wheels:
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-        command += ["--no-index", "--no-deps", "--no-compile", "--target", str(site), *map(str, wheels)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"pip cannot install the wheels: {last_line(done.stderr)}")
-        print(f"installed: {', '.join(wheel.name for wheel in wheels)}", flush=True)
+    for wheel in wheels:  # archives that need no more than unpacking; not every machine has pip
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(site)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise UserError(f"{wheel}: cannot be unpacked ({error}); fetch the wheels again") from error
+    print(f"unpacked: {', '.join(wheel.name for wheel in wheels)}", flush=True)
     tried = subprocess.run(
         [sys.executable, "-c", "import deepspeed"], env=environment, cwd=ROOT, capture_output=True, text=True
     )
     if tried.returncode:
-        raise UserError(f"DeepSpeed is installed and cannot be imported: {last_line(tried.stderr)}")
+        print(
+            f"warning: DeepSpeed cannot be imported ({last_line(tried.stderr)}): the engine is not measured",
+            file=sys.stderr,
+        )
     return environment
 
 
@@ -165,8 +191,9 @@ class SuiteProcess:
     ) -> None:
         self.folder: Path = arguments.output.resolve()
         self.environment, self.end = environment, end
-        minutes = max(0.0, end - time.monotonic()) / 60
-        self.command = [sys.executable, "-m", "benchmarks.gpu_suite", "--minutes", f"{minutes:.3f}"]
+        # The clock is the machine's, so that the suite's own start counts too.
+        self.command = [sys.executable, "-m", "benchmarks.gpu_suite", "--until", f"{end:.3f}"]
+        self.goes_on = arguments.earlier is not None
         self.command += ["--output", str(self.folder / RESULT), *arguments.suite]
         if arguments.earlier is not None:
             self.command += ["--continue", str(arguments.earlier.resolve())]
@@ -176,6 +203,8 @@ class SuiteProcess:
         else:  # what is measured after tuning uses this machine's table
             table = "sm_{}{}.json".format(*gpu["capability"])
             self.command += ["--table", str(ROOT / "megatron_lpa" / "ops" / "tuning" / table)]
+            if gpu.get("compiler"):
+                self.command += ["--set", "kernels.elementwise=eager"]
 
     def run(self) -> int:
         """The suite's exit code; 143 or 130 after a signal, 1 where it had to be killed.
@@ -183,7 +212,9 @@ class SuiteProcess:
         Raises:
             UserError: the suite refused to start; nothing was written.
         """
-        log = self.folder / LOG
+        log, result = self.folder / LOG, self.folder / RESULT
+        before_log = log.stat().st_size if log.exists() else None
+        before_result = result.stat().st_mtime_ns if result.exists() else None
         adopt_orphans()
         stopped_by: list[int] = []
 
@@ -192,20 +223,24 @@ class SuiteProcess:
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with log.open("wb") as printed:
+            with log.open("ab" if self.goes_on else "wb") as printed:
                 # A session of its own, so that Ctrl-C reaches this process alone, which tells the suite.
                 child = subprocess.Popen(
                     self.command, cwd=ROOT, env=self.environment, stdout=printed, stderr=subprocess.STDOUT,
                     start_new_session=True, preexec_fn=end_with_parent,
                 )  # fmt: skip
-            self.watch(child, log, stopped_by)
+            self.watch(child, log, (before_log or 0) if self.goes_on else 0, stopped_by)
         finally:
             end_descendants()
             for number, handler in before.items():
                 signal.signal(number, handler)
         text = log.read_text(errors="replace")
-        if child.returncode == 2:
-            log.unlink()
+        unwritten = (result.stat().st_mtime_ns if result.exists() else None) == before_result
+        if child.returncode == 2 and unwritten:  # refused: nothing has changed
+            if before_log is None:
+                log.unlink()
+            else:
+                os.truncate(log, before_log)
             told = [line for line in text.splitlines() if "error: " in line]
             raise UserError((told or [last_line(text)])[-1].partition("error: ")[2] or last_line(text))
         tidy(self.folder)
@@ -217,10 +252,11 @@ class SuiteProcess:
             return 1
         return child.returncode
 
-    def watch(self, child: subprocess.Popen[bytes], log: Path, stopped_by: Sequence[int]) -> None:
-        """Shows the log as it grows, until the suite ends, is told to, or does not heed its limit."""
+    def watch(self, child: subprocess.Popen[bytes], log: Path, start: int, stopped_by: Sequence[int]) -> None:
+        """Shows the log as it grows beyond ``start``, until the suite ends, is told to, or does not heed its limit."""
         kill_at: float | None = None
         with log.open("rb") as shown:
+            shown.seek(start)
             while child.poll() is None:
                 sys.stdout.write(shown.read().decode(errors="replace"))
                 sys.stdout.flush()

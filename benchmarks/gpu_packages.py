@@ -13,12 +13,15 @@ from pathlib import Path
 
 from megatron_lpa.errors import UserError
 
-CARRIED = ("deepspeed", "hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection")
-"""Distributions that a machine with PyTorch usually lacks; they travel as wheels."""
+CARRIED = (
+    "deepspeed", "hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions",
+)  # fmt: skip
+"""Distributions that a machine with PyTorch usually lacks, or has in a version that the others are too new for; they
+travel as wheels, and go before what is installed."""
 
 EXPECTED = (
     "torch", "triton", "numpy", "transformers", "pytest", "pytest-xdist", "pytest-timeout", "psutil", "pyyaml",
-    "safetensors", "ninja", "einops", "msgpack", "py-cpuinfo", "tqdm", "packaging", "typing-extensions",
+    "safetensors", "ninja", "einops", "msgpack", "py-cpuinfo", "tqdm", "packaging",
 )  # fmt: skip
 """Distributions that such a machine has. One that it lacks can be put into the folder of wheels, too."""
 
@@ -80,7 +83,7 @@ def runs_here(wheel_name: str) -> bool:
 
 
 def to_install(here: Iterable[str], wheels: dict[str, Path]) -> list[Path]:
-    """The wheels of what is not installed.
+    """The wheels that are unpacked: all that are carried, and those of what is not installed.
 
     Args:
         here: normalised names of what is.
@@ -97,4 +100,4 @@ def to_install(here: Iterable[str], wheels: dict[str, Path]) -> list[Path]:
             f"neither installed nor among the wheels: {', '.join(lacking)}; where a package index can be reached: "
             f"python -m benchmarks.gpu_wheels --python {version_here()}{' --add ' if further else ''}{further}"
         )
-    return [wheels[name] for name in missing]
+    return [wheels[name] for name in sorted({*missing, *(set(CARRIED) & set(wheels))})]

@@ -61,6 +61,9 @@ COMPILED = (
 Table = Mapping[Case, tuple[Measured, ...]]
 """A parsed tuning table."""
 
+LONGEST_COMPILED_S = 15.0
+"""What a compiled variant is thought to take before any was measured."""
+
 Record = dict[str, Any]
 LeftSeconds = Callable[[], float]
 
@@ -143,7 +146,7 @@ def records(
             yield found
     if quick:
         return
-    longest = 0.0
+    longest = LONGEST_COMPILED_S
     for chosen in COMPILED:
         for record in (record for record in found if record["kind"] == "training"):
             pending = [(key, name) for key, name in chosen if f"{name} compiled" not in record[key]]
@@ -157,6 +160,17 @@ def records(
                 measure_compiled(record, layer, key, name, setting, tuned)
                 longest = max(longest, time.monotonic() - start)
                 yield found
+
+
+def errors(records: Sequence[Record]) -> list[str]:
+    """Variants that failed, each with its shape; running out of memory is a finding and no fault."""
+    return [
+        f"{record['tokens']} x {record['width']}, r {record['rank']}, {name}: {figures['error']}"
+        for record in records
+        for key, _ in FORMS
+        for name, figures in record.get(key, {}).items()
+        if "error" in figures and "OutOfMemoryError" not in figures["error"]
+    ]
 
 
 def shape_of(record: Record) -> layers.Shape:

@@ -90,24 +90,33 @@ def comparisons(records: Sequence[Record], models: Mapping[tuple[str, str], Mode
         dense = good.get((f"{family}/transformer", loop))
         if variant != "transformer" and dense is not None:
             limit = saving_limit(models[preset, loop], models[dense["preset"], loop])
-            lines.append(_saved(f"{preset} saves against {dense['preset']}, {loop}", record, dense, limit))
+            line = _saved(f"{preset} saves against {dense['preset']}, {loop}", record, dense, limit)
+            lines.append(_of_calls(line, record, dense))
         bare = good.get((preset, "bare"))
         if loop == "engine" and bare is not None:
+            slower = _median(record) / _median(bare) - 1
             lines.append(
-                {
-                    "what": f"{preset}: engine slower than bare loop",
-                    "time": _median(record) / _median(bare) - 1,
-                }
+                _of_calls({"what": f"{preset}: engine slower than bare loop", "time": slower}, record, bare)
             )
         if loop == "llama" and bare is not None:
             rate = {key: r["model_flops_per_second"] for key, r in (("llama", record), ("bare", bare))}
+            above = rate["bare"] / rate["llama"] - 1
             lines.append(
-                {
-                    "what": f"{preset}: bare loop's FLOP/s above llama's",
-                    "flops": rate["bare"] / rate["llama"] - 1,
-                }
+                _of_calls(
+                    {"what": f"{preset}: bare loop's FLOP/s above llama's", "flops": above}, record, bare
+                )
             )
     return lines
+
+
+def _of_calls(line: Record, *records: Record) -> Record:
+    """The line, marked where its figures come from different calls: another day, and perhaps another card."""
+    calls = sorted({record.get("call", 1) for record in records})
+    return (
+        line
+        if len(calls) == 1
+        else {**line, "what": f"{line['what']} (calls {' and '.join(map(str, calls))})"}
+    )
 
 
 def _saved(what: str, record: Record, dense: Record, limit: float) -> Record:

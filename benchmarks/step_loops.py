@@ -41,10 +41,17 @@ class Loop:
         config: what was built.
         step: one optimizer step; returns the mean loss, 0-d, without waiting for the device.
         parameters: number of parameters.
+        skipped_steps: how many steps changed nothing, because a gradient was not finite.
     """
 
-    def __init__(self, config: RunConfig, step: Callable[[], torch.Tensor], parameters: int) -> None:
-        self.config, self.step, self.parameters = config, step, parameters
+    def __init__(
+        self,
+        config: RunConfig,
+        step: Callable[[], torch.Tensor],
+        parameters: int,
+        skipped_steps: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.config, self.step, self.parameters, self.skipped_steps = config, step, parameters, skipped_steps
 
 
 def build_loop(contender: Contender, device: torch.device) -> Loop:
@@ -269,4 +276,4 @@ def engine_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
         number += 1
         return result.loss
 
-    return Loop(config, step, count_parameters(config.model).total)
+    return Loop(config, step, count_parameters(config.model).total, lambda: engine.skipped_steps)

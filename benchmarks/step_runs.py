@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -47,12 +48,18 @@ def run_alone(contender: Contender, warm_up: int, steps: int) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         resting = torch.cuda.memory_allocated() if on_gpu else None
         times = timed_steps(loop, steps, device)
+        peak_bytes = peak_memory_bytes()
+        # A step that is skipped is quick, and one after it is not the step that training takes.
+        loss = float(loop.step())
+        if not math.isfinite(loss) or loop.skipped_steps():
+            return {"error": f"not steps of training: loss {loss}, {loop.skipped_steps()} steps skipped"}
         return {
             "rounds_ms": [times],
+            "loss_after": loss,
             "parameters": loop.parameters,
             "kernels": dataclasses.asdict(loop.config.kernels),
             "plans": plans,
-            "peak_memory_bytes": peak_memory_bytes(),
+            "peak_memory_bytes": peak_bytes,
             "reserved_memory_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
             "memory_between_steps_bytes": resting,
         }

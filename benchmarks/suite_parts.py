@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from benchmarks.kernel_timing import Ceilings, device_name, measure_ceilings
 from benchmarks.machine import write_result
 from benchmarks.processes import ROOT
 from benchmarks.step_runs import run_in_process
-from benchmarks.suite_state import SuiteState
+from benchmarks.suite_state import OutOfTime, SuiteState
 from megatron_lpa.ops import dispatch
 
 BUILD = ROOT / "build" / "gpu_suite"
-"""Traces of the bare loop, which are only worth a look on the machine itself."""
+"""Traces of the bare loop: few files can be brought back from a machine, and its table stays in the result."""
 
 QUICK_SHAPES = 4
 """Training shapes of the first look at projections."""
@@ -44,15 +45,21 @@ class Suite(SuiteState):
         """The tests that a tuning table has to wait for.
 
         Raises:
-            RuntimeError: they did not pass.
+            RuntimeError: one failed, or none ran.
+            OutOfTime: they were not finished, which says nothing against the kernels, and nothing for them.
         """
         earlier = self.result["parts"]["gate"]["code"]
         kept = self.result.get("tests", {}).get("gate")
         self.trusted = kept is not None and kept["passed"] and earlier[-1:] == [self.code]
         if not self.trusted:
             self.trusted = self.run_tests("gate", suite_tests.GATE, suite_tests.GATE_OPTIONS)["passed"]
+        found = self.result["tests"]["gate"]
+        if not self.trusted and suite_tests.failed(found):
+            raise RuntimeError(f"tests failed: {found['counts']}")
+        if not self.trusted and found["exit_code"] is None:
+            raise OutOfTime
         if not self.trusted:
-            raise RuntimeError(f"tests did not pass: {self.result['tests']['gate']['counts']}")
+            raise RuntimeError("no test ran: all were skipped")
 
     def tests(self) -> None:
         """All other tests that a GPU makes a difference to.
@@ -93,9 +100,10 @@ class Suite(SuiteState):
             return
         if not self.setting.dry:
             torch.cuda.empty_cache()
-        for result in train_step.results(arguments, self.stop, known):
+        for result in train_step.results(arguments, self.stop, known, len(self.result["calls"])):
             self.record(key, result)
         print(step_figures.table(result["contenders"], result["comparisons"]), flush=True)
+        raise_for_errors(result["contenders"])
 
     def projections(self, quick: bool) -> None:
         """The kernel benchmark's records, the most telling shapes first.
@@ -117,6 +125,9 @@ class Suite(SuiteState):
         if self.measured:
             for record in self.result["kernel"]:
                 print(kernel.table(record), flush=True)
+        errors = kernel.errors(self.result.get("kernel", []))
+        if errors:
+            raise RuntimeError("; ".join(errors)[:2000])
 
     def profile(self, loop: str, words: list[str]) -> None:
         """Where a step's time goes, for both models, each in a process of its own.
@@ -205,6 +216,24 @@ class Suite(SuiteState):
         for result in evaluate_step.results(arguments, self.stop, known):
             self.record("evaluate_step", result)
         print(step_figures.table(result["models"], result["comparisons"]), flush=True)
+        raise_for_errors(result["models"])
+
+
+def raise_for_errors(records: Sequence[dict[str, Any]]) -> None:
+    """What ran out of time or memory, or lacks a package, is a finding; anything else is a fault.
+
+    Raises:
+        RuntimeError: there was one; the other figures are recorded.
+    """
+    known = {"out_of_time", "out_of_memory", "missing_package"}
+    faults = [
+        record for record in records if {"error", "later_error"} & record.keys() and not known & record.keys()
+    ]
+    if faults:
+        told = [
+            f"{r['preset']} {r.get('loop', '')}: {r.get('error') or r['later_error']}"[:500] for r in faults
+        ]
+        raise RuntimeError("; ".join(told))
 
 
 def parsed(module: Any, words: list[str], dry: bool) -> argparse.Namespace:

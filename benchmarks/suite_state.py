@@ -16,6 +16,10 @@ from benchmarks.suite_resume import FORMAT, code_digest, read_earlier
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "numpy")
 
 
+class OutOfTime(Exception):
+    """A part that could not finish."""
+
+
 class SuiteState:
     """The result so far and the time left.
 
@@ -88,6 +92,8 @@ class SuiteState:
                 self.write()
                 work()
                 state["status"] = "done" if self.left_s() > 0 else "stopped at the limit"
+        except OutOfTime:
+            state["status"] = "stopped at the limit"
         except ModuleNotFoundError as error:
             state |= {"status": "missing package", "package": error.name}
         except Exception as error:  # the parts that follow are worth having all the same

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,7 @@ def run_tests(files: Sequence[str], log: Path, limit_s: float, options: Sequence
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            wait_until_gone(process.pid)
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
             code = None
@@ -86,6 +88,15 @@ def run_tests(files: Sequence[str], log: Path, limit_s: float, options: Sequence
     counts = counted(text)
     passed = code == 0 and counts.get("passed", 0) > 0
     return {"exit_code": code, "counts": counts, "passed": passed, "output": text[-KEPT_OUTPUT:]}
+
+
+def wait_until_gone(group: int, limit_s: float = 5.0) -> None:
+    """Until no process of a killed group is left, as each may still hold the GPU; what is measured next wants it alone."""
+    end = time.monotonic() + limit_s
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(group, 0)
+            time.sleep(0.05)
 
 
 def counted(output: str) -> dict[str, int]:

@@ -134,7 +134,7 @@ def described(contender: Contender) -> dict[str, Any]:
 
 
 def results(
-    arguments: argparse.Namespace, deadline: float | None, known: Sequence[Record] = ()
+    arguments: argparse.Namespace, deadline: float | None, known: Sequence[Record] = (), call: int = 1
 ) -> Iterator[dict[str, Any]]:
     """The whole result, anew after every measurement.
 
@@ -142,6 +142,7 @@ def results(
         arguments: as ``add_arguments`` defines them.
         deadline: on the clock of ``time.monotonic``; what is then running is ended.
         known: records that are kept, and not measured again where they are about the same contender.
+        call: number of the call that measures; new records carry it.
     """
     contenders = contenders_of(arguments)
     models = [contender.config().model for contender in contenders]
@@ -164,20 +165,25 @@ def results(
         asked = [contenders[index] for index in pending]
         together = run_together(asked, rounds, warm_up, -(-steps // rounds), deadline)
         for index, result in zip(pending, together, strict=True):
-            found[index] = result
+            found[index] = result | {"call": call}
         yield finished(head, contenders, models, found, kept)
         return
     yield finished(head, contenders, models, found, kept)
-    for number, index in turns(contenders, rounds):
-        if index not in pending:
-            continue
+    asked_turns = [(number, index) for number, index in turns(contenders, rounds) if index in pending]
+    for done, (number, index) in enumerate(asked_turns):
         left = None if deadline is None else deadline - time.monotonic()
         if "error" in found[index] or (left is not None and left <= 0):
             continue
-        turn = run_in_process(contenders[index], warm_up, -(-steps // rounds), left)
-        found[index] = joined(found[index], turn)
+        limit_s = None if left is None else fair_limit_s(left, len(asked_turns) - done)
+        turn = run_in_process(contenders[index], warm_up, -(-steps // rounds), limit_s)
+        found[index] = joined(found[index], turn) | {"call": call}
         print(f"{contenders[index].name}, round {number + 1}: {outcome(turn)}", flush=True)
         yield finished(head, contenders, models, found, kept)
+
+
+def fair_limit_s(left_s: float, processes: int) -> float:
+    """What one process may take, so that one that hangs leaves time to the others: twice its share, and a minute at least."""
+    return min(left_s, max(60.0, 2 * left_s / processes))
 
 
 def turns(contenders: Sequence[Contender], rounds: int) -> Iterator[tuple[int, int]]:
@@ -219,7 +225,8 @@ def joined(before: dict[str, Any], turn: dict[str, Any]) -> dict[str, Any]:
     if "rounds_ms" not in before:
         return turn
     if "error" in turn:
-        return before | {"later_error": turn["error"]}
+        kinds = {kind: turn[kind] for kind in ("out_of_time", "out_of_memory") if kind in turn}
+        return before | kinds | {"later_error": turn["error"]}
     peaks = [turn["peak_memory_bytes"], before["peak_memory_bytes"]]
     return before | {
         "rounds_ms": before["rounds_ms"] + turn["rounds_ms"],

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,56 @@ def test_the_suite_is_told_when_the_call_is_killed(tmp_path: Path) -> None:
     os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)  # the real suite does this itself
 
 
+def test_without_a_compiler_steps_are_measured_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = {"capability": [9, 0], "name": "NVIDIA H200", "compiler": "RuntimeError: Python.h"}
+    monkeypatch.setattr(
+        gpu_call.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 0, json.dumps(gpu), "")
+    )
+    assert gpu_call.check_gpu() == gpu and "Python.h" in capsys.readouterr().err
+    parser = gpu_call.argparse.ArgumentParser()
+    gpu_call.add_arguments(parser)
+    arguments = parser.parse_args(["--wheels", "w", "--output", str(tmp_path)])
+    assert "kernels.elementwise=eager" in gpu_call.SuiteProcess(arguments, gpu, {}, 0.0).command
+
+
+def test_wheels_are_unpacked_and_a_deepspeed_that_fails_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wheel, broken = tmp_path / "deepspeed-0-py3-none-any.whl", tmp_path / "broken.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("deepspeed/__init__.py", "raise ImportError('too old a friend')")
+    environment = gpu_call.prepared([wheel], tmp_path)
+    assert environment["PYTHONPATH"].startswith(str(tmp_path / "site"))
+    out, err = capsys.readouterr()
+    assert wheel.name in out and "DeepSpeed cannot be imported (ImportError: too old a friend)" in err
+    broken.write_text("no archive")
+    with pytest.raises(UserError, match=r"broken\.whl: cannot be unpacked"):
+        gpu_call.prepared([broken], tmp_path)
+
+
+def test_an_earlier_result_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    (tmp_path / "gpu_suite.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a result already; go on with it"):
+        gpu_call.check_output(tmp_path, goes_on=False)
+    gpu_call.check_output(tmp_path, goes_on=True)
+
+
+def test_a_refused_continuation_leaves_the_earlier_log_and_an_accepted_one_adds_to_it(tmp_path: Path) -> None:
+    log = tmp_path / "gpu_suite.log"
+    log.write_text("the first call\n")
+    script = CALL.replace("earlier=None", "earlier=folder")
+    for act, expected in (
+        ("(folder / 'gpu_suite.json').unlink(); print('error: no way'); sys.exit(2)", "the first call\n"),
+        ("sys.exit(0)", "the first call\nmeasured\n"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path), act, "60"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert log.read_text() == expected and "the first call" not in done.stdout
+
+
 def test_a_refusal_of_the_suite_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
     act = "[p.unlink() for p in folder.iterdir() if p.name != 'gpu_suite.log']; print('error: no way'); sys.exit(2)"
     call = called(tmp_path, act)
@@ -151,7 +202,7 @@ def test_without_a_gpu_that_kernels_are_for(
 
 def test_a_gpu_that_kernels_are_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table goes where models on this machine look, and the earlier result is passed on."""
-    gpu = {"capability": [9, 0], "name": "NVIDIA H200"}
+    gpu = {"capability": [9, 0], "name": "NVIDIA H200", "compiler": ""}
 
     def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 0, f"a warning\n{json.dumps(gpu)}\n", "")
@@ -163,6 +214,7 @@ def test_a_gpu_that_kernels_are_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     gpu_call.add_arguments(arguments)
     command = gpu_call.SuiteProcess(arguments.parse_args(words), gpu, {}, time.monotonic() + 120).command
     assert command[-1].endswith("megatron_lpa/ops/tuning/sm_90.json") and "--dry-run" not in command
-    assert 1.9 < float(command[command.index("--minutes") + 1]) <= 2
+    assert 119 < float(command[command.index("--until") + 1]) - time.monotonic() < 121
+    assert "kernels.elementwise=eager" not in command
     assert command[command.index("--continue") + 1] == str(Path("old.json").resolve())
     assert command[command.index("--parts") + 1] == "gate"

@@ -25,6 +25,7 @@ WHEELS = {
     "pydantic-core": f"pydantic_core-2.50.4-cp{HERE}-cp{HERE}-manylinux_2_17_{platform.machine()}.whl",
     "annotated-types": "annotated_types-0.8.0-py3-none-any.whl",
     "typing-inspection": "typing_inspection-0.4.5-py3-none-any.whl",
+    "typing-extensions": "typing_extensions-4.16.0-py3-none-any.whl",
 }
 
 
@@ -35,10 +36,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_is_installed_already_is_left_alone(folder: Path) -> None:
-    here = {*EXPECTED, "hjson"}
-    chosen = to_install(here, wheels_by_name(folder))
-    assert {path.name for path in chosen} == set(WHEELS.values()) - {WHEELS["hjson"]}
+def test_what_is_carried_goes_before_what_is_installed_and_nothing_else_does(folder: Path) -> None:
+    """An older typing-extensions, as Linux distributions have it, would keep pydantic from being imported."""
+    (folder / "tqdm-4.67.0-py3-none-any.whl").touch()
+    chosen = to_install({*EXPECTED, "hjson", "typing-extensions"}, wheels_by_name(folder))
+    assert {path.name for path in chosen} == set(WHEELS.values())
     assert to_install({*EXPECTED, *CARRIED}, {}) == []
 
 

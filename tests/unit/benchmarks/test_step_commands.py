@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import step_runs
 from benchmarks.step_config import Contender
-from benchmarks.step_loops import MasterAdamW, build_loop
+from benchmarks.step_loops import Loop, MasterAdamW, build_loop
 from benchmarks.step_runs import run_in_process
 from benchmarks.step_timing import failure
 from megatron_lpa.config import OptimConfig
@@ -193,3 +194,16 @@ def test_llama_learns_too() -> None:
     step = build_loop(contender, CPU).step
     losses = [float(step()) for _ in range(9)]
     assert losses[8] < losses[0]  # the same batch twice, 8 steps apart
+
+
+@pytest.mark.parametrize(("loss", "skipped"), [(float("nan"), 0), (2.0, 1)])
+def test_steps_that_are_not_training_are_no_figures(
+    loss: float, skipped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contender = Contender("tiny/lpa", "bare", 1, precision="fp32", layers=1, sequence=16, dry=True)
+    played = Loop(contender.config(), lambda: torch.tensor(loss), 1, lambda: skipped)
+    monkeypatch.setattr(step_runs, "build_loop", lambda *_: played)
+    result = step_runs.run_alone(contender, 1, 2)
+    assert "not steps of training" in result["error"] and "rounds_ms" not in result
+    played.step, played.skipped_steps = lambda: torch.tensor(2.0), lambda: 0
+    assert step_runs.run_alone(contender, 1, 2)["loss_after"] == 2.0

@@ -135,3 +135,15 @@ def test_comparisons_by_hand_leave_failures_out() -> None:
     assert lines["3b/transformer: bare loop's FLOP/s above llama's"]["flops"] == pytest.approx(0.25)
     shown = table(records, list(lines.values()))
     assert "out of memory: 1 GiB" in shown and "FLOPs allow 24.0%" in shown
+
+
+def test_a_comparison_of_two_calls_says_so() -> None:
+    def line(bare: int, engine: int) -> str:
+        records = [
+            {"preset": "3b/lpa", "loop": loop, "step_ms": {"median": 1.0}, "call": call}
+            for loop, call in (("bare", bare), ("engine", engine))
+        ]
+        return comparisons(records, {})[0]["what"]
+
+    assert line(1, 1) == line(2, 2) == "3b/lpa: engine slower than bare loop"
+    assert line(2, 1) == "3b/lpa: engine slower than bare loop (calls 1 and 2)"
