@@ -161,8 +161,10 @@ def test_dense_gradients_summed_inside_products_cannot_lose_and_one_large_produc
         assert summed[1] < separate[1] and summed[2] < separate[2]
         for rates in (H200, A800):
             assert seconds(cost.dense_summed(p), rates) <= seconds(cost.dense_separate(p), rates)
-    large = Problem(16384, 4096, (1,) * 3, (4096,) * 3)
-    assert seconds(cost.dense_joined(large), H200) > seconds(cost.dense_summed(large), H200)
+    for tokens, d in ((5120, 768), (7680, 1024), (6144, 1024), (16384, 4096)):  # the presets' micro-batches
+        p = Problem(tokens, d, (1,) * 3, (d,) * 3)
+        for rates in (H200, A800):
+            assert seconds(cost.dense_joined(p), rates) > seconds(cost.dense_summed(p), rates)
 
 
 def test_the_kernel_at_large_ranks_is_bound_by_what_it_reads_through_the_cache() -> None:
