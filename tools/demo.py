@@ -232,7 +232,7 @@ def run_demo(folder: Path, commands: Commands) -> None:
     say("What next:")
     say(f"  python tools/generate.py --run {lpa} --prompt 'My fellow citizens' --num-samples 3")
     say("  python -m megatron_lpa.pretrain --help       every option; tiny/low_ffn and others to compare")
-    say("  python tools/plan.py --preset 3b/lpa --gpus 16 --tensor-parallel-size 8   what a large run costs")
+    say("  python tools/plan.py --preset 3b/lpa --gpus 16   what a large run costs")
 
 
 def start_over(folder: Path) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a run will cost, before a GPU is asked for: parameters, FLOPs, bytes per GPU, elements moved.
 
-    python tools/plan.py --preset 3b/lpa --gpus 16 --zero-stage 3 --tensor-parallel-size 8
+    python tools/plan.py --preset 3b/lpa --gpus 16 --zero-stage 3
     python tools/plan.py --config my_run.yaml --json --model.hidden_size 2048
 
 Any option of ``python -m megatron_lpa.pretrain`` works too. No model is built, no data is read.

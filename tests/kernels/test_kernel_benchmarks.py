@@ -197,6 +197,9 @@ def test_time_is_looked_at_between_variants_and_what_is_not_compiled_goes_first(
     plain = 3 * 2 * variants  # two training shapes and a decoding size, with and without norm
     with_seconds(plain)
     assert done == ["plain"] * plain
+    with_seconds(plain + 15)  # what the first compiled one may take: it is not begun
+    assert done == ["plain"] * plain
+    monkeypatch.setattr(kernel, "LONGEST_COMPILED_S", 0.0)
     first, *_ = with_seconds(plain + 2)
     assert done == ["plain"] * plain + ["compiled"] * 2
     assert "separate compiled" in first["with_norm_and_rotary"] and "separate compiled" in first["plain"]
