@@ -1,7 +1,7 @@
 """One call on a GPU machine without network: checks, installs the missing wheels, and runs the GPU suite.
 
 Runs with the machine's own Python and nothing but its standard library. All that is refused is refused before anything
-is measured: one line on stderr and exit code 2. Wheels are installed into a temporary folder. Results, the tuning
+is measured: one line on stderr and exit code 2. Wheels are unpacked into a temporary folder. Results, the tuning
 table, logs and traces go into one folder, at most eight files of at most 16 MiB, and are there after every figure, however
 the call ends. SIGTERM and SIGINT end it with all that it started.
 """
