@@ -96,14 +96,15 @@ class Suite(SuiteState):
         arguments = parsed(train_step, words, self.setting.dry)
         known = self.result.get(key, {}).get("contenders", [])
         known = [record for record in known if "step_ms" in record or "error" in record]
-        if not train_step.unmeasured(arguments, known):
+        asked = [train_step.described(contender) for contender in train_step.unmeasured(arguments, known)]
+        if not asked:
             return
         if not self.setting.dry:
             torch.cuda.empty_cache()
         for result in train_step.results(arguments, self.stop, known, len(self.result["calls"])):
             self.record(key, result)
         print(step_figures.table(result["contenders"], result["comparisons"]), flush=True)
-        raise_for_errors(result["contenders"])
+        raise_for_errors([record for record in result["contenders"] if record["contender"] in asked])
 
     def projections(self, quick: bool) -> None:
         """The kernel benchmark's records, the most telling shapes first.
@@ -112,6 +113,7 @@ class Suite(SuiteState):
             quick: the first training shapes alone, as they are before tuning.
         """
         known = self.result.get("kernel", [])
+        told = kernel.errors(known)
         for found in kernel.records(
             self.setting,
             self.measured_ceilings(),
@@ -125,7 +127,7 @@ class Suite(SuiteState):
         if self.measured:
             for record in self.result["kernel"]:
                 print(kernel.table(record), flush=True)
-        errors = kernel.errors(self.result.get("kernel", []))
+        errors = [error for error in kernel.errors(self.result.get("kernel", [])) if error not in told]
         if errors:
             raise RuntimeError("; ".join(errors)[:2000])
 
@@ -211,16 +213,20 @@ class Suite(SuiteState):
         """Table 2's models."""
         arguments = parsed(evaluate_step, words, self.setting.dry)
         known = self.result.get("evaluate_step", {}).get("models", [])
-        if not evaluate_step.unmeasured(arguments, known):
+        asked = evaluate_step.unmeasured(arguments, known)
+        if not asked:
             return
         for result in evaluate_step.results(arguments, self.stop, known):
             self.record("evaluate_step", result)
         print(step_figures.table(result["models"], result["comparisons"]), flush=True)
-        raise_for_errors(result["models"])
+        raise_for_errors([record for record in result["models"] if record["preset"] in asked])
 
 
 def raise_for_errors(records: Sequence[dict[str, Any]]) -> None:
     """What ran out of time or memory, or lacks a package, is a finding; anything else is a fault.
+
+    Args:
+        records: of what the part itself has measured: a fault is told once.
 
     Raises:
         RuntimeError: there was one; the other figures are recorded.

@@ -6,7 +6,8 @@
   those from where they were kept and computes only what lies between: norms, activations, rotation, dropout,
   residual sums, and the collectives of tensor parallelism. Less memory than ``none`` for a few per cent of time.
 
-Gradients are equal bit by bit in all three where repeated runs are, as on a CPU. Dropout draws the same masks: the state of the generators is restored.
+Gradients are equal bit by bit in all three where repeated runs are, as on a CPU. Dropout draws the same masks: the
+state of the generators is restored.
 """
 
 from __future__ import annotations
