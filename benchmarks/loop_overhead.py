@@ -23,8 +23,8 @@ import torch
 import megatron_lpa
 from megatron_lpa.config import load_config, validate_config
 from megatron_lpa.data.splits import open_splits
-from megatron_lpa.data.storage.files import write_json
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
+from megatron_lpa.data.storage.partial_file import write_json
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.launch import start_distributed, stop_distributed
 from megatron_lpa.model.init import initialize

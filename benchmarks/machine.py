@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from megatron_lpa.data.storage.files import write_json
+from megatron_lpa.data.storage.partial_file import write_json
 
 BUSY_LOAD = 0.5
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import orjson
 import zstandard
 
-from megatron_lpa.data.storage.files import explained_write_errors
+from megatron_lpa.data.storage.partial_file import explained_write_errors
 from megatron_lpa.errors import UserError
 
 FRAME_BYTES = 16 << 20

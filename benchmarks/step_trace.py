@@ -16,7 +16,7 @@ from benchmarks.step_config import Contender
 from benchmarks.step_loops import annotated_deepspeed, build_loop
 from benchmarks.step_plans import recorded_plans
 from benchmarks.step_timing import device_here, synchronize, timed_steps
-from megatron_lpa.data.storage.files import explained_write_errors
+from megatron_lpa.data.storage.partial_file import explained_write_errors
 
 
 def profiled(contender: Contender, warm_up: int, steps: int, path: Path) -> dict[str, Any]:

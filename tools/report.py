@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lpa.config.yaml_io import write_text_atomically
-from megatron_lpa.data.storage.files import explained_write_errors
+from megatron_lpa.data.storage.partial_file import explained_write_errors
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.curves import figure_of, read_curve, save_png
 from megatron_lpa.evaluate.generation import Sampling, generate_text

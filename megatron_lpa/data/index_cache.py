@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_lpa.data.storage.files import PARTIAL_SUFFIX, explained_write_errors
+from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, explained_write_errors
 from megatron_lpa.errors import UserError
 
 FORMAT = 1  # of the file and of what it holds: another document order or another packing is another format

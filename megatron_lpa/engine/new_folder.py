@@ -8,8 +8,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_lpa.engine.store import check_free_space, fsync_folder, partial_of
+from megatron_lpa.engine.store import check_free_space, partial_of
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import fsync_folder
 
 
 @contextlib.contextmanager

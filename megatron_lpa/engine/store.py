@@ -13,7 +13,6 @@ damaged from outside. What is on its way in or out has a name of its own:
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from megatron_lpa.engine.manifest import (
     complete_checkpoints,
     step_of,
 )
+from megatron_lpa.files import fsync_folder
 
 NOTE = "DAMAGED.txt"
 
@@ -54,18 +54,6 @@ def partial_of(checkpoint: Path) -> Path:
 
 def _replaced(checkpoint: Path) -> Path:
     return checkpoint.with_name(f".{checkpoint.name}.replaced")
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make names inside ``folder`` survive a power cut, where its file system can: some refuse to be asked."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def write_durably(path: Path, text: str) -> None:

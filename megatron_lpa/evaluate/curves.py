@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_lpa.data.storage.files import PartialFile
+from megatron_lpa.data.storage.partial_file import PartialFile
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.metrics_file import METRICS, read_metrics, records_of
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,43 @@ def gather_numbers(value: float, groups: ParallelGroups) -> list[float]:
     return [float(tensor) for tensor in tensors]
 
 
+def gather_json(value: Any, groups: ParallelGroups) -> list[Any]:
+    """Every rank's value, in order of rank. It travels as JSON: nothing that another process sends can run code here.
+
+    Args:
+        value: None, bool, int, float, str, and lists and dicts with text keys of these. Tuples come back as lists.
+        groups: all ranks take part.
+    """
+    if groups.control_group is None or groups.world_size == 1:
+        return [json.loads(json.dumps(value))]
+    own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(groups.world_size)]
+    dist.all_gather(lengths, torch.tensor([len(own)]), group=groups.control_group)
+    longest = max(int(length) for length in lengths)
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(groups.world_size)]
+    padded = torch.nn.functional.pad(own, (0, longest - len(own)))
+    dist.all_gather(texts, padded, group=groups.control_group)
+    return [
+        json.loads(text[: int(length)].numpy().tobytes()) for text, length in zip(texts, lengths, strict=True)
+    ]
+
+
+def from_first(value: Any, groups: ParallelGroups) -> Any:
+    """Rank 0's value on every rank; what other ranks pass does not count. It travels as JSON, like ``gather_json``'s."""
+    if groups.control_group is None or groups.world_size == 1:
+        return json.loads(json.dumps(value))
+    text = json.dumps(value).encode() if groups.rank == 0 else b""
+    length = torch.tensor([len(text)])
+    dist.broadcast(length, src=0, group=groups.control_group)
+    sent = (
+        torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        if text
+        else torch.zeros(int(length), dtype=torch.uint8)
+    )
+    dist.broadcast(sent, src=0, group=groups.control_group)
+    return json.loads(sent.numpy().tobytes())
+
+
 def gather_messages(message: str | None, groups: ParallelGroups) -> str:
     """Every rank's message with its rank in front, joined; empty when no rank has one.
 
@@ -53,10 +91,8 @@ def gather_messages(message: str | None, groups: ParallelGroups) -> str:
     """
     if groups.control_group is None or groups.world_size == 1:
         return message or ""
-    messages: list[str | None] = [None] * groups.world_size
-    dist.all_gather_object(messages, message, group=groups.control_group)
     ranks_of: dict[str, list[int]] = {}
-    for rank, text in enumerate(messages):
+    for rank, text in enumerate(gather_json(message, groups)):
         if text:
             ranks_of.setdefault(text, []).append(rank)
     if len(ranks_of) == 1 and len(next(iter(ranks_of.values()))) == groups.world_size:

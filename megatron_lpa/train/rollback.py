@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from megatron_lpa.engine.manifest import MANIFEST, checkpoint_folders
 from megatron_lpa.engine.resume import Resumed, load_newest
-from megatron_lpa.engine.store import fsync_folder, write_durably
+from megatron_lpa.engine.store import write_durably
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import fsync_folder
 from megatron_lpa.parallel.agreement import gather_messages, together
 from megatron_lpa.train.state import Run
 

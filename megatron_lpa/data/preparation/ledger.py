@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa.data.preparation.encode import Counts, Position
-from megatron_lpa.data.storage.files import PARTIAL_SUFFIX, PartialFile
 from megatron_lpa.data.storage.indexed_writer import WriterPosition
+from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, PartialFile
 from megatron_lpa.errors import UserError
 
 _FORMAT = 2

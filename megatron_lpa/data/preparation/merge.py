@@ -19,10 +19,10 @@ from megatron_lpa.data.preparation.merge_inputs import (
 from megatron_lpa.data.storage.block_check import BlockComparison
 from megatron_lpa.data.storage.byte_progress import ByteProgress
 from megatron_lpa.data.storage.checksums import BlockHasher
-from megatron_lpa.data.storage.files import PARTIAL_SUFFIX, PartialFile, explained_write_errors
 from megatron_lpa.data.storage.indexed import HEADER, bin_path, check_output_prefix, idx_path
 from megatron_lpa.data.storage.indexed_writer import publish_dataset, write_index
 from megatron_lpa.data.storage.manifest import Checksums, Manifest, SubsetCount, manifest_path, write_manifest
+from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, PartialFile, explained_write_errors
 from megatron_lpa.errors import UserError
 
 _COPY_BYTES = 1 << 22

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_lpa.data.storage.block_check import check_checksums, wrong_blocks
-from megatron_lpa.data.storage.files import PARTIAL_SUFFIX
 from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
 from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
+from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX
 from megatron_lpa.errors import UserError
 
 _ENDINGS = (".idx", ".bin", ".json")

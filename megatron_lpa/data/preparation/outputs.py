@@ -14,11 +14,12 @@ from megatron_lpa.data.preparation.encode import EncodedDocuments
 from megatron_lpa.data.preparation.ledger import State
 from megatron_lpa.data.preparation.records import Rejection
 from megatron_lpa.data.storage.checksums import block_digests
-from megatron_lpa.data.storage.files import PARTIAL_SUFFIX, PartialFile, explained_write_errors, fsync_folder
 from megatron_lpa.data.storage.indexed import bin_path, idx_path
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter, WriterPosition, sizes_path
 from megatron_lpa.data.storage.manifest import Checksums, manifest_path
+from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, PartialFile, explained_write_errors
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import fsync_folder
 
 
 class Outputs:

@@ -32,7 +32,6 @@ from megatron_lpa.data.preparation.progress_lines import ProgressLines
 from megatron_lpa.data.preparation.readers import CHUNK_BYTES, Chunk, SourceReader
 from megatron_lpa.data.preparation.records import PILE_SUBSET
 from megatron_lpa.data.preparation.sources import Source, file_sources, shard_of
-from megatron_lpa.data.storage.files import explained_write_errors
 from megatron_lpa.data.storage.indexed import best_dtype, bin_path, idx_path
 from megatron_lpa.data.storage.manifest import (
     Checksums,
@@ -44,6 +43,7 @@ from megatron_lpa.data.storage.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_lpa.data.storage.partial_file import explained_write_errors
 from megatron_lpa.data.tokenizers.fast import WrongIdsError
 from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
 from megatron_lpa.errors import UserError

@@ -8,9 +8,9 @@ from pathlib import Path
 from megatron_lpa.data.preparation.ledger import ledger_path
 from megatron_lpa.data.preparation.merge import merge
 from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig, output_prefix
-from megatron_lpa.data.storage.files import PartialFile, WrittenElsewhere
 from megatron_lpa.data.storage.indexed import IndexedDataset, idx_path
 from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
+from megatron_lpa.data.storage.partial_file import PartialFile, WrittenElsewhere
 from megatron_lpa.errors import UserError
 
 

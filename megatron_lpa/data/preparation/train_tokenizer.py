@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_lpa.data.preparation.records import read_texts
-from megatron_lpa.data.storage.files import explained_write_errors
+from megatron_lpa.data.storage.partial_file import explained_write_errors
 from megatron_lpa.errors import UserError
 
 EOD_TOKEN = "<|endoftext|>"

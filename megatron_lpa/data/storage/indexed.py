@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lpa.data.storage.files import PARTIAL_SUFFIX
+from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX
 from megatron_lpa.data.storage.token_reader import TokenReader
 from megatron_lpa.errors import UserError
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from megatron_lpa.data.storage.checksums import BLOCK_BYTES, BlockHasher
-from megatron_lpa.data.storage.files import PartialFile, explained_write_errors, fsync_folder
 from megatron_lpa.data.storage.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, bin_path, idx_path
 from megatron_lpa.data.storage.manifest import Checksums
+from megatron_lpa.data.storage.partial_file import PartialFile, explained_write_errors
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import fsync_folder
 
 _INDEX_BLOCK = 1 << 20  # entries of the index in memory at a time
 

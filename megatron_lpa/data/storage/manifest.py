@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa.data.storage.checksums import BLOCK_BYTES
-from megatron_lpa.data.storage.files import write_json
+from megatron_lpa.data.storage.partial_file import write_json
 from megatron_lpa.errors import UserError
 
 FORMAT = 2

@@ -11,9 +11,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from megatron_lpa.data.storage.files import PartialFile
 from megatron_lpa.data.storage.indexed import IndexedDataset, best_dtype
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
+from megatron_lpa.data.storage.partial_file import PartialFile
 from megatron_lpa.errors import UserError
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [65499, 0]]

@@ -24,8 +24,8 @@ from megatron_lpa.data.preparation import preprocess as preprocess_module
 from megatron_lpa.data.preparation.encode import encode_task
 from megatron_lpa.data.preparation.preprocess import preprocess
 from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig
-from megatron_lpa.data.storage.files import PartialFile, WrittenElsewhere
 from megatron_lpa.data.storage.indexed import IndexedDataset
+from megatron_lpa.data.storage.partial_file import PartialFile, WrittenElsewhere
 from megatron_lpa.data.tokenizers.fast import WrongIdsError
 from megatron_lpa.errors import UserError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -27,7 +26,6 @@ from megatron_lpa.engine.store import (
     check_free_space,
     damaged_folders,
     expendable,
-    fsync_folder,
     has_checkpoints,
     partial_of,
     prune,
@@ -247,19 +245,3 @@ def test_a_kill_between_any_two_operations_loses_nothing_that_was_complete(tmp_p
         if finished:
             break
     assert finished and last_call > 15
-
-
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
-def test_a_file_system_that_cannot_sync_folders_gets_checkpoints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(number, "refused")))
-    fsync_folder(tmp_path)
-
-
-def test_a_folder_that_cannot_be_synced_otherwise_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
-    with pytest.raises(OSError, match="broken"):
-        fsync_folder(tmp_path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import fsync_folder
 
 PARTIAL_SUFFIX = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,15 +36,6 @@ def explained_write_errors(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path}: cannot write ({error.strerror or error}); check the folder and its permissions"
         ) from error
-
-
-def fsync_folder(folder: Path) -> None:
-    """Makes renames inside ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class PartialFile:

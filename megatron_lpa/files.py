@@ -1,0 +1,237 @@
+"""Reading from disks that hiccup, and writing files that appear whole: the one place for both.
+
+What is read may lie on a network disk and may come from a stranger. So a disk that does not answer is asked again, only
+regular files are opened, and nothing longer than its kind can be is read. What is written is on disk before it has its
+name, and no link is followed to where it leads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from megatron_lpa.errors import TryAgain, UserError
+
+Result = TypeVar("Result")
+
+PAUSES_S = (0.2, 1.0, 3.0)
+"""Before a file that the disk did not give is asked for again."""
+
+LASTING = (
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""What a file system says of names and permissions, for good. Everything else may be gone at the next attempt."""
+
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
+"""What file systems say that cannot bring a folder's names to disk."""
+
+MOST_TEXT_BYTES = 64 << 20
+"""Of a configuration, an index or a manifest: far more than any needs."""
+
+
+class UnusableFile(UserError):
+    """A file that is not of the kind that was asked for, whatever the disk does: a device, too long, not JSON."""
+
+
+def patiently(read: Callable[[], Result], path: str | os.PathLike[str]) -> Result:
+    """What ``read`` gives, with further attempts where the disk does not answer. That is no damage.
+
+    Args:
+        read: opens and reads ``path``, anew at each attempt.
+        path: for the message.
+
+    Raises:
+        OSError: one of ``LASTING``, at once.
+        TryAgain: no attempt succeeded; the message names the file and what the disk said.
+    """
+    for pause_s in (*PAUSES_S, None):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno in LASTING:
+                raise
+            if pause_s is None:
+                raise TryAgain(
+                    f"{path}: cannot be read ({error.strerror or error}), at {len(PAUSES_S) + 1} attempts; this need not "
+                    "mean damage: start again when the disk answers"
+                ) from error
+            time.sleep(pause_s)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading, unbuffered. One attempt; a link is followed.
+
+    A pipe is not waited for, and a device not read.
+
+    Raises:
+        UnusableFile: it is a folder, a pipe, a socket or a device.
+        OSError: it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:
+        raise UnusableFile(
+            f"{os.fspath(path)!r}: no file can be called so: the name holds a NUL character"
+        ) from None
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise UnusableFile(
+                f"{path}: {kind_of(mode)}, not a regular file; give a file that holds what it should"
+            )
+        os.set_blocking(descriptor, True)
+        return os.fdopen(descriptor, "rb", buffering=0)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+        raise
+
+
+def kind_of(mode: int) -> str:
+    """What a file is, from its ``st_mode``, in words."""
+    for test, words in (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISLNK, "a link"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    ):
+        if test(mode):
+            return words
+    return "a regular file" if stat.S_ISREG(mode) else "a device"
+
+
+def read_bytes(path: str | os.PathLike[str], most_bytes: int = MOST_TEXT_BYTES) -> bytes:
+    """All of a regular file.
+
+    Raises:
+        UnusableFile: not a regular file, or longer than ``most_bytes``.
+        OSError: one of ``LASTING``.
+        TryAgain: the disk does not give it.
+    """
+
+    def read() -> bytes:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size <= most_bytes:
+                content = bytearray()
+                while len(content) <= most_bytes and (block := file.read(most_bytes + 1 - len(content))):
+                    content += block
+                if len(content) <= most_bytes:
+                    return bytes(content)
+                size = len(content)
+        raise UnusableFile(f"{path}: {size:,} bytes, more than the {most_bytes:,} that such a file can have")
+
+    return patiently(read, path)
+
+
+def read_text(path: str | os.PathLike[str], most_bytes: int = MOST_TEXT_BYTES) -> str:
+    """All of a regular file of UTF-8 text.
+
+    Raises:
+        UnusableFile: as ``read_bytes``, or not UTF-8.
+        OSError, TryAgain: as ``read_bytes``.
+    """
+    content = read_bytes(path, most_bytes)
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UnusableFile(f"{path}, line {line}: not UTF-8 text (byte {error.start})") from error
+
+
+def read_json(path: str | os.PathLike[str], most_bytes: int = MOST_TEXT_BYTES) -> Any:
+    """What a file of JSON holds.
+
+    Raises:
+        UnusableFile: as ``read_text``, or not JSON: cut short, nested too deeply, a number of too many digits.
+        OSError, TryAgain: as ``read_bytes``.
+    """
+    text = read_text(path, most_bytes)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UnusableFile(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise UnusableFile(f"{path}: not valid JSON: nested too deeply") from error
+    except ValueError as error:  # more digits than Python turns into a number
+        raise UnusableFile(f"{path}: not valid JSON: {str(error)[:200]}") from error
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hash of a regular file's contents, in hex. One attempt.
+
+    Raises:
+        UnusableFile: not a regular file.
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make names inside ``folder`` survive a power cut, where its file system can: some refuse to be asked.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file that did not exist, open for writing and brought to disk at the end.
+
+    Whatever has the name goes first: a link is removed, not followed, and a file that another name leads to as well
+    (a hard link) keeps its contents there. Permissions are those that the umask gives.
+
+    Raises:
+        OSError: it cannot be made, written or brought to disk, or the name is a folder's.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a small file that appears whole or not at all, and is on disk. Its folder must exist.
+
+    It is written as ``.NAME.partial`` beside it; what a killed process leaves has that one name, and the next write
+    takes it over. One process at a time may write a file.
+
+    Raises:
+        OSError: nothing has changed then, or the name could not be brought to disk.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with new_file(partial) as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
