@@ -15,6 +15,9 @@ class UserError(ValueError):
 
     exit_code = EXIT_REFUSED
 
+    known_to_all = False
+    """Whether all ranks end with it, so that one may tell for all."""
+
 
 class TryAgain(UserError):
     """Trouble from outside that may be gone at the next attempt: a disk, the network, another process."""
@@ -36,7 +39,17 @@ class AgreedProblem(UserError):
 
 
 class RankError(TryAgain):
-    """What one rank found while it could not yet tell the others: it prints the message itself."""
+    """What one rank found and the others do not know: it prints the message itself.
+
+    Args:
+        message: names the rank.
+        exit_code: None for that of the class.
+    """
+
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        if exit_code is not None:
+            self.exit_code = exit_code
 
 
 class RankHang(RankError):

@@ -14,7 +14,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -177,6 +177,19 @@ def sha256(path: str | os.PathLike[str]) -> str:
     with open_regular(path) as file:
         while block := file.read(1 << 22):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def tree_digest(folder: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> str:
+    """One hash of the names and contents of a folder's files that any of ``patterns`` fits, sub-folders included.
+
+    Raises:
+        OSError, TryAgain: as ``read_bytes``.
+    """
+    top, digest = Path(folder), hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in top.rglob(pattern) if path.is_file()}):
+        content = read_bytes(path)
+        digest.update(f"{path.relative_to(top).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 

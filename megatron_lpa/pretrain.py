@@ -11,53 +11,77 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_lpa.config import fitted_to_world, load_config, validate_config
+from megatron_lpa.config import TrainConfig, fitted_to_world, load_config, validate_config
 from megatron_lpa.errors import EXIT_FAILED, EXIT_REFUSED, RankError, UserError
+from megatron_lpa.train.watchdog import Watchdog
 
 AGAIN = "the same command would end like this again; change what the message names first"
 
 AFTER_OTHERS_S = 0.3
 """Launchers end all processes when the first has ended: by then, one that tells why should have done so."""
 
+ALONE_S = 2.0
+"""A process that is still here so long after an error has it alone. Before processes have met, nothing else tells."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; the process's exit code."""
+    watchdog = Watchdog(_number("RANK", 0))
+    watchdog.start(TrainConfig.start_timeout_s)  # until the config says how long
     try:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        watchdog.enter("reading its configuration")
+        world_size = _number("WORLD_SIZE", 1)
         config, notes = fitted_to_world(load_config(sys.argv[1:] if argv is None else argv), world_size)
         for warning in notes + validate_config(config, world_size):
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
+        watchdog.limit(config.train.start_timeout_s, "train.start_timeout_s")
+        watchdog.enter("loading libraries")
         # Seconds of imports, only once the config is known to be good.
         from megatron_lpa.train.start import run_training
 
-        signum = run_training(config)
+        signum = run_training(config, watchdog)
     except UserError as error:
-        # Once per machine: whatever all ranks know, or one machine alone lacks.
-        tells = isinstance(error, RankError) or "0" in (
-            os.environ.get("RANK", "0"),
-            os.environ.get("LOCAL_RANK", "0"),
-        )
-        if tells:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            if error.exit_code == EXIT_REFUSED:
-                # For slurm/common.sh as well: srun ends the other processes, and then gives theirs instead of this code.
-                print(f"exit code {EXIT_REFUSED}: {AGAIN}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(AFTER_OTHERS_S)
+        watchdog.finish()
+        _tell(error)
         return error.exit_code
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception:
+        watchdog.finish()
         traceback.print_exc()
         return EXIT_FAILED
+    finally:
+        watchdog.stop()
     return 128 + signum if signum else 0
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
+def _tell(error: UserError) -> None:
+    """Once per machine: whatever all ranks know, or one machine alone lacks. And whatever one rank alone has found."""
+    message = str(error)
+    rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
+    if not isinstance(error, RankError) and rank and local_rank:
+        # Launchers end all processes when the first has ended. Who is still here then is alone with its error.
+        time.sleep(AFTER_OTHERS_S if error.known_to_all else ALONE_S)
+        if error.known_to_all:
+            return
+        message = f"rank {rank} ({socket.gethostname()}): {message}"
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if error.exit_code == EXIT_REFUSED:
+        # For slurm/common.sh as well: srun ends the other processes, and then gives theirs instead of this code.
+        print(f"exit code {EXIT_REFUSED}: {AGAIN}", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> NoReturn:

@@ -12,7 +12,6 @@ of all nodes, compares versions and clocks, says which node has which problem, a
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -32,6 +31,7 @@ from megatron_lpa.config.run import DataConfig
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import tree_digest
 from megatron_lpa.model.accounting import count_parameters
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "triton")
@@ -165,11 +165,7 @@ def facts_of_node(gpus: int) -> dict[str, str]:
 
 
 def code_digest() -> str:
-    digest = hashlib.sha256()
-    package = Path(megatron_lpa.__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    return f"code {digest.hexdigest()[:12]}"
+    return f"code {tree_digest(Path(megatron_lpa.__file__).parent, ['*.py'])[:12]}"
 
 
 def look(gpus: int, options: Sequence[str]) -> None:

@@ -129,6 +129,9 @@ class TrainConfig:
             after this many in a row the run goes back to its newest checkpoint. 0 never goes back.
         loss_spike: go back also when a step's loss is this much (in nats) above the mean of the 50 steps
             before; 0 turns it off. With it every step waits for its loss.
+        start_timeout_s: seconds that a process may be in one stage of its start (waiting for other processes, opening
+            data, building the model, loading a checkpoint, ...); then it ends the run as ``step_timeout_s`` does.
+            0 waits for ever.
         step_timeout_s: seconds that a process may be in one stage of a step (reading data, computing, writing a
             checkpoint, ...); then it tells where it is, writes the stacks of its threads and ends the run
             with exit code 75. 0 waits for ever.
@@ -161,6 +164,7 @@ class TrainConfig:
     max_skipped_steps: int = 5
     loss_spike: float = 0.0
     max_rollbacks: int = 3
+    start_timeout_s: float = 900.0
     step_timeout_s: float = 1800.0
     checkpoint_overlap: bool = True
     on_checkpoint_failure: Literal["continue", "stop"] = "continue"

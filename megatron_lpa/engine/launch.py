@@ -7,9 +7,8 @@ import datetime
 import io
 import logging
 import os
-import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 
 import torch
@@ -21,9 +20,10 @@ if not torch.cuda.is_available():
 import deepspeed
 
 from megatron_lpa.engine.compile_lock import wait_for_compilers
-from megatron_lpa.errors import RankError, RankHang, UserError
+from megatron_lpa.errors import RankError, RankHang
 from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
 from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.parallel.meeting import Meeting, meet, place_from_environment
 
 TIMEOUT = datetime.timedelta(minutes=30)
 AFTER_WATCHDOG = datetime.timedelta(minutes=5)
@@ -38,29 +38,6 @@ def collective_timeout(step_timeout_s: float) -> datetime.timedelta:
     return max(TIMEOUT, datetime.timedelta(seconds=step_timeout_s) + AFTER_WATCHDOG)
 
 
-def world_from_environment() -> tuple[int, int, int]:
-    """``(rank, world_size, local_rank)`` as set by ``deepspeed``, ``torchrun`` or srun's wrapper."""
-    try:
-        values = [
-            int(os.environ.get(key, default))
-            for key, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
-        ]
-    except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from error
-    return values[0], values[1], values[2]
-
-
-def _local_world_size(world_size: int) -> int:
-    """Processes on this machine: torchrun's variable, then DeepSpeed's, then all."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def quiet_libraries() -> None:
     """Keep DeepSpeed's and PyTorch's own chatter out of the run's log."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -68,7 +45,12 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed.*")
 
 
-def start_distributed(tensor_parallel_size: int, timeout: datetime.timedelta = TIMEOUT) -> ParallelGroups:
+def start_distributed(
+    tensor_parallel_size: int,
+    timeout: datetime.timedelta = TIMEOUT,
+    meeting: Meeting | None = None,
+    on_wait: Callable[[bool], None] = lambda waits: None,
+) -> ParallelGroups:
     """Initialise ``torch.distributed`` (nccl on GPUs, gloo on CPUs) and build all groups.
 
     Without a launcher's environment this process becomes a world of one.
@@ -76,44 +58,53 @@ def start_distributed(tensor_parallel_size: int, timeout: datetime.timedelta = T
     Args:
         tensor_parallel_size: ranks that share one model.
         timeout: of every collective.
+        meeting: where all processes of the launch have met; None meets them now, and compares nothing.
+        on_wait: as for ``ParallelGroups``.
 
     Raises:
         UserError: a rank without a GPU of its own, or a world that TP does not divide.
     """
     quiet_libraries()
     keep_partial_sums_in_fp32()
-    rank, world_size, local_rank = world_from_environment()
-    if "MASTER_PORT" not in os.environ:
-        if world_size > 1:
-            raise UserError("WORLD_SIZE is above 1 but MASTER_PORT is not set; start through a launcher")
-        os.environ["MASTER_PORT"] = str(_free_port())
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    for key, value in (("RANK", rank), ("WORLD_SIZE", world_size), ("LOCAL_RANK", local_rank)):
+    if meeting is None:
+        meeting = meet(place_from_environment(), {}, timeout.total_seconds())
+    place = meeting.place
+    for key, value in (
+        ("RANK", place.rank),
+        ("WORLD_SIZE", place.world_size),
+        ("LOCAL_RANK", place.local_rank),
+    ):
         os.environ.setdefault(key, str(value))
-    backend = "gloo"
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
+        if place.local_rank >= torch.cuda.device_count():
             raise RankError(
-                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; "
+                f"local rank {place.local_rank} has no GPU: {torch.cuda.device_count()} visible; "
                 "start at most one process per GPU"
             )
-        torch.cuda.set_device(local_rank)
-        backend = "nccl"
+        torch.cuda.set_device(place.local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_world_size(world_size)))
-    if local_rank == 0:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
+    if place.local_rank == 0:
         wait_for_compilers()
+    if not torch.distributed.is_initialized():
+        _join_process_group(meeting, timeout)
     with redirect_stdout(io.StringIO()):  # the name of an extension it builds
-        try:
-            deepspeed.init_distributed(
-                dist_backend=backend, auto_mpi_discovery=False, timeout=timeout, verbose=False
-            )
-        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
-            raise RankError(
-                f"the processes cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error}; "
-                "if another run uses this port, give the launcher another --master_port"
-            ) from error
-    return ParallelGroups.create(tensor_parallel_size, timeout)
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    return ParallelGroups.create(tensor_parallel_size, timeout, on_wait)
+
+
+def _join_process_group(meeting: Meeting, timeout: datetime.timedelta) -> None:
+    place = meeting.place
+    several_gpus = torch.cuda.is_available() and place.world_size > 1
+    torch.distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=torch.distributed.PrefixStore("torch", meeting.store),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
+        # As DeepSpeed does it: with the device known, NCCL's communicators are made at once.
+        device_id=torch.device("cuda", place.local_rank) if several_gpus else None,
+    )
 
 
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "remote process exited")
@@ -133,7 +124,7 @@ def explained_losses() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        rank, _, _ = world_from_environment()
+        rank = os.environ.get("RANK", "0")
         if any(words in str(error) for words in _SILENT):
             raise RankHang(
                 f"rank {rank} waited for another process, which does not answer; look into the logs of the other ranks and "

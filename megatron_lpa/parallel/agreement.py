@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,12 +30,20 @@ def worst_error(severity: int) -> type[UserError]:
     return UserError if severity == REFUSED else TryAgain
 
 
+@contextlib.contextmanager
+def _waiting(groups: ParallelGroups) -> Iterator[None]:
+    groups.on_wait(True)
+    yield
+    groups.on_wait(False)
+
+
 def largest_of_all(value: int, groups: ParallelGroups) -> int:
     """The largest of all ranks' values."""
     if groups.control_group is None or groups.world_size == 1:
         return value
     tensor = torch.tensor([value], dtype=torch.int64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=groups.control_group)
+    with _waiting(groups):
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=groups.control_group)
     return int(tensor)
 
 
@@ -43,7 +52,8 @@ def gather_numbers(value: float, groups: ParallelGroups) -> list[float]:
     if groups.control_group is None or groups.world_size == 1:
         return [value]
     tensors = [torch.zeros(1, dtype=torch.float64) for _ in range(groups.world_size)]
-    dist.all_gather(tensors, torch.tensor([value], dtype=torch.float64), group=groups.control_group)
+    with _waiting(groups):
+        dist.all_gather(tensors, torch.tensor([value], dtype=torch.float64), group=groups.control_group)
     return [float(tensor) for tensor in tensors]
 
 
@@ -58,11 +68,12 @@ def gather_json(value: Any, groups: ParallelGroups) -> list[Any]:
         return [json.loads(json.dumps(value))]
     own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(groups.world_size)]
-    dist.all_gather(lengths, torch.tensor([len(own)]), group=groups.control_group)
-    longest = max(int(length) for length in lengths)
-    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(groups.world_size)]
-    padded = torch.nn.functional.pad(own, (0, longest - len(own)))
-    dist.all_gather(texts, padded, group=groups.control_group)
+    with _waiting(groups):
+        dist.all_gather(lengths, torch.tensor([len(own)]), group=groups.control_group)
+        longest = max(int(length) for length in lengths)
+        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(groups.world_size)]
+        padded = torch.nn.functional.pad(own, (0, longest - len(own)))
+        dist.all_gather(texts, padded, group=groups.control_group)
     return [
         json.loads(text[: int(length)].numpy().tobytes()) for text, length in zip(texts, lengths, strict=True)
     ]
@@ -74,13 +85,12 @@ def from_first(value: Any, groups: ParallelGroups) -> Any:
         return json.loads(json.dumps(value))
     text = json.dumps(value).encode() if groups.rank == 0 else b""
     length = torch.tensor([len(text)])
-    dist.broadcast(length, src=0, group=groups.control_group)
-    sent = (
-        torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        if text
-        else torch.zeros(int(length), dtype=torch.uint8)
-    )
-    dist.broadcast(sent, src=0, group=groups.control_group)
+    with _waiting(groups):
+        dist.broadcast(length, src=0, group=groups.control_group)
+        sent = torch.zeros(int(length), dtype=torch.uint8)
+        if text:
+            sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        dist.broadcast(sent, src=0, group=groups.control_group)
     return json.loads(sent.numpy().tobytes())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +43,10 @@ class Traffic:
             counter.clear()
 
 
+def _nobody_asks(waits: bool) -> None:
+    """Where nobody watches."""
+
+
 @dataclass(frozen=True)
 class ParallelGroups:
     """Where this process stands, and the groups it communicates in.
@@ -58,6 +63,7 @@ class ParallelGroups:
         control_group: all ranks over gloo, for small decisions on the CPU that must not touch a GPU
             stream; None without ``torch.distributed``.
         traffic: what this rank moved in tensor-parallel collectives.
+        on_wait: told True before this rank waits for all others in ``control_group``, and False after it.
     """
 
     rank: int = 0
@@ -70,6 +76,7 @@ class ParallelGroups:
     dp_group: dist.ProcessGroup | None = None
     control_group: dist.ProcessGroup | None = None
     traffic: Traffic = field(default_factory=Traffic, compare=False)
+    on_wait: Callable[[bool], None] = field(default=_nobody_asks, compare=False)
 
     @classmethod
     def single(cls) -> ParallelGroups:
@@ -78,7 +85,10 @@ class ParallelGroups:
 
     @classmethod
     def create(
-        cls, tensor_parallel_size: int, timeout: datetime.timedelta = datetime.timedelta(minutes=30)
+        cls,
+        tensor_parallel_size: int,
+        timeout: datetime.timedelta = datetime.timedelta(minutes=30),
+        on_wait: Callable[[bool], None] = _nobody_asks,
     ) -> ParallelGroups:
         """Build all groups. Every rank of an initialised world must call it.
 
@@ -116,4 +126,5 @@ class ParallelGroups:
             tp_group=tp_group,
             dp_group=dp_group,
             control_group=control_group,
+            on_wait=on_wait,
         )

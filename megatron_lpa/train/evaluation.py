@@ -48,6 +48,7 @@ def evaluate_split(run: Run, split: Samples, max_samples: int | None = None) -> 
     for positions, weights in evaluation_indices(
         samples, config.train.micro_batch_size, groups.dp_rank, groups.dp_size
     ):
+        run.enter("reading data to evaluate")
         batch: np.ndarray | None = None
         problem: Exception | None = None
         try:

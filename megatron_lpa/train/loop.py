@@ -18,7 +18,6 @@ from megatron_lpa.train.callbacks.base import Callback, RollBack, StepReport
 from megatron_lpa.train.rollback import recall, roll_back
 from megatron_lpa.train.schedule import learning_rate
 from megatron_lpa.train.state import Run, agree_to_go_on
-from megatron_lpa.train.watchdog import Watchdog
 
 
 def train(run: Run, callbacks: Sequence[Callback]) -> int:
@@ -34,14 +33,13 @@ def train(run: Run, callbacks: Sequence[Callback]) -> int:
         TryAgain: on all ranks, when records cannot be written at the end.
     """
     groups = run.engine.groups
-    run.watchdog = Watchdog(
-        run.folder, groups.rank, run.config.train.step_timeout_s, world_size=groups.world_size
-    )
-    run.watchdog.start()
     recall(run)
     try:
         for callback in callbacks:
+            run.enter(f"starting {type(callback).__name__}")
             callback.on_start(run)
+        if run.watchdog is not None:
+            run.watchdog.limit(run.config.train.step_timeout_s, "train.step_timeout_s")
         try:
             _train_all_steps(run, callbacks)
         except AgreedProblem:
@@ -56,7 +54,8 @@ def train(run: Run, callbacks: Sequence[Callback]) -> int:
         if largest_of_all(run.problem is not None, run.engine.groups):
             raise TryAgain(gather_messages(str(run.problem) if run.problem else None, groups))
     finally:
-        run.watchdog.stop()
+        if run.watchdog is not None:
+            run.watchdog.stop()
         for callback in callbacks:
             callback.close(run)
     return run.stopped_by

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
-
-import torch.distributed as dist
 
 from megatron_lpa.config import RunConfig, load_config, save_config
 from megatron_lpa.config.compare import differences
@@ -15,21 +15,22 @@ from megatron_lpa.data.splits import Splits
 from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.checkpoint import CheckpointNotWritten
-from megatron_lpa.engine.ds_config import read_zero_knobs
 from megatron_lpa.engine.launch import (
     collective_timeout,
     explained_losses,
     start_distributed,
     stop_distributed,
 )
-from megatron_lpa.engine.manifest import checkpoint_folders
+from megatron_lpa.engine.manifest import SampleOrder, checkpoint_folders
 from megatron_lpa.engine.resume import load_newest
 from megatron_lpa.engine.store import damaged_folders, has_checkpoints, tidy
-from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.errors import RankError, TryAgain, UserError
 from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
 from megatron_lpa.ops.dispatch import requested_path
-from megatron_lpa.parallel.agreement import largest_of_all, together
+from megatron_lpa.parallel.agreement import from_first, gather_json, largest_of_all, together
 from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.parallel.meeting import Meeting, disagreement, meet, place_from_environment
+from megatron_lpa.train.alike import data_facts, sample_order, start_facts
 from megatron_lpa.train.callbacks.base import Callback, Sink
 from megatron_lpa.train.callbacks.checkpoints import Checkpoints, LastValidation
 from megatron_lpa.train.callbacks.divergence import Divergence
@@ -41,23 +42,52 @@ from megatron_lpa.train.loop import train
 from megatron_lpa.train.run_lock import lock_run
 from megatron_lpa.train.schedule import total_steps
 from megatron_lpa.train.state import Run
+from megatron_lpa.train.watchdog import Watchdog
 
 
-def run_training(config: RunConfig) -> int:
+def run_training(config: RunConfig, watchdog: Watchdog | None = None) -> int:
     """Train as ``config`` says in all processes of this launch.
+
+    Args:
+        config: validated for the number of processes.
+        watchdog: that watches this process already; None watches nothing.
 
     Returns:
         0 when complete, the signal's number when stopped by one.
 
     Raises:
-        UserError: on every rank, with one message; a TryAgain where starting again may help.
+        UserError: with one message for all ranks, which rank 0 is to print; a TryAgain where starting again may help.
+        RankError: what this rank has to print itself.
     """
-    read_zero_knobs(config.train.deepspeed_config, config.train.precision)
+    watchdog = watchdog or Watchdog()
+    place = place_from_environment()
+    watchdog.enter("reading code and configuration")
     requested_path(config.kernels.lowdim)  # the environment may name one that does not exist
+    facts = start_facts(config)
+    meeting = meet(place, facts, config.train.start_timeout_s, watchdog.enter, _note)
+    watchdog.join_board(meeting.connection(), place.world_size)
+    try:
+        return _train_together(config, meeting, watchdog)
+    except RankError:
+        raise
+    except UserError as error:
+        if meeting.told_by_first(str(error)):
+            error.known_to_all = True
+            raise
+        # Rank 0 knows nothing of it.
+        raise RankError(f"{place}: {error}", error.exit_code) from error
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr, flush=True)
+
+
+def _train_together(config: RunConfig, meeting: Meeting, watchdog: Watchdog) -> int:
     with explained_losses():
-        timeout = collective_timeout(config.train.step_timeout_s)
-        groups = start_distributed(config.parallel.tensor_parallel_size, timeout)
-        run = _prepare(config, groups)
+        timeout = collective_timeout(max(config.train.step_timeout_s, config.train.start_timeout_s))
+        watchdog.enter("joining the process group")
+        groups = start_distributed(config.parallel.tensor_parallel_size, timeout, meeting, watchdog.wait)
+        run = _prepare(config, groups, watchdog)
         # Until here a signal ends the process at once: there is nothing to save.
         run.stop.install()
         try:
@@ -71,27 +101,47 @@ def run_training(config: RunConfig) -> int:
     return signum
 
 
-def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
+def _prepare(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog) -> Run:
     assert config.logging.name is not None
     folder = Path(config.logging.run_dir) / config.logging.name
+    watchdog.enter("opening data")
     splits: Splits = together(lambda: open_data(config), groups)
+    order = together(lambda: sample_order(config, splits), groups)
+    _compare_data(splits, order, groups)
+    watchdog.enter("looking into the run folder")
     together(lambda: _check_resume(config, folder, groups), groups)
     lock = together(lambda: _own_folder(folder, config, splits, groups), groups)
+    watchdog.write_stacks_to(folder)
     steps = total_steps(config.train, config.model, splits.train.num_samples)
     # Every rank continues from what rank 0 found, however fresh its own view of the folder is.
-    chosen = [together(lambda: _find_checkpoints(folder, groups), groups)]
-    dist.broadcast_object_list(chosen, src=0, group=groups.control_group)
-    run = Run(config, folder, Engine(config, groups), splits, steps, lock=lock)
-    together(lambda: run.order, groups)
+    found = from_first(
+        [path.name for path in together(lambda: _find_checkpoints(folder, groups), groups)], groups
+    )
+    watchdog.enter("building the model")
+    run = Run(config, folder, Engine(config, groups), splits, order, steps, lock=lock, watchdog=watchdog)
     checkpoint = None
-    if chosen[0]:
-        resumed = load_newest(run.engine, chosen[0], run.order)
+    if found:
+        run.enter("loading a checkpoint")
+        resumed = load_newest(run.engine, [run.checkpoints / name for name in found], run.order)
         checkpoint, run.progress, run.resume_notes = resumed.checkpoint, resumed.progress, resumed.notes
         run.saved_step = run.progress.step
+    run.enter("writing the configuration")
     changed = together(lambda: _write_folder(run), groups)
     if run.is_main:
         _introduce(run, checkpoint, changed)
     return run
+
+
+def _compare_data(splits: Splits, order: SampleOrder, groups: ParallelGroups) -> None:
+    """Compare what ranks have opened: the same path may lead to other files on another machine.
+
+    Raises:
+        UserError: on all ranks, with the ranks, hosts and data that differ.
+    """
+    own = {"host": socket.gethostname(), "facts": data_facts(splits, order)}
+    seen = gather_json(own, groups)
+    if message := disagreement([each["facts"] for each in seen], [each["host"] for each in seen]):
+        raise UserError(message)
 
 
 def _check_resume(config: RunConfig, folder: Path, groups: ParallelGroups) -> None:

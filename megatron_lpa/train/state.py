@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ class Run:
         folder: the run folder.
         engine: model and optimizer.
         splits: the data.
+        order: what the order of training samples depends on.
         steps: optimizer steps of the whole run.
         progress: how far it has come.
         saved_step: step of the newest checkpoint; -1 when there is none.
@@ -48,6 +48,7 @@ class Run:
     folder: Path
     engine: Engine
     splits: Splits
+    order: SampleOrder
     steps: int
     progress: Progress = Progress()  # noqa: RUF009 - frozen
     saved_step: int = -1
@@ -70,14 +71,6 @@ class Run:
         """Whether this process writes logs."""
         return self.engine.groups.rank == 0
 
-    @functools.cached_property
-    def order(self) -> SampleOrder:
-        """What the order of training samples depends on. Start-up asks first: it reads a little of the data, which must
-        not be what keeps a checkpoint from being written later.
-        """
-        train, samples = self.config.train, self.splits.train
-        return SampleOrder(train.seed, samples.num_samples, train.global_batch_size, samples.facts())
-
     @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
@@ -98,7 +91,6 @@ def agree_to_go_on(run: Run, problem: Exception | None) -> bool:
         AgreedProblem: on all ranks, when any rank has a problem.
     """
     wish = run.stop.signum()
-    run.enter("waiting for other ranks")
     arrived = time.perf_counter()
     decision = largest_of_all(
         FAIL + severity_of(problem) if problem else STOP + wish if wish else GO_ON, run.engine.groups

@@ -2,7 +2,7 @@
 
 ``nan``: what the last rank's final norm gives is not a number. ``spike``: what all ranks' gives is far off.
 ``hang``: the last rank reads its data for ever. ``die``: all ranks are gone before they read theirs. ``unreadable``: the last
-rank cannot read its data.
+rank cannot read its data. As ``{"start": "hang"}``: the last rank opens its data for ever; ``{"start": "die"}``: it is gone then.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_lpa.engine.build import Engine, StepResult
 from megatron_lpa.pretrain import leave, main
-from megatron_lpa.train import loop
+from megatron_lpa.train import loop, start
 from megatron_lpa.train.state import Run
 
 FAULTS = json.loads(os.environ["FAULTS"])
@@ -48,6 +48,15 @@ def read_batches(run: Run) -> Any:
     return original_read(run)
 
 
+def open_data(config: Any) -> Any:
+    if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1) and FAULTS.get("start"):
+        if FAULTS["start"] == "die":
+            os._exit(9)
+        time.sleep(1000)
+    return original_open(config)
+
+
+original_open, start.open_data = start.open_data, open_data
 Engine.train_step = train_step  # type: ignore[method-assign]
 original_read, loop._read_batches = loop._read_batches, read_batches
 leave(main(sys.argv[1:]))

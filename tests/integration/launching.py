@@ -34,11 +34,17 @@ class Finished:
 class Launch:
     """Processes of ``python -m megatron_lpa.pretrain`` with a launcher's environment.
 
-    ``faults`` are what ``faulty_pretrain.py`` does, by global batch of the order of samples.
+    ``faults`` are what ``faulty_pretrain.py`` does, by global batch of the order of samples. ``more`` are further options of
+    single ranks.
     """
 
     def __init__(
-        self, arguments: list[str], processes: int, cwd: Path, faults: dict[int, str] | None = None
+        self,
+        arguments: list[str],
+        processes: int,
+        cwd: Path,
+        faults: dict[int, str] | None = None,
+        more: dict[int, list[str]] | None = None,
     ) -> None:
         port = free_port()
         self.processes: list[subprocess.Popen] = []
@@ -55,7 +61,7 @@ class Launch:
             if faults is not None:
                 environment["FAULTS"] = json.dumps(faults)
                 entry = [str(Path(__file__).parent / "faulty_pretrain.py")]
-            command = [sys.executable, *entry, *arguments]
+            command = [sys.executable, *entry, *arguments, *(more or {}).get(rank, [])]
             out, err = self.outputs[-1]
             self.processes.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=out, stderr=err))
 
@@ -76,8 +82,14 @@ class Launch:
         return finished
 
 
-def launch(arguments: list[str], processes: int, cwd: Path, faults: dict[int, str] | None = None) -> Finished:
-    return Launch(arguments, processes, cwd, faults).wait()
+def launch(
+    arguments: list[str],
+    processes: int,
+    cwd: Path,
+    faults: dict[int, str] | None = None,
+    more: dict[int, list[str]] | None = None,
+) -> Finished:
+    return Launch(arguments, processes, cwd, faults, more).wait()
 
 
 def records(run_folder: Path, kind: str) -> list[dict]:

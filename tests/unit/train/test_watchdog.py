@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from support.world import free_port
 
-from megatron_lpa.train.watchdog import EXIT_HANG, FOLDER, Watchdog, odd_ones
+from megatron_lpa.train.watchdog import EXIT_HANG, FOLDER, Watchdog, Whereabouts, suspects
 
 HANGS = """
 import sys, time
@@ -19,8 +18,9 @@ from pathlib import Path
 from megatron_lpa.train.watchdog import Watchdog
 def read_a_disk_that_does_not_answer():
     time.sleep(60)
-watchdog = Watchdog(Path(sys.argv[1]), 3, 0.4)
-watchdog.start()
+watchdog = Watchdog(3)
+watchdog.write_stacks_to(Path(sys.argv[1]))
+watchdog.start(0.4, "train.step_timeout_s")
 for step in range(4):
     watchdog.enter("computing", step)
     time.sleep(0.2)
@@ -42,11 +42,10 @@ def test_a_hang_ends_the_process_with_the_stage_and_the_stacks(tmp_path: Path) -
 
 
 def test_a_disk_that_never_answers_cannot_keep_the_process(tmp_path: Path) -> None:
-    """Opening a pipe that nobody reads from blocks as a dead network disk does."""
-    (tmp_path / FOLDER).mkdir(parents=True)
-    os.mkfifo(tmp_path / FOLDER / "rank_00003.txt")
+    """Bringing the stacks to such a disk blocks for ever."""
     code = HANGS.replace(
         "watchdog = ",
+        "import os; os.fsync = lambda descriptor: time.sleep(1000)\n"
         "from megatron_lpa.train import watchdog as module; module.LAST_WORDS_S = 1.0; watchdog = ",
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=30)  # fmt: skip
@@ -69,8 +68,9 @@ STOPPED = """
 import sys, time
 from pathlib import Path
 from megatron_lpa.train.watchdog import Watchdog
-watchdog = Watchdog(Path(sys.argv[1]), 0, 1.0)
-watchdog.start()
+watchdog = Watchdog(0)
+watchdog.write_stacks_to(Path(sys.argv[1]))
+watchdog.start(1.0)
 watchdog.enter("computing", 1)
 print("ready", flush=True)
 time.sleep(0.5)
@@ -94,37 +94,125 @@ def test_time_in_which_the_whole_process_stood_still_does_not_count(tmp_path: Pa
     assert process.returncode == 0 and not (tmp_path / FOLDER).exists()
 
 
-def report(folder: Path, rank: int, stage: str, step: int, age_s: float = 0.0) -> None:
-    folder.mkdir(exist_ok=True)
-    content = {"rank": rank, "stage": stage, "step": step, "time": time.time() - age_s}
-    (folder / f"rank_{rank:05d}.json").write_text(json.dumps(content))
+RANK_OF_TWO = """
+import sys, time
+from pathlib import Path
+import torch.distributed as dist
+from megatron_lpa.train.watchdog import Watchdog
+rank, port, stuck = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+store.add("there", 1)
+while store.add("there", 0) < 2:
+    time.sleep(0.05)
+watchdog = Watchdog(rank)
+watchdog.write_stacks_to(Path(sys.argv[1]))
+watchdog.join_board(store, 2)
+watchdog.start(2.0, "train.step_timeout_s")
+watchdog.enter("reading data", 3)
+if stuck == "rank 0 stands still" and rank == 0:
+    print("still", flush=True)
+    import os, signal
+    os.kill(os.getpid(), signal.SIGSTOP)
+if stuck == f"rank {1 - rank} reads":
+    watchdog.wait(True)
+time.sleep(60)
+"""
 
 
-def test_the_rank_that_is_elsewhere_is_named(tmp_path: Path) -> None:
-    for rank in (0, 1, 3):
-        report(tmp_path, rank, "waiting for other ranks", 7)
-    assert odd_ones(tmp_path) == []
-    report(tmp_path, 2, "reading data", 7)
-    report(tmp_path, 9, "in Checkpoints", 2, age_s=10_000)  # of an earlier hang
-    (tmp_path / "rank_00011.json").write_text("torn")
-    assert odd_ones(tmp_path) == [
-        "rank 2 is reading data after 7 steps, where most ranks are waiting for other ranks after 7 steps: "
-        "look at it first"
+def two_ranks(folder: Path, stuck: str) -> list[subprocess.Popen]:
+    port = str(free_port())
+    command = [sys.executable, "-c", RANK_OF_TWO, str(folder)]
+    return [
+        subprocess.Popen([*command, str(rank), port, stuck], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
     ]
 
 
-def test_ranks_that_are_not_heard_of_are_named(tmp_path: Path) -> None:
-    assert odd_ones(tmp_path, 4) == []  # when no file arrives, the disk is what is wrong
-    for rank in (0, 3):
-        report(tmp_path, rank, "waiting for other ranks", 7)
-    (line,) = odd_ones(tmp_path, 4)
-    assert line.startswith(
-        "nothing is heard of 2 of 4 ranks (1, 2): each stands still as a whole, is gone, or"
+@pytest.mark.parametrize("reading", [0, 1])
+def test_of_two_ranks_the_one_that_waits_is_never_the_suspect(tmp_path: Path, reading: int) -> None:
+    processes = two_ranks(tmp_path, f"rank {reading} reads")
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [75, 75]
+    for text in said:
+        assert f"rank {reading} is reading data after 3 steps, and 1 waits for it: look at it first" in text
+        assert f"rank {1 - reading} is waiting for other ranks (reading data) after 3 steps:" not in text
+        assert text.count("look at it first") == 1
+
+
+def test_a_rank_0_that_stands_still_as_a_whole_is_named(tmp_path: Path) -> None:
+    first, second = two_ranks(tmp_path, "rank 0 stands still")
+    said = second.communicate(timeout=60)[1]
+    first.kill()
+    first.communicate()
+    assert second.returncode == 75
+    assert (
+        "rank 0, which knows where the others are, does not answer: look at it first" in said
+        and "error: rank 1 is reading data" in said
     )
-    assert "(1, 2, 4, " in odd_ones(tmp_path, 64)[0] and "20, 21, ...)" in odd_ones(tmp_path, 64)[0]
 
 
-def test_without_a_limit_nothing_is_watched(tmp_path: Path) -> None:
-    watchdog = Watchdog(tmp_path, 0, 0.0)
-    watchdog.start()
-    assert not watchdog._thread.is_alive() and not list(tmp_path.iterdir())
+def at(stage: str, step: int = 7, waits: bool = False) -> Whereabouts:
+    return Whereabouts(stage, step, waits)
+
+
+def test_the_rank_that_others_wait_for_is_named() -> None:
+    reports = {rank: at("reading data", 7, waits=True) for rank in (0, 1, 3)}
+    assert suspects(reports, 3 + 1) == [
+        "nothing is heard of 1 of 4 ranks (2): each stands still as a whole, is gone, or has not been in one place for "
+        "long: look there first"
+    ]
+    reports[2] = at("reading data")
+    assert suspects(reports, 4) == [
+        "rank 2 is reading data after 7 steps, and 3 wait for it: look at it first"
+    ]
+
+
+def test_where_nobody_waits_the_rank_that_is_elsewhere_than_most_is_named() -> None:
+    reports = {rank: at("computing") for rank in range(3)}
+    assert suspects(reports, 3) == []
+    reports[1] = at("in Checkpoints")
+    assert suspects(reports, 3) == [
+        "rank 1 is in Checkpoints after 7 steps, where most ranks are computing after 7 steps: look at it first"
+    ]
+    del reports[2]
+    assert suspects(reports, 2) == [
+        "the ranks are at different places: rank 0 is computing after 7 steps, rank 1 is in Checkpoints after 7 steps"
+    ], "of two that both work, neither is accused"
+
+
+def test_when_all_wait_none_is_accused() -> None:
+    (line,) = suspects({rank: at("in Checkpoints", waits=True) for rank in range(4)}, 4)
+    assert "all ranks wait for each other" in line and "first" not in line
+
+
+def test_of_many_ranks_twenty_are_named() -> None:
+    (line,) = suspects({0: at("computing"), 3: at("computing")}, 64)
+    assert line.startswith("nothing is heard of 62 of 64 ranks (1, 2, 4, ") and "20, 21, ...)" in line
+
+
+def test_before_the_first_step_no_step_is_named() -> None:
+    assert str(Whereabouts("opening data")) == "opening data"
+
+
+def test_without_a_limit_nothing_ends_the_process(tmp_path: Path) -> None:
+    left: list[int] = []
+    watchdog = Watchdog(0, left.append)
+    watchdog.write_stacks_to(tmp_path)
+    watchdog.start(0.0)
+    time.sleep(0.3)
+    watchdog.stop()
+    assert not left and not list(tmp_path.iterdir())
+
+
+def test_a_new_limit_counts_from_now_on(tmp_path: Path) -> None:
+    """The start may take longer than a step may."""
+    left: list[int] = []
+    watchdog = Watchdog(0, left.append)
+    watchdog.start(60.0)
+    time.sleep(0.5)
+    watchdog.limit(0.4, "train.step_timeout_s")
+    deadline_s = time.monotonic() + 20
+    while not left and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    watchdog.stop()
+    assert left and set(left) == {75}

@@ -1,0 +1,71 @@
+"""What all processes of a run have to have in common; ``parallel/meeting.py`` compares it before anything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron_lpa
+from megatron_lpa.config import RunConfig
+from megatron_lpa.data.splits import Splits
+from megatron_lpa.engine.ds_config import read_zero_knobs
+from megatron_lpa.engine.manifest import SampleOrder
+from megatron_lpa.files import tree_digest
+from megatron_lpa.ops.dispatch import ENVIRONMENT_VARIABLE
+from megatron_lpa.parallel.meeting import flat
+
+PACKAGES = ("torch", "deepspeed", "triton", "numpy", "safetensors", "liger-kernel")
+CODE = ("*.py", "*.yaml", "*.json")
+
+
+def start_facts(config: RunConfig) -> dict[str, Any]:
+    """The resolved config, DeepSpeed's, the code, the libraries and the kind of device, by names that a user knows.
+
+    Raises:
+        UserError: DeepSpeed's configuration cannot be used.
+    """
+    knobs = read_zero_knobs(config.train.deepspeed_config, config.train.precision)
+    facts = dict(flat(dataclasses.asdict(config)))
+    facts |= {f"{config.train.deepspeed_config}: {name}": value for name, value in flat(knobs)}
+    facts |= {f"version of {name}": _version(name) for name in PACKAGES}
+    return facts | {
+        "version of megatron_lpa": megatron_lpa.__version__,
+        "version of Python": ".".join(platform.python_version_tuple()[:2]),
+        "version of CUDA": torch.version.cuda,
+        "hash of the code of megatron_lpa": tree_digest(Path(megatron_lpa.__file__).parent, CODE)[:16],
+        "kind of device": "GPU" if torch.cuda.is_available() else "CPU",
+        f"environment variable {ENVIRONMENT_VARIABLE}": os.environ.get(ENVIRONMENT_VARIABLE),
+    }
+
+
+def sample_order(config: RunConfig, splits: Splits) -> SampleOrder:
+    """What the order of training samples depends on. It reads a little of the data: once, at the start, so that this is
+    not what keeps a checkpoint from being written later.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    train, samples = config.train, splits.train
+    return SampleOrder(train.seed, samples.num_samples, train.global_batch_size, samples.facts())
+
+
+def data_facts(splits: Splits, order: SampleOrder) -> dict[str, Any]:
+    """What tells the data that this process has opened from other data, and the order that it is read in."""
+    facts = {"samples of an epoch": order.samples_per_epoch, "training data": order.data}
+    for split in (splits.valid, splits.test):
+        if split is not None:
+            facts[f"{split.name} data"] = [split.num_samples, split.facts()]
+    return facts
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,203 @@
+"""Processes of one launch meet before any collective: who is missing, and who was started otherwise, is said by name."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Any
+
+import psutil
+import pytest
+from support.world import free_port
+
+from megatron_lpa.errors import RankError, RankHang, UserError
+from megatron_lpa.parallel import meeting
+from megatron_lpa.parallel.meeting import Meeting, Place, disagreement, flat, meet, place_from_environment
+
+HOST = socket.gethostname()
+REAL_RANK = "RANK_OF_TEST"
+
+
+def place(rank: int, size: int) -> Place:
+    return Place(rank, size, rank, size, f"node{rank}")
+
+
+def met(
+    ports: int, places: list[Place | None], facts: list[dict[str, Any]], limit_s: float, after_s: float = 0.0
+) -> Any:
+    """What ``meet`` did in this process; its place and facts are those of its real rank."""
+    rank = int(os.environ["RANK"])
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ports))
+    own, notes = places[rank], []
+    if own is None:
+        return None
+    time.sleep(after_s * rank)
+    meeting.NOTE_AFTER_S = 0.3
+    try:
+        found = meet(own, facts[rank], limit_s, say=notes.append)
+        told = found.told_by_first("an error" if rank < 2 else "another", within_s=1.0)
+        return "met", told, notes
+    except UserError as error:
+        return type(error).__name__, str(error), error.exit_code, notes
+
+
+ALIKE = {"optim.lr": 0.1, "data.blend": {"a": 1}, "code": "abc"}
+
+
+def test_processes_that_are_alike_go_on_and_one_tells_for_all(world: Any) -> None:
+    results = world(4).run(met, free_port(), [place(rank, 4) for rank in range(4)], [ALIKE] * 4, 20.0)
+    assert [result[0] for result in results] == ["met"] * 4
+    assert [result[1] for result in results] == [True, True, False, False], (
+        "rank 2 and 3 end with an error of their own"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"optim.lr": 0.2}, "optim.lr is 0.2 on rank 2 (node2), but 0.1 on rank 0 (node0)"),
+        ({"code": "abd"}, 'code is "abd" on rank 2 (node2), but "abc" on rank 0 (node0)'),
+        ({"new": None}, "new is null on rank 2 (node2), but not there on rank 0 (node0)"),
+        (
+            {"data.blend": {"a": 2}},
+            'data.blend is {"a": 2} on rank 2 (node2), but {"a": 1} on rank 0 (node0)',
+        ),
+    ],
+)
+def test_what_differs_is_named_on_every_rank(world: Any, changed: dict[str, Any], words: str) -> None:
+    facts = [ALIKE, ALIKE, {**ALIKE, **changed}, ALIKE]
+    results = world(4).run(met, free_port(), [place(rank, 4) for rank in range(4)], facts, 20.0)
+    for kind, message, code, _ in results:
+        assert (kind, code) == ("UserError", 78) and words in message
+        assert message.count(" is ") == 1, "nothing else differs"
+
+
+def test_a_process_that_does_not_come_is_named(world: Any) -> None:
+    results = world(2).run(met, free_port(), [place(rank, 4) for rank in range(2)], [ALIKE] * 2, 2.0)
+    for kind, message, code, _ in results:
+        assert (kind, code) == ("RankHang", 75) and "2 of 4 processes have not come" in message
+        assert "rank 2, 3" in message and "train.start_timeout_s" in message
+    assert any("2 of 4 processes to start: rank 2, 3" in note for note in results[0][3]), "and not in silence"
+
+
+def test_without_rank_0_the_others_say_where_they_look_for_it(world: Any) -> None:
+    port = free_port()
+    _, (kind, message, code, notes) = world(2).run(met, port, [None, place(1, 2)], [ALIKE] * 2, 1.5)
+    assert (kind, code) == ("RankHang", 75)
+    assert "rank 1 (node1): rank 0 does not answer at 127.0.0.1" in message and str(port) in message
+    assert notes and "rank 0 to answer" in notes[0]
+
+
+def test_two_processes_of_one_rank_are_told_apart(world: Any) -> None:
+    places = [place(0, 3), place(1, 3), place(1, 3), place(2, 3)]
+    results = world(4).run(met, free_port(), places, [ALIKE] * 4, 20.0)
+    assert all("two processes say that they are rank 1" in result[1] for result in results), results
+
+
+def test_another_number_of_processes_is_named(world: Any) -> None:
+    port = free_port()
+    results = world(2).run(met, port, [place(0, 2), place(1, 4)], [ALIKE] * 2, 10.0)
+    assert all("WORLD_SIZE is 4 on rank 1 (node1), but 2 on rank 0" in result[1] for result in results), (
+        results
+    )
+    results = world(2).run(met, free_port(), [place(0, 1), place(3, 4)], [ALIKE] * 2, 1.5)
+    assert results[0][0] == "met" and results[1][0] == "RankHang"
+
+
+def test_a_name_that_does_not_resolve_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr(meeting, "NAME_S", 0.5)
+    with pytest.raises(RankError, match=r"rank 1 .* MASTER_ADDR=no-such-host.invalid is no name"):
+        meet(place(1, 2), {}, 60.0)
+
+
+def test_a_port_that_is_taken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        with pytest.raises(
+            RankError, match="if another run uses this port, give the launcher another --master_port"
+        ):
+            meet(place(0, 2), {}, 60.0)
+
+
+def listening() -> set[str]:
+    return {c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+
+
+def served(address: str, port: int) -> set[str]:
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    before = listening()
+    found = meeting._serve(place(0, 2), meeting._Patience(5.0, lambda stage: None, lambda line: None))
+    now = listening()
+    del found
+    return now - before
+
+
+def test_processes_of_one_machine_are_not_open_to_others(world: Any) -> None:
+    """They can only be listened to through the loopback, and a process alone opens no port at all."""
+    (outside,) = world(1).run(served, "0.0.0.0", free_port())
+    assert outside & {"::", "0.0.0.0"}, "the check would see a port that is open to all"
+    (inside,) = world(1).run(served, "127.0.0.1", free_port())
+    assert not inside & {"::", "0.0.0.0"}
+    before = listening()
+    assert meet(place(0, 1), {}, 1.0).connection() is None
+    assert listening() == before
+
+
+def test_the_odd_one_out_is_the_one_in_the_minority() -> None:
+    facts = [{"a": 1, "b": 2}, {"a": 0, "b": 2}, {"a": 0, "b": 2}]
+    assert "a is 1 on rank 0 (x), but 0 on rank 1 (y)" in disagreement(facts, ["x", "y", "z"])
+    halves = disagreement([{"a": 1}, {"a": 0}], ["x", "y"])
+    assert "a is 0 on rank 1 (y), but 1 on rank 0 (x)" in halves
+    assert disagreement([{"a": [1, None]}] * 3, ["x"] * 3) == ""
+
+
+def test_a_message_stays_short_whatever_differs() -> None:
+    facts = [
+        {f"key{n}": "x" * 10_000 for n in range(100)},
+        {f"key{n}": "y" * 10_000 for n in range(100)},
+    ] * 50
+    message = disagreement(facts, [f"node{rank}" for rank in range(100)])
+    assert (
+        len(message) < 8_000 and "and 92 more" in message and "rank 1, 3, 5, " in message and "..." in message
+    )
+
+
+def test_names_of_values_are_those_that_a_user_knows() -> None:
+    tree = {"train": {"seed": 1, "empty": {}}, "list": [{"a": 1}]}
+    assert dict(flat(tree)) == {"train.seed": 1, "train.empty": {}, "list": [{"a": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "one"}, "RANK is 'one'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2, WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
+        ({"LOCAL_WORLD_SIZE": "8.5"}, "LOCAL_WORLD_SIZE is '8.5'"),
+    ],
+)
+def test_a_launcher_s_variables_that_make_no_sense(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert place_from_environment() == Place(0, 1, 0, 1, HOST)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        place_from_environment()
+
+
+def test_a_process_alone_tells_its_own_errors() -> None:
+    assert isinstance(alone := meet(place(0, 1), {"anything": 1}, 0.0), Meeting) and alone.told_by_first("x")
+
+
+def test_kinds_of_errors_have_their_exit_codes() -> None:
+    assert (
+        RankError("x").exit_code == 1 and RankError("x", 78).exit_code == 78 and RankHang("x").exit_code == 75
+    )
