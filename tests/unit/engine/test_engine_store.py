@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.manifests import whole_manifest
 
 from megatron_lpa.engine.manifest import (
     MANIFEST,
@@ -17,7 +18,6 @@ from megatron_lpa.engine.manifest import (
     complete_checkpoints,
     read_manifest,
     sealed,
-    sha256,
     verify_files,
 )
 from megatron_lpa.engine.store import (
@@ -34,6 +34,7 @@ from megatron_lpa.engine.store import (
     tidy,
 )
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import sha256
 
 
 def written(folder: Path, step: int, content: str = "x", loss: float | None = None, **more: object) -> None:
@@ -44,13 +45,8 @@ def written(folder: Path, step: int, content: str = "x", loss: float | None = No
     (partial / "state").mkdir(parents=True)
     file = partial / "state" / "rank_00000.safetensors"
     file.write_text(content * 100)
-    manifest = {
-        "format": 1,
-        "progress": {"step": step, "consumed_samples": 8 * step, "consumed_tokens": 128 * step},
-        "validation_loss": loss,
-        "files": {"state/rank_00000.safetensors": {"bytes": len(content) * 100, "sha256": sha256(file)}},
-        **more,
-    }
+    files = {"state/rank_00000.safetensors": {"bytes": len(content) * 100, "sha256": sha256(file)}}
+    manifest = whole_manifest(step, files) | {"validation_loss": loss, **more}
     publish(final, json.dumps(sealed(manifest)))
 
 
@@ -180,7 +176,7 @@ def test_other_damage_is_found(tmp_path):
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../../step_00000001/manifest.json", "state/../../x"])
 def test_a_manifest_cannot_name_files_outside(tmp_path, name):
-    written(tmp_path, 5, files={name: {"bytes": 1, "sha256": ""}})
+    written(tmp_path, 5, files={name: {"bytes": 1, "sha256": 64 * "0"}})
     with pytest.raises(DamagedCheckpoint, match="outside of the checkpoint"):
         read_manifest(tmp_path / "step_00000005")
 
