@@ -205,7 +205,7 @@ def _refuse_other_formats(path: Path, manifest: dict[str, Any], complete: bool) 
         given.append(("state of format", state, STATE_FORMAT))
     for words, section, own in given:
         number = section.get("format")
-        if type(number) is not int or not 0 <= number < 1 << 31:
+        if type(number) is not int or not 1 <= number < 1 << 31:
             raise ValueError(f"{words} is missing, or no number that a version has")
         if number != own:
             raise UserError(f"{path}: {words} {number}; this version reads {own}")
