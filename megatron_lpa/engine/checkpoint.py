@@ -29,7 +29,6 @@ from typing import Any
 import deepspeed
 import safetensors
 import torch
-import torch.distributed as dist
 
 import megatron_lpa
 from megatron_lpa.engine import fragments as where
@@ -41,6 +40,7 @@ from megatron_lpa.engine.manifest import (
     SampleOrder,
     WrittenFile,
     sealed,
+    size_of,
 )
 from megatron_lpa.engine.reshard import fragment_key, shard_name
 from megatron_lpa.engine.store import (
@@ -50,12 +50,13 @@ from megatron_lpa.engine.store import (
     partial_of,
     prune,
     publish,
+    remove,
 )
 from megatron_lpa.engine.tensor_file import write_tensors
 from megatron_lpa.engine.weights import copied_weights, gathered_weights, write_weights
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.init import named_parameters_once
-from megatron_lpa.parallel.agreement import gather_messages, largest_of_all
+from megatron_lpa.parallel.agreement import gather_json, gather_messages, largest_of_all
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import spec_of
 
@@ -149,7 +150,7 @@ class Saving:
     def _make_folders(self, kinds: int) -> list[WrittenFile]:
         if self._engine.groups.rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self._partial, ignore_errors=True)
+            remove(self._partial)
             check_free_space(self._folder, _checkpoint_bytes(self._engine, kinds))
             self._partial.mkdir()
         return []
@@ -226,11 +227,8 @@ class Saving:
             self._thread.join()
         with self._nothing_half_written():
             own = _guarded(self._outcome, groups)
-            described: list[Any] = [own]
-            if groups.control_group is not None:
-                described = [None] * groups.world_size
-                dist.all_gather_object(described, own, group=groups.control_group)
-            files: list[WrittenFile] = [file for rank_files in described for file in rank_files]
+            gathered = gather_json([dataclasses.asdict(file) for file in own], groups)
+            files = [WrittenFile(**described) for of_rank in gathered for described in of_rank]
 
             def publish_it() -> list[WrittenFile]:
                 if groups.rank == 0:
@@ -291,7 +289,7 @@ def _checkpoint_bytes(engine: Engine, kinds: int) -> int:
 def _check_shared(partial: Path, files: Sequence[WrittenFile]) -> None:
     for file in files:
         path = partial / file.name
-        if not path.is_file() or path.stat().st_size != file.bytes:
+        if size_of(path) != file.bytes:
             raise OSError(
                 f"{path}: written by another process but not seen here; all machines need one file system"
             )

@@ -12,7 +12,6 @@ import torch
 from megatron_lpa.config import ModelConfig, ProjectionConfig, ProjectionsConfig
 from megatron_lpa.engine.manifest import (
     MANIFEST,
-    STATE_FORMAT,
     DamagedCheckpoint,
     Progress,
     checkpoint_folders,
@@ -84,15 +83,18 @@ class Source:
 
         Built without memory for the weights: the model itself knows what it splits.
         """
-        with torch.device("meta"):
-            decoder = Decoder(_model_of(self), ParallelGroups.single(), lowdim_layout)
-        found = [
-            Parameter(name, spec_of(value).shape, spec_of(value).tp_dim)
-            for name, value in named_parameters_once(decoder)
-        ]
         saved = {
             n: tuple(described["shape"]) for n, described in self.manifest["state"]["parameters"].items()
         }
+        model = _model_of(self)
+        found: list[Parameter] = []
+        if model.num_layers <= len(saved):  # else it would be long in the making
+            with torch.device("meta"):
+                decoder = _decoder_of(self, model, lowdim_layout)
+            found = [
+                Parameter(name, spec_of(value).shape, spec_of(value).tp_dim)
+                for name, value in named_parameters_once(decoder)
+            ]
         if {p.name: p.shape for p in found} != saved:
             raise UserError(
                 f"{self.checkpoint / MANIFEST}: its parameters are not those that this version builds for its model; "
@@ -141,6 +143,7 @@ def find_source(path: Path, step: int | None = None) -> Source:
     Raises:
         DamagedCheckpoint: the checkpoint that was asked for is damaged; the message names the file.
         UserError: no such folder or step, no intact checkpoint, or one of another version.
+        TryAgain: the disk does not give a file; no older checkpoint is taken for that.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give a checkpoint, or a run folder such as runs/tiny-lpa")
@@ -170,12 +173,19 @@ def find_source(path: Path, step: int | None = None) -> Source:
 
 def _verified(checkpoint: Path) -> Source:
     manifest = read_manifest(checkpoint)
-    if manifest["state"]["format"] != STATE_FORMAT:
-        raise UserError(
-            f"{checkpoint}: state of format {manifest['state']['format']}; this version reads {STATE_FORMAT}"
-        )
     verify_files(checkpoint, manifest, manifest["files"])
     return Source(checkpoint, manifest)
+
+
+def _decoder_of(source: Source, model: ModelConfig, lowdim_layout: str) -> Decoder:
+    """The saved model; whatever its settings do to what builds it is the manifest's fault."""
+    try:
+        return Decoder(model, ParallelGroups.single(), lowdim_layout)
+    except Exception as error:
+        raise UserError(
+            f"{source.checkpoint / MANIFEST}: its model cannot be built: {str(error)[:200] or type(error).__name__}; "
+            "convert with the version that wrote it"
+        ) from error
 
 
 def _model_of(source: Source) -> ModelConfig:
@@ -185,6 +195,6 @@ def _model_of(source: Source) -> ModelConfig:
         return ModelConfig(**{**described, "projections": ProjectionsConfig(**projections)})
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{source.checkpoint / MANIFEST}: the model has other settings than this version knows: {error}; convert with "
+            f"{source.checkpoint / MANIFEST}: the model has other settings than this version knows: {str(error)[:200]}; convert with "
             "the version that wrote it"
         ) from error

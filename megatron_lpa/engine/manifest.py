@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
+import os
 import re
-import time
+import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.engine.manifest_schema import check_manifest
+from megatron_lpa.errors import UserError
+from megatron_lpa.files import UnusableFile, patiently, read_json, sha256
 
 Result = TypeVar("Result")
 
@@ -19,10 +24,8 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 STATE_FORMAT = 1
 
-PAUSES_S = (0.2, 1.0, 3.0)
-"""Before a file that the disk did not give is asked for again."""
-
-_NOT_A_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+MOST_MANIFEST_BYTES = 64 << 20
+"""Some 150 bytes for each file and 100 for each parameter: that of 10,000 processes and 3,000 parameters has 2 MB."""
 
 
 class DamagedCheckpoint(UserError):
@@ -85,7 +88,7 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Folders called as checkpoints are, oldest first, whatever state they are in."""
-    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir()]
+    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_[0-9]{8,}", p.name) and p.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -104,87 +107,138 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _patiently(read: Callable[[Path], Result], path: Path) -> Result:
-    """What ``read`` gives of ``path``, with further attempts where the disk does not answer: that is no damage.
+def undamaged(read: Callable[[], Result], path: Path) -> Result:
+    """What ``read`` gives of a file of a checkpoint, with patience. Whoever cannot read it learns whether to try again.
+
+    Args:
+        read: opens and reads ``path``, anew at each attempt.
+        path: for the message.
 
     Raises:
-        TryAgain: no attempt succeeded.
-        OSError: one of ``_NOT_A_FILE``, at once.
+        DamagedCheckpoint: it is not there, or not what it has to be.
+        TryAgain: the disk does not give it: an older checkpoint must not take the place of this one.
+        UserError: it must not be read. Permissions can be mended, so it is no damage either.
     """
-    for pause_s in (*PAUSES_S, None):
-        try:
-            return read(path)
-        except _NOT_A_FILE:
-            raise
-        except OSError as error:
-            if pause_s is None:
-                raise TryAgain(
-                    f"{path}: cannot be read ({error}), which need not mean damage, so nothing is used in its place; start "
-                    "again when the disk answers, or rename the checkpoint to damaged_step_... to do without it"
-                ) from error
-            time.sleep(pause_s)
-    raise AssertionError("the last attempt returns or raises")
+    try:
+        return patiently(read, path)
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; change its permissions") from error
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(f"{path}: no such file") from error
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path}: not a file that can be read: {error.strerror}") from error
+    except UnusableFile as error:
+        raise DamagedCheckpoint(str(error)) from error
 
 
-def _size_of(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+def size_of(path: Path) -> int | None:
+    """Length of a regular file; None where there is none, or something else. A link is something else."""
+    try:
+        found = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _refuse_link(path: Path) -> None:
+    """Nothing outside of the checkpoint is read, whatever a name in it leads to."""
+    if stat.S_ISLNK(undamaged(functools.partial(os.lstat, path), path).st_mode):
+        raise DamagedCheckpoint(
+            f"{path}: a link, which may lead out of the checkpoint; put what it leads to in its place"
+        )
+
+
+def described(checkpoint: Path, complete: bool = True) -> dict[str, Any]:
+    """The manifest of a checkpoint, of which no other file is looked at. All that is in it can be relied on.
+
+    Args:
+        checkpoint: the folder that holds it.
+        complete: whether to continue from it. To use the weights, less has to be there.
+
+    Returns:
+        What it says, with ``progress`` as :class:`Progress`, and what earlier versions did not write filled in.
+
+    Raises:
+        DamagedCheckpoint: a manifest that is missing, changed, or says what cannot be.
+        TryAgain: the disk does not give it.
+        UserError: it is of another version, or must not be read.
+    """
+    path = checkpoint / MANIFEST
+    try:
+        _refuse_link(path)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{error}; {checkpoint} is not a complete checkpoint") from error
+    try:
+        manifest = undamaged(functools.partial(read_json, path, MOST_MANIFEST_BYTES), path)
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{error}: not a checkpoint manifest; delete {checkpoint}") from error
+    try:
+        if not isinstance(manifest, dict):
+            raise ValueError("not a JSON object")
+        if (complete or "checksum" in manifest) and manifest.get("checksum") != _checksum(manifest):
+            raise ValueError("its checksum does not fit its contents")
+        _refuse_other_formats(path, manifest, complete)
+        check_manifest(manifest, complete)
+        saved = manifest["progress"]
+        progress = Progress(**{own.name: saved.get(own.name, 0) for own in dataclasses.fields(Progress)})
+        if f"step_{progress.step:08d}" != checkpoint.name and re.fullmatch(
+            r"step_[0-9]{8,}", checkpoint.name
+        ):
+            raise ValueError(f"it is the manifest of step {progress.step}")
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path}: not a checkpoint manifest: {error}; delete {checkpoint}") from error
+    return {"validation_loss": None, **manifest, "progress": progress}
+
+
+def _refuse_other_formats(path: Path, manifest: dict[str, Any], complete: bool) -> None:
+    """What another version wrote is no damage; what no version can have written is left to the schema.
+
+    Raises:
+        UserError: another format.
+        ValueError: none.
+    """
+    state = manifest.get("state") if complete else None
+    given = [("format", manifest, FORMAT)]
+    if isinstance(state, dict):
+        given.append(("state of format", state, STATE_FORMAT))
+    for words, section, own in given:
+        number = section.get("format")
+        if type(number) is not int or not 1 <= number < 1 << 31:
+            raise ValueError(f"{words} is missing, or no number that a version has")
+        if number != own:
+            raise UserError(f"{path}: {words} {number}; this version reads {own}")
 
 
 def read_manifest(checkpoint: Path, under: str = "") -> dict[str, Any]:
-    """The manifest of a checkpoint.
+    """The manifest of a checkpoint whose files are there, with the sizes that it says.
 
     Args:
         checkpoint: the folder that holds it.
         under: check the files below this folder only; using a model needs ``weights/`` and no more.
 
+    Returns:
+        As ``described``.
+
     Raises:
-        DamagedCheckpoint: missing or changed manifest, or a file that is missing or of another size.
+        DamagedCheckpoint: missing or changed manifest, one that says what cannot be, or a file that is missing, of
+            another size, or a link.
         TryAgain: the disk does not give the manifest.
-        UserError: a manifest of another version.
+        UserError: a manifest of another version, or one that must not be read.
     """
-    path = checkpoint / MANIFEST
-    try:
-        manifest = json.loads(_patiently(Path.read_bytes, path))
-        if (not under or "checksum" in manifest) and manifest.get("checksum") != _checksum(manifest):
-            raise ValueError("its checksum does not fit its contents")
-        files = {name: int(described["bytes"]) for name, described in manifest["files"].items()}
-        progress = Progress(**manifest["progress"])
-        if f"step_{progress.step:08d}" != checkpoint.name and re.fullmatch(r"step_\d{8,}", checkpoint.name):
-            raise ValueError(f"it is the manifest of step {progress.step}")
-        for name in files:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise ValueError(f"{name!r} is outside of the checkpoint")
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{path}: no such file; {checkpoint} is not a complete checkpoint") from None
-    except OSError as error:
-        raise DamagedCheckpoint(f"{path}: not a file that can be read: {error}") from error
-    except TryAgain:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(
-            f"{path}: not a checkpoint manifest: {error!r}; delete {checkpoint}"
-        ) from error
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: format {manifest.get('format')!r}; this version reads {FORMAT}")
-    for name, size in files.items():
-        file = checkpoint / name
-        if not name.startswith(under):
-            continue
-        if _patiently(_size_of, file) != size:
+    manifest = described(checkpoint, complete=not under)
+    names = [name for name in manifest["files"] if name.startswith(under)]
+    for name in names:
+        path, size = checkpoint / name, manifest["files"][name]["bytes"]
+        if undamaged(functools.partial(size_of, path), path) != size:
             raise DamagedCheckpoint(
-                f"{file}: missing or not {size} bytes long as {MANIFEST} says; delete "
+                f"{path}: missing or not {size} bytes long as {MANIFEST} says; delete "
                 f"{checkpoint} to continue from an earlier checkpoint"
             )
-    return {**manifest, "progress": progress}
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's contents, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    for folder in sorted({name.partition("/")[0] for name in names}):
+        _refuse_link(checkpoint / folder)
+    return manifest
 
 
 def verify_files(checkpoint: Path, manifest: dict[str, Any], names: Iterable[str]) -> None:
@@ -193,15 +247,12 @@ def verify_files(checkpoint: Path, manifest: dict[str, Any], names: Iterable[str
     Raises:
         DamagedCheckpoint: a file's contents differ, or there is no such file.
         TryAgain: the disk does not give a file.
+        UserError: a file must not be read.
     """
     for name in names:
         path = checkpoint / name
-        try:
-            found = _patiently(sha256, path)
-        except OSError as error:
-            raise DamagedCheckpoint(f"{path}: not a file that can be read: {error}") from error
-        if found != manifest["files"][name]["sha256"]:
+        if undamaged(functools.partial(sha256, path), path) != manifest["files"][name]["sha256"]:
             raise DamagedCheckpoint(
-                f"{checkpoint / name}: the contents differ from what {MANIFEST} says: the file is damaged; delete "
+                f"{path}: the contents differ from what {MANIFEST} says: the file is damaged; delete "
                 f"{checkpoint} to use an earlier checkpoint"
             )

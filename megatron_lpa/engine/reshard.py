@@ -7,15 +7,16 @@ covers whole rows but for its ends; those rows are read from the saved shards wh
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from megatron_lpa.engine.manifest import DamagedCheckpoint
+from megatron_lpa.engine.manifest import MANIFEST, DamagedCheckpoint
+from megatron_lpa.engine.tensor_reader import TensorFiles
 
 WHOLE = "whole"
 MASTER = "master"
@@ -59,38 +60,49 @@ def fragment_key(name: str, kind: str, shard: str, start: int) -> str:
     return f"{name}/{kind}/{shard}/{start}"
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """A fragment in a file: elements ``first`` to ``end`` of a shard, from byte ``offset`` on."""
+
+    first: int
+    end: int
+    path: Path
+    offset: int
+
+
 class StateReader:
-    """The fragments of a checkpoint's ``state/``, mapped into memory and read where they are needed.
+    """The fragments of a checkpoint's ``state/``, read where they are needed.
 
     Args:
         checkpoint: the folder.
         manifest: its manifest, whose files have been compared with their hashes.
 
     Raises:
-        DamagedCheckpoint: unreadable files.
+        DamagedCheckpoint: a file of something else.
+        TryAgain: the disk does not give one.
     """
 
     def __init__(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
-        self._folder = checkpoint / "state"
+        self._checkpoint = checkpoint
         self._parameters: dict[str, dict[str, Any]] = manifest["state"]["parameters"]
         self._tp_size: int = manifest["layout"]["tensor_parallel_size"]
-        self._fragments: dict[tuple[str, str, str], list[tuple[int, int, Any]]] = {}
+        self._files = TensorFiles()
+        self._pieces: dict[tuple[str, str, str], list[_Piece]] = {}
         for name in sorted(manifest["files"]):
             if name.startswith("state/"):
                 self._index(checkpoint / name)
-        for fragments in self._fragments.values():
-            fragments.sort(key=lambda fragment: fragment[0])
+        for pieces in self._pieces.values():
+            pieces.sort(key=lambda piece: piece.first)
 
     def _index(self, path: Path) -> None:
-        try:
-            file = safe_open(path, framework="pt")
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                name, kind, shard, start = key.rsplit("/", 3)
-                piece = file.get_slice(key)
-                (length,) = piece.get_shape()
-                self._fragments.setdefault((name, kind, shard), []).append((int(start), length, piece))
-        except (SafetensorError, FileNotFoundError, ValueError) as error:
-            raise DamagedCheckpoint(f"{path}: not a file of fragments: {error}") from error
+        for key, stored in self._files.header(path).items():
+            name, *place = key.rsplit("/", 3)
+            flat = len(stored.shape) == 1 and stored.dtype == torch.float32
+            if not flat or len(place) != 3 or not re.fullmatch("[0-9]{1,15}", place[2]):
+                raise DamagedCheckpoint(f"{path}: not a file of fragments: it has {key[:100]!r}")
+            kind, shard, first = place[0], place[1], int(place[2])
+            piece = _Piece(first, first + stored.shape[0], path, stored.offset)
+            self._pieces.setdefault((name, kind, shard), []).append(piece)
 
     def read(self, name: str, kind: str, box: Box, start: int, length: int) -> torch.Tensor:
         """A range of a shard, whatever the layout it was saved from.
@@ -105,9 +117,12 @@ class StateReader:
         Returns:
             (length,) fp32 on the CPU. Rows that the saved parameter does not have (vocabulary padding) are
             zero, as they have been since they were made.
+
+        Raises:
+            DamagedCheckpoint: no file holds it.
+            TryAgain: the disk does not give it.
         """
-        saved = self._parameters[name]
-        shape, tp_dim = saved["shape"], saved["tp_dim"]
+        shape, tp_dim = self.shape_of(name), self._parameters[name]["tp_dim"]
         first_row = box.first_row + start // box.columns
         end_row = box.first_row - (-(start + length) // box.columns)
         rows = torch.zeros(end_row - first_row, box.columns)
@@ -120,28 +135,40 @@ class StateReader:
             )
             if top >= bottom or left >= right:
                 continue
-            found = self._range(
-                (name, kind, shard_name(tp_dim, tp_rank, self._tp_size)),
-                (top - source.first_row) * source.columns,
-                (bottom - source.first_row) * source.columns,
-            ).view(bottom - top, source.columns)
-            rows[top - first_row : bottom - first_row, left - box.first_column : right - box.first_column] = (
-                found[:, left - source.first_column : right - source.first_column]
-            )
+            place = (name, kind, shard_name(tp_dim, tp_rank, self._tp_size))
+            first = (top - source.first_row) * source.columns
+            wanted = rows[top - first_row : bottom - first_row]
+            if source.columns == box.columns == right - left:
+                self._fill(place, first, wanted.view(-1))
+                continue
+            found = torch.empty(bottom - top, source.columns)
+            self._fill(place, first, found.view(-1))
+            wanted[:, left - box.first_column : right - box.first_column] = found[
+                :, left - source.first_column : right - source.first_column
+            ]
         return rows.view(-1).narrow(0, start - (first_row - box.first_row) * box.columns, length)
 
-    def _range(self, place: tuple[str, str, str], start: int, end: int) -> torch.Tensor:
-        """Elements ``start`` to ``end`` of a saved shard, from however many fragments hold them."""
-        pieces = []
-        reached = start
-        for first, length, piece in self._fragments.get(place, ()):
-            if first <= reached < min(first + length, end):
-                stop = min(first + length, end)
-                pieces.append(piece[reached - first : stop - first])
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The unsharded shape of a saved parameter.
+
+        Raises:
+            DamagedCheckpoint: there is no such parameter.
+        """
+        if name not in self._parameters:
+            raise DamagedCheckpoint(f"{self._checkpoint / MANIFEST}: state.parameters does not have {name}")
+        return tuple(self._parameters[name]["shape"])
+
+    def _fill(self, place: tuple[str, str, str], start: int, target: torch.Tensor) -> None:
+        """The elements of a saved shard from ``start`` on, from however many fragments hold them."""
+        reached, end = start, start + len(target)
+        for piece in self._pieces.get(place, ()):
+            if piece.first <= reached < min(piece.end, end):
+                stop = min(piece.end, end)
+                offset = piece.offset + (reached - piece.first) * target.itemsize
+                self._files.read_into(piece.path, offset, target[reached - start : stop - start])
                 reached = stop
         if reached != end:
             name, kind, shard = place
             raise DamagedCheckpoint(
-                f"{self._folder}: element {reached} of {name} ({kind}, shard {shard}) is in no file"
+                f"{self._checkpoint / 'state'}: element {reached} of {name} ({kind}, shard {shard}) is in no file"
             )
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -13,7 +13,7 @@ from megatron_lpa.engine import fragments as where
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.checkpoint import layout_of
 from megatron_lpa.engine.manifest import (
-    STATE_FORMAT,
+    MANIFEST,
     DamagedCheckpoint,
     Progress,
     SampleOrder,
@@ -21,7 +21,7 @@ from megatron_lpa.engine.manifest import (
     verify_files,
 )
 from megatron_lpa.engine.reshard import StateReader, shard_box
-from megatron_lpa.engine.store import set_aside
+from megatron_lpa.engine.store import Retention, prune, retention_of, set_aside
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import gather_messages, together
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -45,7 +45,8 @@ class Resumed:
 def load_newest(engine: Engine, checkpoints: Sequence[Path], order: SampleOrder) -> Resumed:
     """Continue from the newest checkpoint that is not damaged; every rank calls it.
 
-    Damaged ones are renamed, with a note inside, once an intact one has been loaded.
+    Once an intact one has been loaded, damaged ones are renamed, with a note inside, and those go that the run's
+    retention does not keep: a process that was killed right after a save has left one more.
 
     Args:
         engine: a new engine, or one whose state is to be replaced.
@@ -66,17 +67,26 @@ def load_newest(engine: Engine, checkpoints: Sequence[Path], order: SampleOrder)
             continue
         notes = tuple(f"{path.name} was skipped: {reason}" for path, reason in skipped)
         if engine.groups.rank == 0:
-            for path, reason in skipped:
-                try:
-                    set_aside(path, reason)
-                except OSError as error:
-                    print(f"warning: {path} cannot be renamed: {error}", file=sys.stderr, flush=True)
+            _keep_house(checkpoint, skipped, retention_of(engine.config.train))
         return dataclasses.replace(resumed, notes=notes + resumed.notes)
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
     raise UserError(
         f"{checkpoints[-1].parent} holds no checkpoint that is intact: {reasons}. Bring one back from a copy, or "
         "start anew under another logging.name"
     )
+
+
+def _keep_house(loaded: Path, skipped: Sequence[tuple[Path, str]], retention: Retention) -> None:
+    """Rename what was found damaged, and remove what a killed process would have, now that one is known to be whole."""
+    renamed = True
+    for path, reason in skipped:
+        try:
+            set_aside(path, reason)
+        except OSError as error:
+            renamed = False
+            print(f"warning: {path} cannot be renamed: {error}", file=sys.stderr, flush=True)
+    if renamed:  # else the damaged one would count as the newest, and the intact one could go
+        prune(loaded.parent, retention)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Resumed:
@@ -134,15 +144,17 @@ def _compared(
         differing = differences(saved, own, section)
         if differing:
             raise UserError(
-                f"{checkpoint} was written with another {section}: {'; '.join(differing)}. Continue with the "
+                f"{checkpoint} was written with another {section}: {_listed(differing)}. Continue with the "
                 "saved settings, or start a new run under another logging.name"
             )
-    if manifest["state"]["format"] != STATE_FORMAT:
-        raise UserError(
-            f"{checkpoint}: state of format {manifest['state']['format']}; this version reads {STATE_FORMAT}"
-        )
     changed = differences(manifest["layout"], layout_of(engine), "layout")
     return (f"the state is brought into another layout: {'; '.join(changed)}",) if changed else ()
+
+
+def _listed(lines: list[str], most: int = 10, most_letters: int = 200) -> str:
+    """A line of reasonable length, whatever somebody wrote into a manifest."""
+    shown = [line if len(line) <= most_letters else f"{line[:most_letters]}..." for line in lines[:most]]
+    return "; ".join([*shown, f"and {len(lines) - most} more"] if len(lines) > most else shown)
 
 
 def _restore(engine: Engine, checkpoint: Path, manifest: dict[str, Any]) -> None:
@@ -152,8 +164,17 @@ def _restore(engine: Engine, checkpoint: Path, manifest: dict[str, Any]) -> None
     step: int = manifest["state"]["optimizer_step"]
     where.set_optimizer_step(engine, fragments, step)
     groups = engine.groups
+    multiple = manifest["model"].get("pad_vocab_to_multiple_of", 1)
+    own_model = engine.config.model
+    saved_model = dataclasses.replace(own_model, pad_vocab_to_multiple_of=max(multiple, 1))
     for fragment in fragments:
         spec = fragment.spec
+        saved = reader.shape_of(fragment.name)
+        padded = (saved_model.padded_vocab_size, own_model.padded_vocab_size)
+        if saved != spec.shape and (saved[1:] != spec.shape[1:] or (saved[0], spec.shape[0]) != padded):
+            raise DamagedCheckpoint(
+                f"{checkpoint / MANIFEST}: {fragment.name} is of shape {saved}, in its model of {spec.shape}"
+            )
         box = shard_box(spec.shape, spec.tp_dim, groups.tp_rank, groups.tp_size)
         for kind in (where.MASTER, *where.MOMENTS) if step else (where.MASTER,):
             value = reader.read(fragment.name, kind, box, fragment.start, fragment.length)

@@ -13,7 +13,7 @@ damaged from outside. What is on its way in or out has a name of its own:
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import os
 import shutil
@@ -21,13 +21,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_lpa.config import TrainConfig
 from megatron_lpa.engine.manifest import (
     MANIFEST,
     checkpoint_folders,
     complete_checkpoints,
+    described,
     step_of,
 )
-from megatron_lpa.files import fsync_folder
+from megatron_lpa.errors import UserError
+from megatron_lpa.files import fsync_folder, new_file
 
 NOTE = "DAMAGED.txt"
 
@@ -47,6 +50,11 @@ class Retention:
     best: bool = False
 
 
+def retention_of(train: TrainConfig) -> Retention:
+    """What a run's settings say."""
+    return Retention(train.keep_checkpoints, train.keep_every, train.keep_best)
+
+
 def partial_of(checkpoint: Path) -> Path:
     """Where a checkpoint is written before it has its name."""
     return checkpoint.with_name(f".{checkpoint.name}.partial")
@@ -57,15 +65,46 @@ def _replaced(checkpoint: Path) -> Path:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a small file and bring it to disk."""
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a small file of a folder that has no name yet, and bring it to disk; a link is not followed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with new_file(path) as file:
+        file.write(text.encode())
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it; of a link the link alone. What is not there needs no removal.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+
+
+def _refuse_link(path: Path) -> None:
+    """Nothing is renamed, removed or written behind a link: that may be somebody else's.
+
+    Raises:
+        OSError: it is one.
+    """
+    if path.is_symlink():
+        raise OSError(f"{path} is a link: nothing behind it is changed")
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def publish(final: Path, manifest: str) -> None:
     """Complete the checkpoint under construction with its manifest, and give it its name.
+
+    Once it has the name it is there: what fails after that is a warning.
 
     Raises:
         OSError: nothing has the name then, or what had it before.
@@ -77,26 +116,41 @@ def publish(final: Path, manifest: str) -> None:
     write_durably(partial / MANIFEST, manifest)
     fsync_folder(partial)
     if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove(replaced)
         os.rename(final, replaced)
-    os.rename(partial, final)
-    fsync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    try:
+        os.rename(partial, final)
+    except OSError:
+        if not final.exists():
+            with contextlib.suppress(OSError):
+                os.rename(replaced, final)
+        raise
+    try:
+        fsync_folder(final.parent)
+        remove(replaced)
+    except OSError as error:
+        _warn(f"{final} is complete, but its folder could not be brought to disk or tidied: {error}")
 
 
 def tidy(folder: Path) -> None:
     """Finish or undo what a killed process left. Nobody else may be writing the folder.
 
+    What cannot be removed is a warning: nothing depends on it.
+
     Raises:
-        OSError: something cannot be renamed or removed.
+        OSError: a checkpoint cannot be given its name back, or the folder is a link.
     """
+    _refuse_link(folder)
     for path in folder.glob(".step_*.replaced"):
         final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
-        if not final.exists():
+        if not os.path.lexists(final):
             os.rename(path, final)
     for ending in ("partial", "removed", "replaced"):
         for path in folder.glob(f".step_*.{ending}"):
-            shutil.rmtree(path)
+            try:
+                remove(path)
+            except OSError as error:
+                _warn(f"what a killed process left cannot be removed: {error}")
 
 
 def has_checkpoints(folder: Path) -> bool:
@@ -116,33 +170,39 @@ def set_aside(checkpoint: Path, reason: str) -> Path:
         Its new path.
 
     Raises:
-        OSError: it cannot be renamed.
+        OSError: it cannot be renamed, or it is a link.
     """
+    for path in (checkpoint.parent, checkpoint):
+        _refuse_link(path)
     target = checkpoint.with_name(f"damaged_{checkpoint.name}")
     number = 1
-    while target.exists():
+    while os.path.lexists(target):
         number += 1
         target = checkpoint.with_name(f"damaged_{checkpoint.name}.{number}")
     note = (
         f"This checkpoint was skipped when its run was resumed:\n{reason}\n\n"
         f"If it has been mended, rename the folder to {checkpoint.name}. Otherwise it can be deleted.\n"
     )
-    write_durably(checkpoint / NOTE, note)
+    with contextlib.suppress(OSError):  # a full disk must not keep it from getting out of the way
+        write_durably(checkpoint / NOTE, note)
     os.rename(checkpoint, target)
-    fsync_folder(target.parent)
+    with contextlib.suppress(OSError):
+        fsync_folder(target.parent)
     return target
 
 
 def expendable(folder: Path, retention: Retention) -> list[Path]:
     """Checkpoints that no rule keeps, oldest first.
 
-    One whose manifest cannot be read is none of them, and counts for no rule.
+    One whose manifest cannot be used is none of them, and counts for no rule. So does a link.
     """
     losses: dict[Path, float | None] = {}
     for path in complete_checkpoints(folder):
+        if path.is_symlink():
+            continue
         try:
-            losses[path] = json.loads((path / MANIFEST).read_text())["validation_loss"]
-        except (OSError, ValueError, KeyError, TypeError):
+            losses[path] = described(path)["validation_loss"]
+        except UserError:
             continue
     sound = list(losses)
     if not retention.newest:
@@ -158,14 +218,20 @@ def expendable(folder: Path, retention: Retention) -> list[Path]:
 
 def prune(folder: Path, retention: Retention) -> None:
     """Remove what no rule keeps; a failure is a warning, as nothing depends on it."""
-    for path in expendable(folder, retention):
+    try:
+        _refuse_link(folder)
+        found = expendable(folder, retention)
+    except OSError as error:
+        _warn(f"old checkpoints are not removed: {error}")
+        return
+    for path in found:
         removed = path.with_name(f".{path.name}.removed")
         try:
-            shutil.rmtree(removed, ignore_errors=True)
+            remove(removed)
             os.rename(path, removed)
-            shutil.rmtree(removed)
+            remove(removed)
         except OSError as error:
-            print(f"warning: an old checkpoint cannot be removed: {error}", file=sys.stderr, flush=True)
+            _warn(f"an old checkpoint cannot be removed: {error}")
 
 
 def check_free_space(folder: Path, needed_bytes: int) -> None:

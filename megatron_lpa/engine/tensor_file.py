@@ -82,7 +82,7 @@ def write_lazily(
 
     Raises:
         OSError: the file cannot be written; what there was of it is removed at once, as a disk that it filled may be
-            needed by others before the whole checkpoint is given up.
+            needed by others before the whole checkpoint is given up. What had the name before is left as it is.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -97,7 +97,7 @@ def write_lazily(
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     try:
-        with open(path, "wb") as file:
+        with open(path, "xb") as file:  # follows no link, and writes over nothing
 
             def write(data: bytes | memoryview) -> None:
                 file.write(data)
@@ -114,9 +114,10 @@ def write_lazily(
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()
+    except FileExistsError:
+        raise
     except OSError:
         with contextlib.suppress(OSError):
-            if path.is_file():  # and not a device
-                path.unlink()
+            path.unlink()
         raise
     return WrittenFile(name, size, digest.hexdigest())

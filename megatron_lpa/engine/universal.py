@@ -28,7 +28,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,10 @@ import torch
 
 from megatron_lpa.engine.convert import Converted
 from megatron_lpa.engine.convert_source import Parameter, Source, SourceState
-from megatron_lpa.engine.manifest import sha256
 from megatron_lpa.engine.new_folder import new_folder
 from megatron_lpa.engine.reshard import MASTER, MOMENTS
 from megatron_lpa.engine.store import write_durably
+from megatron_lpa.files import new_file, sha256
 
 LATEST = "latest_universal"
 SUMS = "SHA256SUMS"
@@ -136,8 +135,6 @@ def _save(path: Path, content: Any) -> str:
     """
     made = io.BytesIO()
     torch.save(content, made)
-    with open(path, "wb") as file:
+    with new_file(path) as file:
         file.write(made.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
     return hashlib.sha256(made.getbuffer()).hexdigest()

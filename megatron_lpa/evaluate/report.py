@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa.config import RunConfig
-from megatron_lpa.engine.manifest import complete_checkpoints, read_manifest
+from megatron_lpa.engine.manifest import complete_checkpoints, described
 from megatron_lpa.evaluate.metrics_file import Record, read_metrics, records_of
 from megatron_lpa.evaluate.trained import read_config
 from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
@@ -176,9 +176,12 @@ def _layout(folder: Path, config: RunConfig) -> str | None:
     complete = complete_checkpoints(folder / "checkpoints")
     if not complete:
         return None
-    layout = read_manifest(complete[-1], under="weights/")["layout"]
-    tensor, data = layout["tensor_parallel_size"], layout["data_parallel_size"]
-    return f"{tensor * data} (TP {tensor} x DP {data}, ZeRO-{layout['zero_stage']}, {layout['precision']})"
+    layout = described(complete[-1], complete=False).get("layout", {})
+    keys = ("tensor_parallel_size", "data_parallel_size", "zero_stage", "precision")
+    if not all(key in layout for key in keys):
+        return None
+    tensor, data, stage, precision = (layout[key] for key in keys)
+    return f"{tensor * data} (TP {tensor} x DP {data}, ZeRO-{stage}, {precision})"
 
 
 def _values(records: Sequence[Record], name: str) -> list[float]:

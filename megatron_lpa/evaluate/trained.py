@@ -53,6 +53,7 @@ def load_run(run: str | Path, step: int | None = None, tokenizer: str | None = N
     Raises:
         UserError: no such folder or step, no complete checkpoint, damaged files, or a tokenizer that is
             gone or has more ids than the model.
+        TryAgain: the disk does not give a file.
     """
     keep_partial_sums_in_fp32()
     folder, checkpoint = find_checkpoint(Path(run), step)
@@ -60,9 +61,14 @@ def load_run(run: str | Path, step: int | None = None, tokenizer: str | None = N
     manifest = read_manifest(checkpoint, under="weights/")
     # The tokenizer first: a wrong path should not cost the time of loading a large model.
     loaded = _tokenizer_of(config, folder, tokenizer)
-    verify_files(checkpoint, manifest, [name for name in manifest["files"] if name.startswith("weights/")])
+    names = [name for name in manifest["files"] if name.startswith("weights/")]
+    verify_files(checkpoint, manifest, names)
     decoder = load_decoder(
-        checkpoint / "weights", config.model, _DTYPES[config.train.precision], anywhere(config.kernels)
+        checkpoint / "weights",
+        config.model,
+        _DTYPES[config.train.precision],
+        anywhere(config.kernels),
+        listed={name.removeprefix("weights/") for name in names},
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return TrainedRun(config, decoder.to(device), loaded, manifest["progress"].step, folder, manifest)

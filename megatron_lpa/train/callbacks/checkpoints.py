@@ -6,7 +6,7 @@ import sys
 
 from megatron_lpa.engine.checkpoint import CheckpointNotWritten, Saving
 from megatron_lpa.engine.fragments import state_is_finite
-from megatron_lpa.engine.store import Retention
+from megatron_lpa.engine.store import retention_of
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import largest_of_all
 from megatron_lpa.train.callbacks.base import Callback, RollBack, Sink, StepReport
@@ -131,7 +131,7 @@ class Checkpoints(Callback):
             run.checkpoints,
             run.progress,
             run.order,
-            Retention(train.keep_checkpoints, train.keep_every, train.keep_best),
+            retention_of(train),
             self._validation.loss_at(step),
             overlap,
         )

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_lpa.engine.manifest import DamagedCheckpoint, sha256
+from megatron_lpa.engine.manifest import DamagedCheckpoint
 from megatron_lpa.engine.reshard import StateReader, fragment_key, shard_box, shard_name
 from megatron_lpa.engine.tensor_file import write_tensors
+from megatron_lpa.files import sha256
 from megatron_lpa.parallel.sharding import ParameterSpec, split
 
 SHAPES = [((8, 12), (None, 0, 1)), ((24, 4), (None, 0, 1)), ((16,), (None, 0))]
@@ -86,7 +87,7 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     with pytest.raises(DamagedCheckpoint, match="not a file of fragments"):
         StateReader(tmp_path, manifest)
     (tmp_path / "state" / "rank_00000.safetensors").write_bytes(b"\x80\x04cposix\nsystem\n")
-    with pytest.raises(DamagedCheckpoint, match="not a file of fragments"):
+    with pytest.raises(DamagedCheckpoint, match="not a safetensors file"):
         StateReader(tmp_path, manifest)
 
 
@@ -107,6 +108,12 @@ def test_written_tensors_are_what_safetensors_reads_and_the_hash_is_the_file_s(t
     assert load_file(tmp_path / "empty.safetensors") == {}
 
 
-def test_a_full_disk_is_an_os_error():
-    with pytest.raises(OSError, match="No space left"):
-        write_tensors(Path("/dev"), "full", [("a", torch.zeros(1 << 20))])
+def test_tensors_are_written_through_no_link_and_over_no_file(tmp_path):
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "link").symlink_to("elsewhere")
+    (tmp_path / "dangling").symlink_to("nothing")
+    for name in ("link", "dangling", "elsewhere"):
+        with pytest.raises(FileExistsError):
+            write_tensors(tmp_path, name, [("a", torch.zeros(3))])
+    assert (tmp_path / "elsewhere").read_text() == "mine" and not (tmp_path / "nothing").exists()
+    assert (tmp_path / "link").is_symlink()

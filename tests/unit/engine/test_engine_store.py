@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.manifests import whole_manifest
 
+from megatron_lpa.engine import store
 from megatron_lpa.engine.manifest import (
     MANIFEST,
     DamagedCheckpoint,
@@ -17,7 +19,6 @@ from megatron_lpa.engine.manifest import (
     complete_checkpoints,
     read_manifest,
     sealed,
-    sha256,
     verify_files,
 )
 from megatron_lpa.engine.store import (
@@ -34,23 +35,19 @@ from megatron_lpa.engine.store import (
     tidy,
 )
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import sha256
 
 
 def written(folder: Path, step: int, content: str = "x", loss: float | None = None, **more: object) -> None:
     """A checkpoint of one small file, by way of ``publish``."""
     final = folder / f"step_{step:08d}"
     partial = partial_of(final)
-    shutil.rmtree(partial, ignore_errors=True)
+    store.remove(partial)
     (partial / "state").mkdir(parents=True)
     file = partial / "state" / "rank_00000.safetensors"
     file.write_text(content * 100)
-    manifest = {
-        "format": 1,
-        "progress": {"step": step, "consumed_samples": 8 * step, "consumed_tokens": 128 * step},
-        "validation_loss": loss,
-        "files": {"state/rank_00000.safetensors": {"bytes": len(content) * 100, "sha256": sha256(file)}},
-        **more,
-    }
+    files = {"state/rank_00000.safetensors": {"bytes": len(content) * 100, "sha256": sha256(file)}}
+    manifest = whole_manifest(step, files) | {"validation_loss": loss, **more}
     publish(final, json.dumps(sealed(manifest)))
 
 
@@ -180,7 +177,7 @@ def test_other_damage_is_found(tmp_path):
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../../step_00000001/manifest.json", "state/../../x"])
 def test_a_manifest_cannot_name_files_outside(tmp_path, name):
-    written(tmp_path, 5, files={name: {"bytes": 1, "sha256": ""}})
+    written(tmp_path, 5, files={name: {"bytes": 1, "sha256": 64 * "0"}})
     with pytest.raises(DamagedCheckpoint, match="outside of the checkpoint"):
         read_manifest(tmp_path / "step_00000005")
 
@@ -245,3 +242,109 @@ def test_a_kill_between_any_two_operations_loses_nothing_that_was_complete(tmp_p
         if finished:
             break
     assert finished and last_call > 15
+
+
+def failing(real, when):
+    """The function, which fails where ``when`` says so of its arguments."""
+
+    def call(*arguments, **options):
+        if when(*arguments):
+            raise OSError(5, "Input/output error")
+        return real(*arguments, **options)
+
+    return call
+
+
+def test_a_checkpoint_that_has_its_name_is_there_whatever_fails_then(tmp_path, monkeypatch, capsys):
+    written(tmp_path, 3, "old")
+    with monkeypatch.context() as patched:
+        sync = failing(store.fsync_folder, lambda folder: Path(folder) == tmp_path)
+        patched.setattr(store, "fsync_folder", sync)
+        written(tmp_path, 3, "new")
+    assert "warning: " in capsys.readouterr().err
+    assert (tmp_path / "step_00000003/state/rank_00000.safetensors").read_text() == "new" * 100
+    verified(tmp_path / "step_00000003")
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+
+
+def test_one_that_does_not_get_its_name_leaves_it_to_the_older_one(tmp_path, monkeypatch):
+    written(tmp_path, 3, "old")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", failing(os.rename, lambda a, b: Path(a).name.endswith(".partial")))
+        with pytest.raises(OSError, match="Input/output error"):
+            written(tmp_path, 3, "new")
+    assert verified(tmp_path / "step_00000003") == Progress(3, 24, 384)
+    assert (tmp_path / "step_00000003/state/rank_00000.safetensors").read_text() == "old" * 100
+
+
+def test_what_a_killed_process_left_and_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, capsys):
+    written(tmp_path, 3)
+    (tmp_path / ".step_00000004.partial").mkdir()
+    (tmp_path / ".step_00000003.removed").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", failing(shutil.rmtree, lambda path: "partial" in str(path)))
+        tidy(tmp_path)
+    assert "warning: what a killed process left cannot be removed" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".step_00000004.partial", "step_00000003"]
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+
+
+def test_a_full_disk_does_not_keep_a_damaged_one_from_being_set_aside(tmp_path, monkeypatch):
+    written(tmp_path, 3)
+    monkeypatch.setattr(store, "write_durably", failing(store.write_durably, lambda *_: True))
+    assert set_aside(tmp_path / "step_00000003", "a bit is wrong").name == "damaged_step_00000003"
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged_step_00000003"]
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """What links of a run lead to: it must stay as it is."""
+    folder = tmp_path / "mine"
+    for step in (1, 2):
+        written(folder, step)
+    (folder / "note").write_text("mine")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_links_lead_to_is_never_removed_or_written(tmp_path, mine):
+    before = contents(mine)
+    run = tmp_path / "run"
+    for step in (1, 2, 3, 4):
+        written(run, step)
+    for name in (".step_00000007.partial", ".step_00000001.removed", ".step_00000003.replaced"):
+        (run / name).symlink_to(mine)
+    (run / "step_00000000").symlink_to(mine / "step_00000001")
+    (run / "step_00000004" / NOTE).symlink_to(mine / "note")
+    written(run, 7)  # over a link to a folder, where it is to be written
+    tidy(run)
+    prune(run, Retention(newest=2))
+    aside = set_aside(run / "step_00000004", "a bit is wrong")
+    assert "a bit is wrong" in (aside / NOTE).read_text() and not (aside / NOTE).is_symlink()
+    assert contents(mine) == before
+    assert sorted(path.name for path in run.iterdir()) == [
+        "damaged_step_00000004", "step_00000000", "step_00000007",
+    ]  # fmt: skip
+
+
+def test_a_linked_folder_or_checkpoint_is_left_alone(tmp_path, mine, capsys):
+    before = contents(mine)
+    linked = tmp_path / "checkpoints"
+    linked.symlink_to(mine)
+    prune(linked, Retention(newest=1))
+    assert f"{linked} is a link" in capsys.readouterr().err
+    with pytest.raises(OSError, match="is a link: nothing behind it is changed"):
+        tidy(linked)
+    with pytest.raises(OSError, match="is a link"):
+        set_aside(linked / "step_00000002", "a bit is wrong")
+    (mine / "step_00000003").symlink_to("step_00000002")
+    with pytest.raises(OSError, match="is a link"):
+        set_aside(mine / "step_00000003", "a bit is wrong")
+    assert expendable(mine, Retention(newest=1)) == [mine / "step_00000001"]
+    (mine / "step_00000003").unlink()
+    assert contents(mine) == before
