@@ -155,7 +155,7 @@ def _parse_ranks(data: bytes, file: Path) -> dict[bytes, int]:
             continue
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            ranks[base64.b64decode(token, validate=True)] = _not_negative(int(rank))
         except (ValueError, binascii.Error) as error:
             raise UserError(
                 f"{file}:{number}: not '<base64> <rank>', so this is not a tiktoken rank file ({error})"
@@ -169,6 +169,12 @@ def _parse_ranks(data: bytes, file: Path) -> dict[bytes, int]:
             f"{file}: no rank for byte {missing[0]}, so some texts have no ids; give another file"
         )
     return ranks
+
+
+def _not_negative(rank: int) -> int:
+    if rank < 0:
+        raise ValueError(f"rank {rank}")
+    return rank
 
 
 def _definition(file: Path) -> tuple[str, dict[str, int]]:
