@@ -37,6 +37,9 @@ MOST_TEXT_BYTES = 64 << 20
 """Of a configuration, an index or a manifest: far more than any needs."""
 
 
+_READ_BYTES = 1 << 22
+
+
 class UnusableFile(UserError):
     """A file that is not of the kind that was asked for, whatever the disk does: a device, too long, not JSON."""
 
@@ -78,22 +81,33 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except ValueError:
+    except ValueError as error:
+        half = isinstance(error, UnicodeError)
         raise UnusableFile(
-            f"{os.fspath(path)!r}: no file can be called so: the name holds a NUL character"
+            f"{os.fspath(path)!r}: no file can be called so: the name holds "
+            + ("half a surrogate pair" if half else "a NUL character")
         ) from None
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV):  # sockets, and devices without a driver
+            with contextlib.suppress(OSError):
+                mode = os.stat(path).st_mode
+                if not stat.S_ISREG(mode):
+                    raise UnusableFile(_not_regular(path, mode)) from None
+        raise
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
-            raise UnusableFile(
-                f"{path}: {kind_of(mode)}, not a regular file; give a file that holds what it should"
-            )
+            raise UnusableFile(_not_regular(path, mode))
         os.set_blocking(descriptor, True)
         return os.fdopen(descriptor, "rb", buffering=0)
     except BaseException:
         with contextlib.suppress(OSError):
             os.close(descriptor)
         raise
+
+
+def _not_regular(path: str | os.PathLike[str], mode: int) -> str:
+    return f"{path}: {kind_of(mode)}, not a regular file; give a file that holds what it should"
 
 
 def kind_of(mode: int) -> str:
@@ -123,7 +137,10 @@ def read_bytes(path: str | os.PathLike[str], most_bytes: int = MOST_TEXT_BYTES) 
             size = os.fstat(file.fileno()).st_size
             if size <= most_bytes:
                 content = bytearray()
-                while len(content) <= most_bytes and (block := file.read(most_bytes + 1 - len(content))):
+                # In blocks: a read takes memory for all that it is asked for.
+                while len(content) <= most_bytes and (
+                    block := file.read(min(_READ_BYTES, most_bytes + 1 - len(content)))
+                ):
                     content += block
                 if len(content) <= most_bytes:
                     return bytes(content)
@@ -175,7 +192,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
     """
     digest = hashlib.sha256()
     with open_regular(path) as file:
-        while block := file.read(1 << 22):
+        while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
 

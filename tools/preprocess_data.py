@@ -18,6 +18,7 @@ from megatron_lpa.data.preparation.preprocess import missing_subsets, preprocess
 from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig, reject_path
 from megatron_lpa.data.preparation.records import PILE_SUBSET
 from megatron_lpa.data.preparation.shards import merge_if_last
+from megatron_lpa.data.storage.reading import exists, is_dir
 from megatron_lpa.errors import UserError
 
 _SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer")
@@ -132,14 +133,14 @@ def chosen_tokenizer(arguments: argparse.Namespace) -> str:
         return arguments.tokenizer
     path = Path(arguments.tokenizer_model)
     if arguments.tokenizer_type in _SENTENCEPIECE_TYPES:
-        path = path / "tokenizer.model" if path.is_dir() else path
-        if ".model" not in path.suffixes or not path.is_file():
+        path = path / "tokenizer.model" if is_dir(path) else path
+        if ".model" not in path.suffixes or not exists(path):
             raise UserError(
                 f"{path}: --tokenizer-type {arguments.tokenizer_type} needs a SentencePiece .model file"
             )
         return str(path)
     if arguments.tokenizer_type == "HuggingFaceTokenizer" and (
-        ".model" in path.suffixes or (path.is_dir() and not (path / "tokenizer.json").is_file())
+        ".model" in path.suffixes or (is_dir(path) and not exists(path / "tokenizer.json"))
     ):
         raise UserError(f"{path}: --tokenizer-type HuggingFaceTokenizer needs a tokenizer.json or its folder")
     return arguments.tokenizer_model

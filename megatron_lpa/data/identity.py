@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_lpa.data.storage.indexed import bin_path, idx_path
 from megatron_lpa.data.storage.manifest import read_manifest
-from megatron_lpa.errors import UserError
+from megatron_lpa.data.storage.reading import PatientFile, from_disk
+from megatron_lpa.files import patiently
 
 _END_BYTES = 1 << 20
 _PIECES, _PIECE_BYTES = 64, 1 << 12
@@ -38,6 +40,7 @@ def identity_of(prefix: str) -> Identity:
 
     Raises:
         UserError: a file cannot be read, or the manifest is damaged.
+        TryAgain: the disk does not give a file.
     """
     manifest = read_manifest(prefix)
     checksums = None
@@ -56,18 +59,24 @@ def contents_digest(prefix: str) -> str:
 
     Raises:
         UserError: a file cannot be read.
+        TryAgain: the disk does not give a file.
     """
     digest = hashlib.sha256()
     for path in (idx_path(prefix), bin_path(prefix)):
-        _add_ends(digest, path)
-        _add_pieces(digest, path)
+        digest.update(from_disk(partial(_ends, path), path))
+        digest.update(from_disk(partial(_pieces, path), path))
     return digest.hexdigest()[:32]
 
 
 def same_files(prefix: str, other: str) -> bool:
-    """Whether two prefixes lead to the same ``.bin``, by links or another spelling."""
+    """Whether two prefixes lead to the same ``.bin``, by links or another spelling.
+
+    Raises:
+        TryAgain: the disk does not tell.
+    """
+    paths = bin_path(prefix), bin_path(other)
     try:
-        return os.path.samefile(bin_path(prefix), bin_path(other))
+        return patiently(lambda: os.path.samefile(*paths), paths[1])
     except OSError:
         return False
 
@@ -77,34 +86,29 @@ def index_state(prefix: str) -> str:
 
     Raises:
         UserError: a file cannot be read.
+        TryAgain: the disk does not give a file.
     """
-    path = idx_path(prefix)
-    digest = hashlib.sha256()
-    _add_ends(digest, path)
-    digest.update(f"{path.stat().st_mtime_ns} {bin_path(prefix).stat().st_size}".encode())
+    idx, bin_ = idx_path(prefix), bin_path(prefix)
+    digest = hashlib.sha256(from_disk(lambda: _ends(idx), idx))
+    state = from_disk(lambda: f"{idx.stat().st_mtime_ns} {bin_.stat().st_size}", idx)
+    digest.update(state.encode())
     return digest.hexdigest()
 
 
-def _add_ends(digest: hashlib._Hash, path: Path) -> None:
-    try:
-        size_bytes = path.stat().st_size
-        digest.update(f"{size_bytes} ".encode())
-        with path.open("rb") as stream:
-            digest.update(stream.read(_END_BYTES))
-            stream.seek(max(0, size_bytes - _END_BYTES))
-            digest.update(stream.read(_END_BYTES))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+def _ends(path: Path) -> bytes:
+    """The size of a file, and its first and last MiB."""
+    with PatientFile(path) as file:
+        size_bytes = file.size_bytes
+        length = min(size_bytes, _END_BYTES)
+        ends = file.read_at(0, length), file.read_at(size_bytes - length, length)
+    return b"".join((f"{size_bytes} ".encode(), *ends))
 
 
-def _add_pieces(digest: hashlib._Hash, path: Path) -> None:
-    try:
-        between_bytes = path.stat().st_size - 2 * _END_BYTES
+def _pieces(path: Path) -> bytes:
+    """Pieces from between the ends."""
+    with PatientFile(path) as file:
+        between_bytes = file.size_bytes - 2 * _END_BYTES
         if between_bytes <= 0:
-            return  # the ends are all of it
-        with path.open("rb", buffering=0) as stream:
-            for piece in range(_PIECES):
-                stream.seek(_END_BYTES + between_bytes * piece // _PIECES)
-                digest.update(stream.read(_PIECE_BYTES))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+            return b""  # the ends are all of it
+        starts = (_END_BYTES + between_bytes * piece // _PIECES for piece in range(_PIECES))
+        return b"".join(file.read_at(start, min(_PIECE_BYTES, file.size_bytes - start)) for start in starts)

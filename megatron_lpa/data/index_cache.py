@@ -12,8 +12,10 @@ and where a file system has none, several processes make the same file, each und
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import os
 import socket
 import struct
@@ -22,11 +24,14 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, explained_write_errors
-from megatron_lpa.errors import UserError
+from megatron_lpa.data.storage.reading import exists, is_dir
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import LASTING, UnusableFile, open_regular, patiently
 
 FORMAT = 1  # of the file and of what it holds: another document order or another packing is another format
 Report = Callable[[str], None]
@@ -74,7 +79,8 @@ class IndexCache:
             make: makes it.
 
         Raises:
-            UserError: no folder can be written, the disk is full, or the wait for another process was too long.
+            UserError: no folder may be written.
+            TryAgain: the disk is full or does not answer, or the wait for another process was too long.
         """
         digest = hashlib.sha256(f"{FORMAT} {key}".encode()).digest()
         file_name = f"{name}-{digest.hex()[:16]}.index"
@@ -89,7 +95,7 @@ class IndexCache:
                     return self._read_or_make(path, digest, make)
             waited_s = time.monotonic() - started
             if waited_s >= self.timeout_s:
-                raise UserError(
+                raise TryAgain(
                     f"{path}: not there after {self.timeout_s:g} s, and another process, which holds the lock "
                     "beside it, is still making it; raise data.index_timeout_s if it only needs more time, else "
                     "end it, or set data.cache_dir to a folder of this machine"
@@ -106,7 +112,7 @@ class IndexCache:
         found = _read(path, digest)  # another process may have finished it between our look and our lock
         if found is not None:
             return found
-        if path.exists():
+        if exists(path):
             self.report(f"{path}: damaged, or not a sample index; it is made again")
         for leftover in path.parent.glob(f"{path.name}.*{PARTIAL_SUFFIX}"):
             _remove_if_abandoned(leftover)
@@ -114,7 +120,7 @@ class IndexCache:
         _write(path, digest, make())
         found = _read(path, digest)
         if found is None:
-            raise UserError(
+            raise TryAgain(
                 f"{path}: reads back other than it was written; check the disk, or set data.cache_dir to a "
                 "folder on another one"
             )
@@ -123,17 +129,21 @@ class IndexCache:
         return found
 
     def _folder_to_write(self) -> Path:
-        problems = []
+        problems, may_pass = [], False
         for folder in self.folders:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 problems.append(f"{folder} ({error.strerror})")
+                may_pass |= error.errno not in (*LASTING, errno.EEXIST, errno.EROFS)
                 continue
-            if os.access(folder, os.W_OK | os.X_OK):
+            except ValueError as error:  # a NUL character
+                problems.append(f"{str(folder)!r} ({error})")
+                continue
+            if is_dir(folder) and os.access(folder, os.W_OK | os.X_OK):
                 return folder
             problems.append(f"{folder} (not writable)")
-        raise UserError(
+        raise (TryAgain if may_pass else UserError)(
             f"no folder for the sample index: {', '.join(problems)}; set data.cache_dir to one that can be written"
         )
 
@@ -149,25 +159,35 @@ def default_folders(prefix: str) -> list[Path]:
 
 
 def _read(path: Path, digest: bytes) -> SampleIndex | None:
-    """The index at ``path``; None where there is none, or anything else."""
+    """The index at ``path``; None where there is none, it may not be read, or it is anything else.
+
+    Raises:
+        TryAgain: the disk does not give it.
+    """
     try:
-        with path.open("rb") as stream:
-            header = stream.read(_HEADER.size)
-            size_bytes = os.fstat(stream.fileno()).st_size
-            if len(header) < _HEADER.size:
-                return None
-            magic, version, checksum, found_digest, num_tokens, num_rows = _HEADER.unpack(header)
-            if (magic, version, found_digest) != (_MAGIC, FORMAT, digest):
-                return None
-            if size_bytes != _HEADER.size + 8 * num_rows:
-                return None
-            if num_rows:
-                mapped = np.memmap(stream, dtype="<u4", mode="r", offset=_HEADER.size, shape=(num_rows, 2))
-                starts = np.asarray(mapped)
-            else:
-                starts = np.empty((0, 2), dtype="<u4")
-    except OSError:
+        return patiently(lambda: _read_once(path, digest), path)
+    except (OSError, UnusableFile):
         return None
+    except TryAgain as error:
+        raise TryAgain(f"{error}; an index can be removed too, and is made again then") from error
+
+
+def _read_once(path: Path, digest: bytes) -> SampleIndex | None:
+    with io.BufferedReader(cast(io.RawIOBase, open_regular(path))) as stream:
+        header = stream.read(_HEADER.size)
+        size_bytes = os.fstat(stream.fileno()).st_size
+        if len(header) < _HEADER.size:
+            return None
+        magic, version, checksum, found_digest, num_tokens, num_rows = _HEADER.unpack(header)
+        if (magic, version, found_digest) != (_MAGIC, FORMAT, digest):
+            return None
+        if size_bytes != _HEADER.size + 8 * num_rows:
+            return None
+        if num_rows:
+            mapped = np.memmap(stream, dtype="<u4", mode="r", offset=_HEADER.size, shape=(num_rows, 2))
+            starts = np.asarray(mapped)
+        else:
+            starts = np.empty((0, 2), dtype="<u4")
     index = SampleIndex(starts, num_tokens)
     return index if _checksum(index, digest) == checksum else None
 
@@ -199,8 +219,7 @@ def _checksum(index: SampleIndex, digest: bytes) -> int:
 @contextlib.contextmanager
 def _claimed(path: Path) -> Iterator[bool]:
     """Whether this process may do the work that the lock file ``path`` stands for; the lock goes with it."""
-    with explained_write_errors(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = _open_lock(path)
     try:
         claimed = True
         try:
@@ -216,6 +235,15 @@ def _claimed(path: Path) -> Iterator[bool]:
                 path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    with explained_write_errors(path):
+        try:
+            return patiently(lambda: os.open(path, flags, 0o666), path)
+        except TryAgain as error:  # in the words for writing
+            raise error.__cause__ or error from None
 
 
 def _remove_if_abandoned(path: Path) -> None:

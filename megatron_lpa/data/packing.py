@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_lpa.data.document_order import MAX_DOCUMENTS, DocumentOrder
 from megatron_lpa.data.storage.indexed import HEADER, IndexedDataset, idx_path
+from megatron_lpa.data.storage.reading import PatientFile, from_disk
 from megatron_lpa.errors import UserError
 
 _BLOCK_DOCUMENTS = 1 << 17  # per step; its few arrays stay in a core's cache
@@ -40,6 +41,7 @@ def read_document_sizes(indexed: IndexedDataset) -> np.ndarray:
 
     Raises:
         UserError: a document, or the number of documents, is too large to shuffle.
+        TryAgain: the disk does not give the index.
     """
     check_document_count(indexed)
     sizes = np.empty(indexed.num_documents, dtype=np.int32)
@@ -50,7 +52,7 @@ def read_document_sizes(indexed: IndexedDataset) -> np.ndarray:
         stop = min(start + _READ_DOCUMENTS, len(sizes))
         if num_sequences == len(sizes) and _one_sequence_each(path, num_sequences, start, stop):
             # Read, not mapped: pages of a mapped table would count as this process's memory.
-            sizes[start:stop] = np.fromfile(path, "<i4", stop - start, offset=HEADER.size + 4 * start)
+            sizes[start:stop] = _read(path, "<i4", HEADER.size + 4 * start, stop - start)
             return
         block = indexed.document_sizes(start, stop)
         if block.max() > np.iinfo(np.int32).max:
@@ -198,8 +200,18 @@ class _RunningTotal:
 def _one_sequence_each(path: Path, num_sequences: int, start: int, stop: int) -> bool:
     """Whether documents ``start`` to ``stop`` are the sequences of these numbers."""
     offset = HEADER.size + 12 * num_sequences + 8 * start
-    indices = np.fromfile(path, "<i8", stop - start + 1, offset=offset)
+    indices = _read(path, "<i8", offset, stop - start + 1)
     return bool((indices == np.arange(start, stop + 1)).all())
+
+
+def _read(path: Path, dtype: str, offset: int, count: int) -> np.ndarray:
+    """``count`` numbers from byte ``offset`` on: ``(count,)`` of ``dtype``."""
+
+    def read() -> bytes:
+        with PatientFile(path) as file:
+            return file.read_at(offset, count * np.dtype(dtype).itemsize)
+
+    return np.frombuffer(from_disk(read, path), dtype)
 
 
 def _threads() -> int:

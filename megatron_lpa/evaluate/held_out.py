@@ -15,7 +15,7 @@ from megatron_lpa.data.samples import Samples
 from megatron_lpa.data.splits import Splits, open_splits
 from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
 from megatron_lpa.data.tokenizers.loading import load_tokenizer
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.evaluate.trained import CONFIG, TrainedRun, found_again
 
 _BLOCK_SAMPLES = 1024
@@ -95,6 +95,8 @@ def training_warnings(run: TrainedRun, prefix: str) -> list[str]:
 def _same_tokens(one: str, other: str) -> bool:
     try:
         return identity_of(one).same_as(identity_of(other))
+    except TryAgain:
+        raise
     except UserError:  # the run's data is no longer there
         return False
 

@@ -11,6 +11,7 @@ from megatron_lpa.data.samples import Samples
 from megatron_lpa.data.splits import Splits, open_splits
 from megatron_lpa.data.storage.indexed import bin_path
 from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
+from megatron_lpa.data.storage.reading import exists
 from megatron_lpa.data.tokenizers.loading import Tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.train.schedule import total_steps
@@ -21,6 +22,7 @@ def open_data(config: RunConfig) -> Splits:
 
     Raises:
         UserError: missing or damaged data, data of another tokenizer, or fewer tokens than ``train.tokens``.
+        TryAgain: the disk does not give a file.
     """
     # First, because it takes no time; a sample index can take minutes.
     notes = _check_manifests(_prefixes(config.data), config.model.vocab_size)
@@ -71,7 +73,7 @@ def _check_manifests(prefixes: Sequence[str], vocab_size: int) -> list[str]:
     for prefix in prefixes:
         manifest = read_manifest(prefix)
         if manifest is None:
-            if not bin_path(prefix).exists():
+            if not exists(bin_path(prefix)):
                 continue  # no such data: opening it says so
             notes.append(
                 f"{prefix} has no manifest ({manifest_path(prefix).name}), so which tokenizer made it is not known: "

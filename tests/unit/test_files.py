@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,10 @@ def test_a_read_that_fails_inside_is_tried_again_from_the_beginning(
 
 def test_a_pipe_is_not_waited_for_and_a_device_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(tmp_path / "socket"))
     for path, what in (
+        (tmp_path / "socket", "a socket"),
         (tmp_path / "pipe", "a named pipe"),
         (Path("/dev/zero"), "a device"),
         (tmp_path, "a folder"),
@@ -157,6 +162,18 @@ def test_what_is_no_json_is_said_in_one_short_line(tmp_path: Path, content: byte
 def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
     with pytest.raises(UnusableFile, match="NUL"):
         read_bytes(f"{tmp_path}/a\0b")
+    with pytest.raises(UnusableFile, match="surrogate"):
+        read_bytes(f"{tmp_path}/\ud800")
+
+
+def test_a_high_limit_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 10)
+    tracemalloc.start()
+    try:
+        read_bytes(tmp_path / "a", 1 << 40)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("link", ["symbolic", "hard"])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
-from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
-from megatron_lpa.errors import UserError
+from megatron_lpa.data.storage.reading import exists
+from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer, local_path
+from megatron_lpa.errors import TryAgain, UserError
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,12 @@ def _recorded(manifest: Manifest | None) -> tuple[Tokenizer | None, str]:
     if manifest is None:
         return None, "no manifest, which would name the tokenizer; give --tokenizer to see the text"
     name = manifest.tokenizer.name
-    if not Path(name).expanduser().exists():
-        return None, f"the tokenizer {name} is not here; give --tokenizer to see the text"
     try:
+        if not exists(local_path(name)):
+            return None, f"the tokenizer {name} is not here; give --tokenizer to see the text"
         tokenizer = load_tokenizer(name)
+    except TryAgain:
+        raise
     except UserError as error:
         return None, f"the tokenizer cannot be read ({error}); give --tokenizer to see the text"
     if tokenizer.fingerprint != manifest.tokenizer.fingerprint:

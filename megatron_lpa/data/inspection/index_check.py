@@ -10,6 +10,8 @@ import numpy as np
 
 from megatron_lpa.data.inspection.problems import ProblemLog
 from megatron_lpa.data.storage.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, bin_path, idx_path
+from megatron_lpa.data.storage.reading import PatientFile, from_disk
+from megatron_lpa.data.storage.token_reader import TokenReader
 
 _BLOCK = 1 << 20  # index entries per step
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
@@ -50,10 +52,10 @@ def check_index(prefix: str, log: ProblemLog, expected_bin_bytes: int | None = N
     Returns:
         the dtype of the tokens, ``None`` where the header does not tell.
     """
-    path, bin_bytes = idx_path(prefix), bin_path(prefix).stat().st_size
-    actual_bytes = path.stat().st_size
-    with path.open("rb") as stream:
-        header = stream.read(HEADER.size)
+    path, bin_bytes = idx_path(prefix), from_disk(bin_path(prefix).stat, bin_path(prefix)).st_size
+    with PatientFile(path) as file:
+        actual_bytes = file.size_bytes
+        header = file.read_at(0, min(HEADER.size, actual_bytes))
     if len(header) < HEADER.size:
         log.add("header", path, f"cut short inside its header ({actual_bytes} bytes)", 0, actual_bytes)
         return None
@@ -79,7 +81,7 @@ def check_index(prefix: str, log: ProblemLog, expected_bin_bytes: int | None = N
         return dtype
     if dtype is None:
         return None
-    raw = np.memmap(path, dtype=np.uint8, mode="r")
+    raw = TokenReader(path, np.dtype(np.uint8)).mapped()
     sizes_end, pointers_end = HEADER.size + 4 * num_sequences, HEADER.size + 12 * num_sequences
     index = _Index(
         path,

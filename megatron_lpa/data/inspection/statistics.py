@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
 from megatron_lpa.data.storage.manifest import Manifest, read_manifest
+from megatron_lpa.data.storage.reading import from_disk
 
 _BLOCK = 1 << 20  # documents in memory at a time
 # Documents up to this length are counted by length, longer ones are listed: both stay small, and exact.
@@ -137,8 +138,8 @@ def summarize(prefix: str) -> Summary:
         sequences=dataset.num_sequences,
         tokens=dataset.num_tokens,
         dtype=dataset.dtype.name,
-        bin_bytes=bin_path(prefix).stat().st_size,
-        idx_bytes=idx_path(prefix).stat().st_size,
+        bin_bytes=from_disk(bin_path(prefix).stat, prefix).st_size,
+        idx_bytes=from_disk(idx_path(prefix).stat, prefix).st_size,
         lengths=counter.statistics(),
         subsets=_subsets(manifest) if manifest else [],
         sources=_sources(dataset, manifest) if manifest else [],

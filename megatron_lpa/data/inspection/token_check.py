@@ -12,7 +12,7 @@ from megatron_lpa.data.inspection.problems import ProblemLog
 from megatron_lpa.data.storage.block_check import BlockComparison
 from megatron_lpa.data.storage.byte_progress import ByteProgress
 from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path
-from megatron_lpa.errors import UserError
+from megatron_lpa.data.storage.reading import blocks_of, from_disk
 
 _READ_BYTES = 1 << 22  # a multiple of every item size
 _DOCUMENTS = 1 << 13  # ends of documents looked up at a time
@@ -53,30 +53,26 @@ def check_tokens(
 
     Raises:
         UserError: the file cannot be read.
+        TryAgain: the disk does not give it.
     """
     path = bin_path(prefix)
-    size_bytes = path.stat().st_size
+    size_bytes = from_disk(path.stat, path).st_size
     comparison = (
         BlockComparison(expected.digests, expected.block_bytes) if expected.digests is not None else None
     )
     ends = _Ends(dataset, expected.eod_id) if dataset is not None and expected.eod_id is not None else None
     progress = ByteProgress(f"reading {path}", size_bytes)
     first_token = 0
-    try:
-        # Buffered, so that a read is shorter than asked for only at the end of the file: no token is torn.
-        with path.open("rb") as stream:
-            while data := stream.read(_READ_BYTES):
-                for block in comparison.update(data) if comparison else ():
-                    log_block(log, path, block, expected.block_bytes, size_bytes)
-                tokens = np.frombuffer(data, dtype=dtype, count=len(data) // dtype.itemsize)
-                if len(tokens):
-                    _check_range(tokens, first_token, path, dataset, expected.vocab_size, log)
-                    if ends is not None:
-                        ends.check(tokens, first_token, path, log)
-                first_token += len(tokens)
-                progress.add(len(data))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    for data in blocks_of(path, _READ_BYTES):
+        for block in comparison.update(data) if comparison else ():
+            log_block(log, path, block, expected.block_bytes, size_bytes)
+        tokens = np.frombuffer(data, dtype=dtype, count=len(data) // dtype.itemsize)
+        if len(tokens):
+            _check_range(tokens, first_token, path, dataset, expected.vocab_size, log)
+            if ends is not None:
+                ends.check(tokens, first_token, path, log)
+        first_token += len(tokens)
+        progress.add(len(data))
     for block in comparison.finish() if comparison else ():
         log_block(log, path, block, expected.block_bytes, size_bytes)
 

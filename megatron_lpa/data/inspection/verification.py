@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from megatron_lpa.data.inspection.token_check import TokenExpectations, check_to
 from megatron_lpa.data.storage.block_check import check_checksums, wrong_blocks
 from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
 from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
-from megatron_lpa.errors import UserError
+from megatron_lpa.data.storage.reading import exists, from_disk, status, unreadable
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import kind_of
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,20 @@ def verify(prefix: str) -> Verification:
 
     Raises:
         UserError: there is no such dataset, or a file cannot be read.
+        TryAgain: the disk does not give a file, which says nothing about the dataset.
     """
     log, unchecked = ProblemLog(), list[str]()
     paths = (idx_path(prefix), bin_path(prefix))
-    if not any(path.exists() for path in paths):
+    if not any(exists(path) for path in paths):
         IndexedDataset(prefix)  # it says which mistake that probably is
     manifest = _read_manifest(prefix, log)
-    missing = [path for path in paths if not path.is_file()]
-    for path in missing:
-        log.add("missing", path, "no such file")
+    missing = []
+    for path in paths:
+        found = status(path)
+        if found is None or not stat.S_ISREG(found.st_mode):
+            missing.append(path)
+            what = "no such file" if found is None else f"{kind_of(found.st_mode)}, not a regular file"
+            log.add("missing", path, what)
     if missing:
         unchecked.append(f"the rest, without {missing[0].name}")
         return Verification(log.problems, log.unlisted(), unchecked)
@@ -56,9 +64,7 @@ def verify(prefix: str) -> Verification:
     try:
         _verify_files(prefix, manifest, log, unchecked)
     except OSError as error:
-        raise UserError(
-            f"{error.filename or prefix}: cannot be read ({error.strerror or error}); check its permissions"
-        ) from error
+        raise unreadable(prefix, error) from error
     return Verification(log.problems, log.unlisted(), unchecked)
 
 
@@ -71,6 +77,8 @@ def _read_manifest(prefix: str, log: ProblemLog) -> Manifest | None:
         check_checksums(prefix, manifest)
         if manifest.dtype not in ("uint16", "int32"):
             raise UserError(f"{path}: a damaged manifest (dtype is {manifest.dtype!r})")
+    except TryAgain:
+        raise
     except UserError as error:
         log.add("manifest", path, str(error).removeprefix(f"{path}: "))
         return None
@@ -84,7 +92,7 @@ def _verify_files(prefix: str, manifest: Manifest | None, log: ProblemLog, unche
     if manifest is not None:
         checksums = manifest.checksums
         for block in wrong_blocks(path, checksums.idx, checksums.block_bytes):
-            log_block(log, path, block, checksums.block_bytes, path.stat().st_size)
+            log_block(log, path, block, checksums.block_bytes, from_disk(path.stat, path).st_size)
     dataset = _open(prefix, log)
     if manifest is not None:
         _check_counts(prefix, manifest, dataset, log)
@@ -114,6 +122,8 @@ def _open(prefix: str, log: ProblemLog) -> IndexedDataset | None:
         return None
     try:
         return IndexedDataset(prefix)
+    except TryAgain:
+        raise
     except UserError as error:
         log.add("header", Path(idx_path(prefix)), str(error))
         return None
@@ -121,7 +131,7 @@ def _open(prefix: str, log: ProblemLog) -> IndexedDataset | None:
 
 def _check_counts(prefix: str, manifest: Manifest, dataset: IndexedDataset | None, log: ProblemLog) -> None:
     path, item = bin_path(prefix), np.dtype(manifest.dtype).itemsize
-    actual_bytes = path.stat().st_size
+    actual_bytes = from_disk(path.stat, path).st_size
     if actual_bytes != manifest.tokens * item and not log.counts.get("length"):
         log.add(
             "length",

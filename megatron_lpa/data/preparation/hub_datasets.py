@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa.data.preparation.sources import Source
+from megatron_lpa.data.storage.reading import exists, from_disk
 from megatron_lpa.errors import UserError
 
 
@@ -25,18 +26,23 @@ def dataset_source(name: str, config: str | None, split: str) -> Source:
 def _revision(name: str) -> str | None:
     """What tells one state of the dataset from another; ``None`` where the hub cannot be asked."""
     folder = Path(name)
-    if folder.exists():
-        digest = hashlib.sha256()
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            status = path.stat()
-            digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+    if exists(folder):
+        return from_disk(lambda: _state_of(folder), folder)
     import huggingface_hub
 
     try:
         return huggingface_hub.HfApi().dataset_info(name, timeout=10).sha
     except Exception:  # the client raises errors of many libraries; reading will say what is wrong
         return None
+
+
+def _state_of(folder: Path) -> str:
+    """A hash over the names, sizes and dates of a folder's files. One attempt."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        status = path.stat()
+        digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def record_batches(source: Source, columns: tuple[str, ...], rows: int) -> Iterator[Any]:
@@ -65,7 +71,7 @@ def record_batches(source: Source, columns: tuple[str, ...], rows: int) -> Itera
 
 
 def _open(datasets: Any, source: Source) -> Any:
-    if (Path(source.name) / "dataset_dict.json").is_file() or (Path(source.name) / "state.json").is_file():
+    if any(exists(Path(source.name) / saved) for saved in ("dataset_dict.json", "state.json")):
         saved = datasets.load_from_disk(source.name)
         if isinstance(saved, datasets.DatasetDict):
             if source.split not in saved:
@@ -79,7 +85,7 @@ def _open(datasets: Any, source: Source) -> Any:
                 f"{source.name}: holds the split {saved.split}, not {source.split!r}; choose with --dataset-split"
             )
         return saved
-    revision = None if Path(source.name).exists() else source.revision
+    revision = None if exists(source.name) else source.revision
     return datasets.load_dataset(
         source.name, source.config, split=source.split, streaming=True, revision=revision
     )

@@ -18,9 +18,12 @@ from typing import Any
 from megatron_lpa.data.preparation.encode import Counts, Position
 from megatron_lpa.data.storage.indexed_writer import WriterPosition
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, PartialFile
+from megatron_lpa.data.storage.reading import unreadable
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import read_bytes
 
 _FORMAT = 2
+_MOST_BYTES = 1 << 34  # weeks of lines with thousands of subsets each
 _RESTART = "pass --restart to discard the unfinished work, or choose another --output-prefix"
 
 
@@ -155,11 +158,11 @@ def ledger_path(output_prefix: str) -> Path:
 def _whole_lines(path: Path) -> list[bytes]:
     """The lines that are complete; a kill can only have cut off the last."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, _MOST_BYTES)
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise unreadable(path, error) from error
     lines = data.splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()

@@ -23,6 +23,7 @@ from megatron_lpa.data.storage.indexed import HEADER, bin_path, check_output_pre
 from megatron_lpa.data.storage.indexed_writer import publish_dataset, write_index
 from megatron_lpa.data.storage.manifest import Checksums, Manifest, SubsetCount, manifest_path, write_manifest
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, PartialFile, explained_write_errors
+from megatron_lpa.data.storage.reading import blocks_of, exists, status
 from megatron_lpa.errors import UserError
 
 _COPY_BYTES = 1 << 22
@@ -87,7 +88,7 @@ def merge(
 
 def _check_output(prefix: str, overwrite: bool) -> None:
     for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)):
-        if path.exists() and not overwrite:
+        if exists(path) and not overwrite:
             raise UserError(f"{path}: exists; choose another --output-prefix or pass --overwrite")
 
 
@@ -96,15 +97,15 @@ def _check_room(prefix: str, parts: Sequence[MergeInput]) -> None:
     sequences, documents = sum(part.sequences for part in parts), sum(part.documents for part in parts)
     needed_bytes = tokens_bytes + HEADER.size + 12 * sequences + 8 * (documents + 1)
     folder = bin_path(prefix).absolute().parent
-    while not folder.exists():
+    while not exists(folder):
         folder = folder.parent
     with explained_write_errors(folder):
-        status = os.statvfs(folder)
-    free_bytes = status.f_bavail * status.f_frsize
+        disk = os.statvfs(folder)
+    free_bytes = disk.f_bavail * disk.f_frsize
     for path in (bin_path(prefix), idx_path(prefix)):  # leftovers of a killed merge, which are written over
-        leftover = path.with_name(path.name + PARTIAL_SUFFIX)
-        if leftover.exists():
-            free_bytes += leftover.stat().st_blocks * 512
+        leftover = status(path.with_name(path.name + PARTIAL_SUFFIX))
+        if leftover is not None:
+            free_bytes += leftover.st_blocks * 512
     if free_bytes < needed_bytes:
         raise UserError(
             f"{prefix}: needs {needed_bytes} bytes, but {folder} has only {free_bytes} free; "
@@ -149,19 +150,13 @@ def _copy_tokens(
     block_bytes = manifest.checksums.block_bytes if manifest else 1
     comparison = BlockComparison(manifest.checksums.bin, block_bytes) if manifest else None
     copied_bytes = 0
-    try:
-        with path.open("rb", buffering=0) as stream:
-            buffer = memoryview(bytearray(_COPY_BYTES))
-            while count := stream.readinto(buffer):
-                data = buffer[:count]
-                for block in comparison.update(data) if comparison else ():
-                    raise damaged(path, block, block_bytes, size_bytes)
-                file.write(data)
-                hasher.update(data)
-                copied_bytes += count
-                progress.add(count)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    for data in blocks_of(path, _COPY_BYTES):
+        for block in comparison.update(data) if comparison else ():
+            raise damaged(path, block, block_bytes, size_bytes)
+        file.write(data)
+        hasher.update(data)
+        copied_bytes += len(data)
+        progress.add(len(data))
     for block in comparison.finish() if comparison else ():
         raise damaged(path, block, block_bytes, size_bytes)
     if copied_bytes != size_bytes:

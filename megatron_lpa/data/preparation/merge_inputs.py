@@ -15,6 +15,7 @@ from megatron_lpa.data.storage.block_check import check_checksums, wrong_blocks
 from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
 from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX
+from megatron_lpa.data.storage.reading import exists, from_disk
 from megatron_lpa.errors import UserError
 
 _ENDINGS = (".idx", ".bin", ".json")
@@ -89,9 +90,9 @@ def _resolved(names: Sequence[str], output_prefix: str) -> list[str]:
 
 
 def _expand(name: str, output_prefix: str) -> list[str]:
-    if idx_path(name).is_file() or bin_path(name).is_file():
+    if exists(idx_path(name)) or exists(bin_path(name)):
         return [name]
-    if not any(character in name for character in "*?[") or Path(name).is_file():
+    if not any(character in name for character in "*?[") or exists(name):
         return [_without_ending(name)]  # a missing one is refused when it is opened
     found = [path for path in glob.glob(name, recursive=True) if path.endswith(_ENDINGS)]
     found += glob.glob(f"{name}.idx", recursive=True)
@@ -100,7 +101,7 @@ def _expand(name: str, output_prefix: str) -> list[str]:
     partial_ending = f".bin{PARTIAL_SUFFIX}"
     for path in sorted(glob.glob(f"{_without_ending(name)}{partial_ending}", recursive=True)):
         prefix = path[: -len(partial_ending)]
-        if not idx_path(prefix).is_file() and Path(prefix).resolve() != Path(output_prefix).resolve():
+        if not exists(idx_path(prefix)) and Path(prefix).resolve() != Path(output_prefix).resolve():
             raise UserError(
                 f"{path}: matches {name}, but is unfinished; let its tool finish, run it again, "
                 "or remove the file"
@@ -140,7 +141,7 @@ def read_input(prefix: str, verify: bool) -> MergeInput:
         if verify:
             checksums, path = manifest.checksums, idx_path(prefix)
             for block in wrong_blocks(path, checksums.idx, checksums.block_bytes):
-                raise damaged(path, block, checksums.block_bytes, path.stat().st_size)
+                raise damaged(path, block, checksums.block_bytes, from_disk(path.stat, path).st_size)
     return MergeInput(
         prefix, dataset.dtype, dataset.num_documents, dataset.num_sequences, dataset.num_tokens, manifest
     )

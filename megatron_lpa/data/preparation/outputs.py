@@ -18,6 +18,7 @@ from megatron_lpa.data.storage.indexed import bin_path, idx_path
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter, WriterPosition, sizes_path
 from megatron_lpa.data.storage.manifest import Checksums, manifest_path
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, PartialFile, explained_write_errors
+from megatron_lpa.data.storage.reading import exists, status
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import fsync_folder
 
@@ -71,7 +72,7 @@ class Outputs:
             writer = IndexedDatasetWriter(prefix, self._dtype, position)
             writer.open()
             self._writers.append(writer)
-        published = state.all_read and state.rejected and not _partial(self._reject_path).exists()
+        published = state.all_read and state.rejected and not exists(_partial(self._reject_path))
         if not published:
             self._rejects = PartialFile(self._reject_path, state.rejected_bytes)
 
@@ -159,11 +160,12 @@ class Outputs:
         Where it was killed after the first of the two names, that one is taken back.
         """
         unfinished, finished = _partial(bin_path(prefix)), bin_path(prefix)
-        if unfinished.exists():
+        if exists(unfinished):
             return False
-        if idx_path(prefix).exists():
+        if exists(idx_path(prefix)):
             return True
-        if not finished.exists() or finished.stat().st_size != position.tokens * self._dtype.itemsize:
+        found = status(finished)
+        if found is None or found.st_size != position.tokens * self._dtype.itemsize:
             raise UserError(
                 f"{unfinished}: gone, although the run that wrote it was not complete; start again with --restart"
             )

@@ -43,7 +43,7 @@ from megatron_lpa.data.storage.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_lpa.data.storage.partial_file import explained_write_errors
+from megatron_lpa.data.storage.reading import exists
 from megatron_lpa.data.tokenizers.fast import WrongIdsError
 from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
 from megatron_lpa.errors import UserError
@@ -275,12 +275,12 @@ def _complete_shard(
     config: PreprocessConfig, prefixes: list[str], job: dict[str, Any]
 ) -> dict[str, Manifest] | None:
     """The manifests of a shard that an earlier call completed; ``None`` where there is something to do."""
-    if ledger_path(config.prefix).exists():
+    if exists(ledger_path(config.prefix)):
         return None
     manifests = {}
     for prefix in prefixes:
         manifest = read_manifest(prefix)
-        if manifest is None or not (bin_path(prefix).exists() and idx_path(prefix).exists()):
+        if manifest is None or not (exists(bin_path(prefix)) and exists(idx_path(prefix))):
             return None
         if manifest.job != _digest(job):
             return None  # and the usual refusal to overwrite follows
@@ -335,9 +335,7 @@ def missing_subsets(config: PreprocessConfig, manifests: dict[str, Manifest]) ->
 def _check_outputs(prefixes: list[str], overwrite: bool) -> None:
     for prefix in prefixes:
         for path in (bin_path(prefix), idx_path(prefix), manifest_path(prefix)):
-            with explained_write_errors(path):  # a key can make a name too long
-                exists = path.exists()
-            if exists and not overwrite:
+            if exists(path) and not overwrite:
                 raise UserError(f"{path}: exists; choose another --output-prefix or pass --overwrite")
 
 

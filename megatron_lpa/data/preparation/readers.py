@@ -18,6 +18,7 @@ from typing import IO, Any, Literal
 import zstandard
 
 from megatron_lpa.data.preparation.sources import Source
+from megatron_lpa.data.storage.reading import stream_of, unreadable
 from megatron_lpa.errors import UserError
 
 CHUNK_BYTES = 1 << 20
@@ -60,6 +61,7 @@ class SourceReader:
 
     Raises:
         UserError: while iterating: the source cannot be read, is damaged or cut short, or lacks a column.
+        TryAgain: while iterating: the disk does not give it.
     """
 
     def __init__(self, source: Source, columns: tuple[str, ...], skip_records: int = 0) -> None:
@@ -87,7 +89,7 @@ class SourceReader:
         except (zlib.error, zstandard.ZstdError) as error:
             raise UserError(f"{name}: the compressed file is damaged ({error}); download it again") from error
         except OSError as error:
-            raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
+            raise unreadable(name, error) from error
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[IO[bytes]]:
@@ -96,7 +98,7 @@ class SourceReader:
         Raises:
             UserError: it changed.
         """
-        with self.source.path.open("rb") as stream:
+        with stream_of(self.source.path) as stream:
             self._check_unchanged(stream)
             yield stream
             self._check_unchanged(stream)

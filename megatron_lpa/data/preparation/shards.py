@@ -11,6 +11,7 @@ from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig, ou
 from megatron_lpa.data.storage.indexed import IndexedDataset, idx_path
 from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
 from megatron_lpa.data.storage.partial_file import PartialFile, WrittenElsewhere
+from megatron_lpa.data.storage.reading import exists
 from megatron_lpa.errors import UserError
 
 
@@ -54,7 +55,7 @@ def _merged(config: PreprocessConfig, key: str, shards: list[PreprocessConfig]) 
     tokens = sum(manifest.tokens for manifest in manifests)
     sources = [source for manifest in manifests for source in manifest.sources]
     overwrite = config.overwrite
-    if idx_path(prefix).exists():
+    if exists(idx_path(prefix)):
         done = read_manifest(prefix)
         if done is not None and (done.tokens, done.sources) == (tokens, sources):
             return done
@@ -76,6 +77,6 @@ def _check_same_job(parts: list[str], manifests: list[Manifest]) -> None:
 
 
 def _complete(shard: PreprocessConfig) -> bool:
-    return not ledger_path(shard.prefix).exists() and all(
-        manifest_path(output_prefix(shard.prefix, key)).exists() for key in shard.json_keys
+    return not exists(ledger_path(shard.prefix)) and all(
+        exists(manifest_path(output_prefix(shard.prefix, key))) for key in shard.json_keys
     )

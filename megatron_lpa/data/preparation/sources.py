@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
+from megatron_lpa.data.storage.reading import exists, from_disk, is_dir, is_file, status
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import kind_of
 
 LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 SUFFIXES = (*LINES, ".parquet", ".txt")
@@ -65,18 +69,23 @@ def resolve_inputs(inputs: Sequence[str]) -> list[Path]:
         if not name.strip():
             raise UserError(f"an input is {name!r}, an empty name; give a file, a folder or a pattern")
         path = Path(name)
-        if _is_dir(path):
-            if any((path / saved).is_file() for saved in ("dataset_dict.json", "state.json")):
+        if is_dir(path):
+            if any(exists(path / saved) for saved in ("dataset_dict.json", "state.json")):
                 raise UserError(
                     f"{name}: a folder that datasets' save_to_disk wrote; give it as --dataset {name}"
                 )
-            found = sorted(_texts_of_folder(path))
+            found = from_disk(partial(_sorted_texts, path), path)
             if not found:
                 raise UserError(f"{name}: no text in this folder; known endings: {', '.join(SUFFIXES)}")
-        elif path.is_file():
+        elif (there := status(path)) is not None:
+            if not stat.S_ISREG(there.st_mode):
+                raise UserError(
+                    f"{name}: {kind_of(there.st_mode)}, not a regular file; write the text to a file, as a run that "
+                    "was killed reads it again"
+                )
             found = [path]
         else:
-            found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
+            found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if is_file(p))
             if not found:
                 raise UserError(
                     f"{name}: no such file, and no file matches it; check the path or the pattern"
@@ -88,10 +97,10 @@ def resolve_inputs(inputs: Sequence[str]) -> list[Path]:
             raise UserError(f"{file}: unknown ending; known: {', '.join(SUFFIXES)}")
         if not _is_utf8(str(file)):
             raise UserError(f"{str(file)!r}: a name that is not UTF-8, which no record could keep; rename it")
-        status = file.stat()
-        if (status.st_dev, status.st_ino) in seen:
+        found_file = from_disk(file.stat, file)
+        if (found_file.st_dev, found_file.st_ino) in seen:
             raise UserError(f"{file}: named twice, so its text would be there twice; name it once")
-        seen.add((status.st_dev, status.st_ino))
+        seen.add((found_file.st_dev, found_file.st_ino))
     return files
 
 
@@ -103,11 +112,8 @@ def file_sources(inputs: Sequence[str]) -> list[Source]:
     """
     sources = []
     for path in resolve_inputs(inputs):
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-        sources.append(Source(str(path), _kind(path), status.st_size, status.st_mtime_ns))
+        found = from_disk(path.stat, path)
+        sources.append(Source(str(path), _kind(path), found.st_size, found.st_mtime_ns))
     return sources
 
 
@@ -139,13 +145,6 @@ def _ends_as_text(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
 
 
-def _is_dir(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError as error:  # a name that is too long, or a folder above it that is closed to us
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-
-
 def _is_utf8(name: str) -> bool:
     try:
         name.encode()
@@ -154,11 +153,20 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
+def _sorted_texts(folder: Path) -> list[Path]:
+    return sorted(_texts_of_folder(folder))
+
+
 def _texts_of_folder(folder: Path) -> Iterator[Path]:
-    """The files of text in a folder and those inside it. ``Path.rglob`` would pass over links and closed folders."""
+    """The files of text in a folder and those inside it. ``Path.rglob`` would pass over links and closed folders.
+
+    Raises:
+        UserError: a file or link is not to be read.
+        OSError: a folder cannot be read.
+    """
 
     def refuse(error: OSError) -> NoReturn:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror or error})") from error
+        raise error
 
     visited: set[Path] = set()  # links can lead in a circle
     passed_over: list[Path] = []
@@ -179,9 +187,9 @@ def _texts_of_folder(folder: Path) -> Iterator[Path]:
                 if not path.name.startswith(".") and not _ends_as_text(path):
                     passed_over.append(path)
                 continue
-            if path.is_symlink() and not path.exists():
+            if path.is_symlink() and not exists(path):
                 raise UserError(f"{path}: a link that leads nowhere; mend or remove it")
-            if path.is_file():
+            if is_file(path):
                 yield path
     if passed_over:
         print(
@@ -196,4 +204,4 @@ def _is_text_of_folder(path: Path) -> bool:
         return False
     if path.name in _TOKENIZER_FILES or path.name.endswith(".rejected.jsonl"):
         return False
-    return not (path.suffix == ".json" and path.with_suffix(".idx").exists())  # a dataset's manifest
+    return not (path.suffix == ".json" and exists(path.with_suffix(".idx")))  # a dataset's manifest

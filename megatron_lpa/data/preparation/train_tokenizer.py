@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_lpa.data.preparation.records import read_texts
 from megatron_lpa.data.storage.partial_file import explained_write_errors
+from megatron_lpa.data.storage.reading import exists, from_disk, is_dir
 from megatron_lpa.errors import UserError
 
 EOD_TOKEN = "<|endoftext|>"
@@ -49,7 +50,7 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: str, json_ke
             f"--vocab-size is {vocab_size}; give {MIN_VOCAB_SIZE} or more, for all bytes and {EOD_TOKEN}"
         )
     folder = Path(output)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if exists(folder) and not (is_dir(folder) and not from_disk(lambda: os.listdir(folder), folder)):
         raise UserError(f"{folder}: exists and is not an empty folder; choose another --output")
 
     tokenizer = tokenizers.Tokenizer(models.BPE())

@@ -47,6 +47,7 @@ def wrong_blocks(path: Path, expected: Sequence[str], block_bytes: int) -> list[
 
     Raises:
         UserError: the file cannot be read.
+        TryAgain: the disk does not give it.
     """
     found = list(block_digests(path, block_bytes))
     blocks = max(len(found), len(expected))

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_lpa.errors import UserError
+from megatron_lpa.data.storage.reading import stream_of, unreadable
 
 BLOCK_BYTES = 1 << 26
 _READ_BYTES = 1 << 22
@@ -51,9 +51,10 @@ def block_digests(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
 
     Raises:
         UserError: the file cannot be read.
+        TryAgain: the disk does not give it.
     """
     try:
-        with path.open("rb") as stream:
+        with stream_of(path) as stream:
             while True:
                 block, left_bytes, empty = hashlib.sha256(), block_bytes, True
                 while left_bytes and (data := stream.read(min(_READ_BYTES, left_bytes))):
@@ -64,4 +65,4 @@ def block_digests(path: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[str]:
                     return
                 yield block.hexdigest()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise unreadable(path, error) from error

@@ -18,16 +18,21 @@ document indices      int64 [..]   first sequence of each document, then N
 
 from __future__ import annotations
 
+import io
 import mmap
+import os
 import struct
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX
+from megatron_lpa.data.storage.reading import exists, unreadable
 from megatron_lpa.data.storage.token_reader import TokenReader
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import open_regular, patiently
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -65,6 +70,7 @@ class IndexedDataset:
 
     Raises:
         UserError: a file is missing, damaged, empty, or of a kind that training cannot use.
+        TryAgain: the disk does not give a file.
     """
 
     def __init__(self, prefix: str | Path, check: bool = True) -> None:
@@ -73,17 +79,13 @@ class IndexedDataset:
         try:
             self._open(check)
         except OSError as error:
-            raise UserError(
-                f"{self.prefix}: cannot be read ({error.strerror or error}); check the path and its permissions"
-            ) from error
+            raise unreadable(self.prefix, error) from error
 
     def _open(self, check: bool) -> None:
         for path in (self._idx_path, self._bin_path):
-            if not path.is_file():
+            if not exists(path):
                 raise UserError(_missing(self.prefix, path))
-        self.dtype, num_sequences, num_indices = self._read_header()
-        with self._idx_path.open("rb") as stream:
-            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self.dtype, num_sequences, num_indices = patiently(self._map_index, self._idx_path)
         raw = np.frombuffer(self._map, dtype=np.uint8)
         start = HEADER.size
         sizes_end, pointers_end = start + 4 * num_sequences, start + 12 * num_sequences
@@ -92,13 +94,14 @@ class IndexedDataset:
         self._document_indices = np.asarray(raw[pointers_end:]).view("<i8")
         self.num_sequences: int = num_sequences
         self.num_documents: int = num_indices - 1
+        self._reader = TokenReader(self._bin_path, self.dtype)
         if check:
             end_bytes = self._check_sequences()
             self._check_documents()
         else:
             end_bytes = int(self._pointers[-1]) + int(self._sizes[-1]) * self.dtype.itemsize
         self.num_tokens: int = end_bytes // self.dtype.itemsize
-        bin_bytes, expected_bytes = self._bin_path.stat().st_size, self.num_tokens * self.dtype.itemsize
+        bin_bytes, expected_bytes = self._reader.size_bytes, self.num_tokens * self.dtype.itemsize
         if bin_bytes != expected_bytes:
             raise UserError(
                 f"{self._bin_path}: {bin_bytes} bytes, but {self._idx_path.name} describes {expected_bytes}; "
@@ -106,13 +109,17 @@ class IndexedDataset:
             )
         if self.num_tokens == 0:
             raise UserError(f"{self._bin_path}: holds no tokens; check the input text and {_REBUILD}")
-        self._tokens = np.asarray(np.memmap(self._bin_path, dtype=self.dtype, mode="r"))
-        self._reader = TokenReader(self._bin_path, self.dtype, self.num_tokens)
 
-    def _read_header(self) -> tuple[np.dtype[Any], int, int]:
-        path, actual_bytes = self._idx_path, self._idx_path.stat().st_size
-        with path.open("rb") as stream:
-            header = stream.read(HEADER.size)
+    def _map_index(self) -> tuple[np.dtype[Any], int, int]:
+        """Maps the index once its header fits its size; dtype, sequences and document indices. One attempt."""
+        with io.BufferedReader(cast(io.RawIOBase, open_regular(self._idx_path))) as stream:
+            actual_bytes = os.fstat(stream.fileno()).st_size
+            described = self._read_header(stream.read(HEADER.size), actual_bytes)
+            self._map = mmap.mmap(stream.fileno(), actual_bytes, access=mmap.ACCESS_READ)
+        return described
+
+    def _read_header(self, header: bytes, actual_bytes: int) -> tuple[np.dtype[Any], int, int]:
+        path = self._idx_path
         if not header.startswith(MAGIC):
             raise UserError(f"{path}: not a Megatron index (it should begin with MMIDIDX); {_REBUILD}")
         if len(header) < HEADER.size:
@@ -226,6 +233,10 @@ class IndexedDataset:
             raise IndexError(f"document {document} of {self.num_documents} in {self.prefix}")
         return self._tokens[self.document_offset(document) : self.document_offset(document + 1)]
 
+    @cached_property
+    def _tokens(self) -> np.ndarray:
+        return self._reader.mapped()
+
     def sequence_sizes(self, start: int, stop: int) -> np.ndarray:
         """Tokens of sequences ``start`` to ``stop``: a read-only int32 ``(stop - start,)`` view of the index."""
         if not 0 <= start <= stop <= self.num_sequences:
@@ -245,7 +256,8 @@ class IndexedDataset:
         """Token ids ``start`` to ``stop`` of the whole file: a read-only ``(stop - start,)`` copy.
 
         Raises:
-            OSError: the disk does not give them after several attempts, or the file has become shorter.
+            TryAgain: the disk does not give them after several attempts, or the file has become shorter.
+            OSError: they may not be read.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start}:{stop} of {self.num_tokens} in {self.prefix}")
@@ -264,16 +276,16 @@ def check_output_prefix(prefix: str, option: str) -> None:
             f"{option} is {prefix!r}, which lacks the beginning of a file name; give for example data/corpus"
         )
     try:
-        idx_path(prefix).exists()
-    except OSError as error:
-        raise UserError(
-            f"{option} is {prefix!r}, which cannot be used ({error.strerror or error})"
-        ) from error
+        exists(idx_path(prefix))
+    except TryAgain:
+        raise
+    except UserError as error:
+        raise UserError(f"{option} is {prefix!r}, which cannot be used: {error}") from error
 
 
 def _missing(prefix: str, path: Path) -> str:
     if prefix.endswith((".bin", ".idx")):
         return f"{path}: no such file; give the prefix without its ending: {prefix[:-4]}"
-    if path.with_name(path.name + PARTIAL_SUFFIX).exists():
+    if exists(path.with_name(path.name + PARTIAL_SUFFIX)):
         return f"{path}: no such file, only an unfinished {path.name}{PARTIAL_SUFFIX}; run the tool again"
     return f"{path}: no such file; give the prefix of a dataset that tools/preprocess_data.py wrote"

@@ -14,6 +14,7 @@ from megatron_lpa.data.storage.checksums import BLOCK_BYTES, BlockHasher
 from megatron_lpa.data.storage.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, bin_path, idx_path
 from megatron_lpa.data.storage.manifest import Checksums
 from megatron_lpa.data.storage.partial_file import PartialFile, explained_write_errors
+from megatron_lpa.data.storage.reading import blocks_of, stream_of
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import fsync_folder
 
@@ -102,7 +103,7 @@ class IndexedDatasetWriter:
 
     def _hash_unfinished_block(self, bin_file: PartialFile) -> None:
         start = len(self._start.digests) * BLOCK_BYTES
-        with explained_write_errors(bin_file.partial_path), bin_file.partial_path.open("rb") as stream:
+        with explained_write_errors(bin_file.partial_path), stream_of(bin_file.partial_path) as stream:
             stream.seek(start)
             self._hasher.update(stream.read())
 
@@ -254,9 +255,8 @@ def publish_dataset(bin_file: PartialFile, idx_file: PartialFile) -> None:
 
 
 def _read_sizes(path: Path) -> Iterator[np.ndarray]:
-    with explained_write_errors(path), path.open("rb") as stream:
-        while data := stream.read(4 * _INDEX_BLOCK):
-            yield np.frombuffer(data, dtype="<i4")
+    for data in blocks_of(path, 4 * _INDEX_BLOCK):
+        yield np.frombuffer(data, dtype="<i4")
 
 
 def _one_sequence_each(count: int) -> Iterator[np.ndarray]:

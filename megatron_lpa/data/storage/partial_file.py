@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.errors import UserError
-from megatron_lpa.files import fsync_folder
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import LASTING, fsync_folder
 
 PARTIAL_SUFFIX = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -24,16 +24,20 @@ class WrittenElsewhere(UserError):
 
 @contextlib.contextmanager
 def explained_write_errors(path: Path) -> Iterator[None]:
-    """Turns an ``OSError`` about ``path`` into a :class:`UserError` that says what to do."""
+    """Turns an ``OSError`` about ``path`` into a :class:`UserError` that says what to do.
+
+    It is a :class:`TryAgain` where the disk, or who fills it, may let the next attempt pass.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise UserError(
+            raise TryAgain(
                 f"{path}: no room to write ({error.strerror}); free space, raise the quota, "
                 "or write to another folder"
             ) from error
-        raise UserError(
+        kind = UserError if error.errno in (*LASTING, errno.EROFS) else TryAgain
+        raise kind(
             f"{path}: cannot write ({error.strerror or error}); check the folder and its permissions"
         ) from error
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_lpa import files
+from megatron_lpa.data.storage.reading import unreadable
 from megatron_lpa.errors import UserError
+
+MOST_BYTES = 1 << 30
+"""Of a tokenizer's file; those of the largest vocabularies have 35 MB."""
 
 # Names under which tokenizers keep their end-of-document token, the most explicit first.
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<eod>", "<EOD>")
@@ -65,25 +69,59 @@ def shortened(text: str, characters: int = 60) -> str:
     return f"{text[:characters]!r}... ({len(text)} characters)"
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says, of at most one line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
+
+
 def is_panic(error: BaseException) -> bool:
     """Whether a library written in Rust gave up; the exception is no ``Exception`` and cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 
 def read_bytes(file: Path) -> bytes:
-    """Raises ``UserError`` where the file cannot be read."""
+    """All of a tokenizer's file.
+
+    Raises:
+        UserError: not a regular file, too long, or it may not be read.
+        TryAgain: the disk does not give it.
+    """
     try:
-        return file.read_bytes()
+        return files.read_bytes(file, MOST_BYTES)
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
+        raise unreadable(file, error) from error
 
 
 def read_json(file: Path) -> Any:
-    """Raises ``UserError`` where the file cannot be read or is not JSON."""
+    """What a file of JSON holds. Raises as :func:`read_bytes`, and where it is not JSON."""
     try:
-        return json.loads(read_bytes(file))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); correct or remove it") from error
+        return files.read_json(file, MOST_BYTES)
+    except OSError as error:
+        raise unreadable(file, error) from error
+    except files.UnusableFile as error:
+        raise UserError(f"{error}; correct or remove it") from error
+
+
+def check_ids(ids: Iterable[object], entries: int, what: str) -> None:
+    """Refuses ids that no tokenizer has: libraries make tables as long as the largest id, and a stranger wrote it.
+
+    Published tokenizers leave gaps, but have no ids far above the number of their entries.
+
+    Args:
+        ids: of all entries.
+        entries: how many there are.
+        what: begins the message; names the file and the part of it.
+
+    Raises:
+        UserError: one is not a whole number from 0 to 4 times the number of entries and 2^20.
+    """
+    limit = 4 * entries + (1 << 20)
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < limit:
+            raise UserError(
+                f"{what} has the id {str(token_id)[:60]}, but ids of {entries:,} tokens are whole numbers from 0 "
+                f"to {limit - 1:,} at most; give another file"
+            )
 
 
 def find_eod(vocabulary: Mapping[str, int], config_file: Path | None) -> int | None:

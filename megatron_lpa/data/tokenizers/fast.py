@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_lpa.data.tokenizers.base import Tokenizer, is_panic, shortened
+from megatron_lpa.data.tokenizers.base import Tokenizer, first_line, is_panic, shortened
 from megatron_lpa.data.tokenizers.gigatoken_engine import (
     GigatokenEngine,
     build_from_json,
@@ -140,8 +140,7 @@ def accelerate(reference: Tokenizer, probed: bool = False) -> Tokenizer:
     except BaseException as error:  # the binding raises RuntimeError, ValueError, panics and others
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        fast = f"gigatoken cannot read it ({first_line})"
+        fast = f"gigatoken cannot read it ({first_line(error)})"
     if isinstance(fast, str):
         reference.fallback_reason = f"{fast}; {reference.engine} encodes instead"
         return reference

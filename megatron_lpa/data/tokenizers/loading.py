@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 from typing import Literal
 
-from megatron_lpa.data.tokenizers.base import EOD_NAMES, Tokenizer
+from megatron_lpa.data.storage.reading import exists, from_disk, is_dir
+from megatron_lpa.data.tokenizers.base import EOD_NAMES, Tokenizer, read_bytes
 from megatron_lpa.data.tokenizers.hub import hub_files
 from megatron_lpa.data.tokenizers.reference import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_lpa.data.tokenizers.tiktoken_ranks import TiktokenTokenizer, config_files
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import write_whole
 
-__all__ = ["EOD_NAMES", "Tokenizer", "load_tokenizer", "save_tokenizer"]
+__all__ = ["EOD_NAMES", "Tokenizer", "load_tokenizer", "local_path", "save_tokenizer"]
 
 
 def load_tokenizer(
@@ -29,6 +31,7 @@ def load_tokenizer(
 
     Raises:
         UserError: there is no such thing, or it cannot be read.
+        TryAgain: the disk or the network does not give it.
     """
     reference = _load_reference(name_or_path)
     if engine == "reference":
@@ -40,20 +43,35 @@ def load_tokenizer(
 
 
 def _load_reference(name_or_path: str) -> Tokenizer:
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    path = local_path(name_or_path)
+    if is_dir(path):
         return _from_file(name_or_path, _file_in(path))
-    if path.exists():
+    if exists(path):
         return _from_file(name_or_path, path)
     file, config_file = hub_files(name_or_path)
     return HuggingFaceTokenizer(name_or_path, file, config_file)
 
 
+def local_path(name_or_path: str) -> Path:
+    """Where a tokenizer would be, if its name is that of a file or folder.
+
+    Raises:
+        UserError: the name begins with the home folder of nobody.
+    """
+    try:
+        return Path(name_or_path).expanduser()
+    except RuntimeError as error:  # no such user
+        raise UserError(
+            f"{name_or_path}: no such tokenizer file or folder ({error}); check the path"
+        ) from None
+
+
 def _file_in(folder: Path) -> Path:
     for file in (folder / "tokenizer.json", folder / "tokenizer.model"):
-        if file.is_file():
+        if exists(file):
             return file
-    ranks = sorted(folder.glob("*.tiktoken"))
+    names = from_disk(lambda: os.listdir(folder), folder)
+    ranks = sorted(folder / name for name in names if name.endswith(".tiktoken"))
     if len(ranks) > 1:
         raise UserError(f"{folder}: {len(ranks)} .tiktoken files in this folder; give one of them")
     if not ranks:
@@ -67,7 +85,7 @@ def _file_in(folder: Path) -> Path:
 def _from_file(name: str, file: Path) -> Tokenizer:
     if file.suffix == ".json":
         config_file = file.with_name("tokenizer_config.json")
-        return HuggingFaceTokenizer(name, file, config_file if config_file.is_file() else None)
+        return HuggingFaceTokenizer(name, file, config_file if exists(config_file) else None)
     if ".model" in file.suffixes:
         return SentencePieceTokenizer(name, file)
     if file.suffix == ".tiktoken":
@@ -82,12 +100,14 @@ def save_tokenizer(name_or_path: str, folder: Path) -> None:
     """Keep a copy of a local tokenizer's files, which ``load_tokenizer`` reads back. Hub names have none.
 
     Raises:
-        UserError: a folder without a tokenizer.
+        UserError: a folder without a tokenizer, or a file that cannot be read.
+        TryAgain: the disk does not give a file.
+        OSError: a copy cannot be written.
     """
-    path = Path(name_or_path).expanduser()
-    if not path.exists() or (folder.exists() and path.resolve() == folder.resolve()):
+    path = local_path(name_or_path)
+    if not exists(path) or (exists(folder) and path.resolve() == folder.resolve()):
         return
-    file = _file_in(path) if path.is_dir() else path
+    file = _file_in(path) if is_dir(path) else path
     if file.suffix == ".tiktoken":
         # Under its own name: the name of a published encoding stands for its pattern.
         copies = {source: source.name for source in (file, *config_files(file))}
@@ -98,5 +118,5 @@ def save_tokenizer(name_or_path: str, folder: Path) -> None:
     copies[file.with_name("tokenizer_config.json")] = "tokenizer_config.json"
     folder.mkdir(parents=True, exist_ok=True)
     for source, target in copies.items():
-        if source.is_file():
-            shutil.copyfile(source, folder / target)
+        if exists(source):
+            write_whole(folder / target, read_bytes(source))

@@ -7,13 +7,15 @@ yield other ids than the model itself.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import orjson
 import sentencepiece
 import tokenizers
 
-from megatron_lpa.data.tokenizers.base import find_eod, is_panic, read_bytes, to_arrays
+from megatron_lpa.data.tokenizers.base import check_ids, find_eod, first_line, is_panic, read_bytes, to_arrays
 from megatron_lpa.errors import UserError
 
 
@@ -33,12 +35,15 @@ class HuggingFaceTokenizer:
 
     def __init__(self, name: str, file: Path, config_file: Path | None) -> None:
         self.data = read_bytes(file)
+        _check_content(self.data, file)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self.data)
         except BaseException as error:  # the binding raises bare Exception, and panics
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
-            raise UserError(f"{file}: not a tokenizer.json that tokenizers can read ({error})") from error
+            raise UserError(
+                f"{file}: not a tokenizer.json that tokenizers can read ({first_line(error)}); give another file"
+            ) from error
         # Files saved after fine-tuning often cut every text at a few hundred tokens, or pad it.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -64,6 +69,36 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
+def _check_content(data: bytes, file: Path) -> None:
+    """Looks at all ids before the library does.
+
+    Raises:
+        UserError: it is not JSON, or has ids that cannot be.
+    """
+    try:
+        content = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise UserError(
+            f"{file}, line {error.lineno}: not valid JSON ({error.msg}); give another tokenizer.json"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: not a tokenizer.json: it holds no JSON object; give another file")
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    # Of a unigram model the vocabulary is a list: its ids are the places in it.
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    entries = len(vocabulary) if isinstance(vocabulary, (dict, list)) else 0
+    added_ids = (
+        [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    )
+    entries += len(added_ids)
+    check_ids(ids, entries, f"{file}: model.vocab")
+    check_ids(added_ids, entries, f"{file}: added_tokens")
+    if len(set(ids)) < len(ids):
+        twice = next(token_id for token_id, count in Counter(ids).items() if count > 1)
+        raise UserError(f"{file}: model.vocab has the id {twice} twice; give another file")
+
+
 class SentencePieceTokenizer:
     """A SentencePiece model.
 
@@ -84,7 +119,9 @@ class SentencePieceTokenizer:
             if not self.data or not self._processor.LoadFromSerializedProto(self.data):
                 raise RuntimeError("no model in it")
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{file}: not a SentencePiece model ({error}); give another file") from error
+            raise UserError(
+                f"{file}: not a SentencePiece model ({first_line(error)}); give another file"
+            ) from error
         self.name = name
         self.engine = "sentencepiece"
         self.fallback_reason: str | None = None

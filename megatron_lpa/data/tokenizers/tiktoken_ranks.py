@@ -13,7 +13,17 @@ from typing import Any, NoReturn
 import numpy as np
 import tiktoken
 
-from megatron_lpa.data.tokenizers.base import find_eod, is_panic, read_bytes, read_json, shortened, to_arrays
+from megatron_lpa.data.storage.reading import exists
+from megatron_lpa.data.tokenizers.base import (
+    check_ids,
+    find_eod,
+    first_line,
+    is_panic,
+    read_bytes,
+    read_json,
+    shortened,
+    to_arrays,
+)
 from megatron_lpa.errors import UserError
 
 _R50K = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -83,6 +93,7 @@ class TiktokenTokenizer:
         self.data = read_bytes(file)
         ranks = _parse_ranks(self.data, file)
         self.pattern, special = _definition(file)
+        check_ids(special.values(), len(ranks) + len(special), f"{file}: a special token")
         taken = set(ranks.values())
         for token, token_id in special.items():
             if token_id in taken:
@@ -93,7 +104,9 @@ class TiktokenTokenizer:
                 name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special
             )
         except ValueError as error:
-            raise UserError(f"{file}: tiktoken cannot use its pat_str ({error}); correct it") from error
+            raise UserError(
+                f"{file}: tiktoken cannot use its pat_str ({first_line(error)}); correct it"
+            ) from error
         definition = json.dumps([self.pattern, sorted(special.items())]).encode()
         self.name = name
         self.engine = "tiktoken"
@@ -101,7 +114,7 @@ class TiktokenTokenizer:
         self.fingerprint = hashlib.sha256(self.data + definition).hexdigest()
         self.vocab_size = max(taken) + 1
         config_file = file.with_name("tokenizer_config.json")
-        self.eod_id = find_eod(special, config_file if config_file.is_file() else None)
+        self.eod_id = find_eod(special, config_file if exists(config_file) else None)
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -142,11 +155,12 @@ def _parse_ranks(data: bytes, file: Path) -> dict[bytes, int]:
             continue
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = _small(int(rank))
+            ranks[base64.b64decode(token, validate=True)] = _not_negative(int(rank))
         except (ValueError, binascii.Error) as error:
             raise UserError(
                 f"{file}:{number}: not '<base64> <rank>', so this is not a tiktoken rank file ({error})"
             ) from error
+    check_ids(ranks.values(), len(ranks), f"{file}: a token")
     if len(set(ranks.values())) < len(ranks):
         raise UserError(f"{file}: two tokens have the same rank; give another file")
     missing = [value for value in range(256) if bytes([value]) not in ranks]
@@ -157,15 +171,15 @@ def _parse_ranks(data: bytes, file: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _small(rank: int) -> int:
-    if not 0 <= rank < 2**31:
+def _not_negative(rank: int) -> int:
+    if rank < 0:
         raise ValueError(f"rank {rank}")
     return rank
 
 
 def _definition(file: Path) -> tuple[str, dict[str, int]]:
     for config_file in config_files(file):
-        config: Any = read_json(config_file) if config_file.is_file() else None
+        config: Any = read_json(config_file) if exists(config_file) else None
         if isinstance(config, dict) and "pat_str" in config:
             return _checked(config["pat_str"], config.get("special_tokens", {}), config_file)
     if file.stem in _ENCODINGS:
@@ -181,8 +195,7 @@ def _checked(pattern: Any, special: Any, config_file: Path) -> tuple[str, dict[s
     if not isinstance(pattern, str) or not pattern:
         raise UserError(f"{config_file}: pat_str is {pattern!r}; give the pattern as a string")
     if not isinstance(special, dict) or not all(
-        re.search(r"\S", token) and type(token_id) is int and 0 <= token_id < 2**31
-        for token, token_id in special.items()
+        re.search(r"\S", token) and type(token_id) is int for token, token_id in special.items()
     ):
         raise UserError(
             f'{config_file}: special_tokens is {special!r}; give an object such as {{"<|endoftext|>": 50256}}'

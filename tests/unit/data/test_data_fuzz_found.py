@@ -103,5 +103,5 @@ def test_a_changed_count_in_a_ledger_is_found(tmp_path: Path) -> None:
         Ledger(prefix, job, 1, False)
     ledger_path(prefix).unlink()
     ledger_path(prefix).mkdir()
-    with pytest.raises(UserError, match=r"x\.ledger\.partial: cannot be read"):
+    with pytest.raises(UserError, match=r"x\.ledger\.partial: a folder, not a regular file"):
         Ledger(prefix, job, 1, False)

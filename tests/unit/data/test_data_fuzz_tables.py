@@ -251,7 +251,7 @@ def test_what_cannot_be_read_is_refused(bench: Bench) -> None:
         (folder / "in" / "closed").mkdir(parents=True)
         path = folder / "in" / "a.jsonl"
         path.write_bytes(b'{"text": "a"}\n')
-        real_scandir, real_open = os.scandir, io.open
+        real_scandir, real_open = os.scandir, os.open
 
         def scandir(name: Any) -> Any:
             if str(name).endswith("closed"):
@@ -268,7 +268,7 @@ def test_what_cannot_be_read_is_refused(bench: Bench) -> None:
             with pytest.raises(UserError, match=r"closed: cannot be read \(Permission denied\)"):
                 preprocess(bench.config((f"{folder}/in",)))
         with bench.patch.context() as patch:
-            patch.setattr(io, "open", open_file)
+            patch.setattr(os, "open", open_file)
             with pytest.raises(UserError, match=r"a\.jsonl: cannot be read \(Permission denied\)"):
                 preprocess(bench.config((f"{folder}/in",)))
 

@@ -118,7 +118,7 @@ def test_what_is_no_rank_file_is_named(ranks: dict[bytes, int], tmp_path: Path) 
         with pytest.raises(UserError, match=message):
             load_tokenizer(str(file))
     (tmp_path / "mine.json").write_text("{")
-    with pytest.raises(UserError, match=r"mine\.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"mine\.json, line 1: not valid JSON"):
         load_tokenizer(str(file))
     named = tmp_path / "gpt2.tiktoken"
     for text, message in (
