@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +41,14 @@ class Retention:
         newest: how many of the newest; 0 keeps all.
         every: those whose step is a multiple of this; 0 turns the rule off.
         best: the one with the lowest validation loss, among those at whose step validation ran.
+        interval: the newest one whose step is a multiple of this: a run goes back to it, however many were written
+            since then because the run was stopped. 0 turns the rule off.
     """
 
     newest: int = 0
     every: int = 0
     best: bool = False
+    interval: int = 0
 
 
 def partial_of(checkpoint: Path) -> Path:
@@ -150,6 +154,7 @@ def expendable(folder: Path, retention: Retention) -> list[Path]:
     kept = set(sound[-retention.newest :])
     if retention.every:
         kept |= {path for path in sound if step_of(path) % retention.every == 0}
+    kept |= set(of_interval(sound, retention.interval)[-1:])
     if retention.best:
         known = [(loss, -step_of(path), path) for path, loss in losses.items() if loss is not None]
         kept |= {min(known)[2]} if known else set()
@@ -157,8 +162,18 @@ def expendable(folder: Path, retention: Retention) -> list[Path]:
 
 
 def prune(folder: Path, retention: Retention) -> None:
-    """Remove what no rule keeps; a failure is a warning, as nothing depends on it."""
-    for path in expendable(folder, retention):
+    """Remove what no rule keeps."""
+    remove(expendable(folder, retention))
+
+
+def of_interval(checkpoints: Iterable[Path], interval: int) -> list[Path]:
+    """Those that a run which is never stopped has as well; none without an interval."""
+    return [path for path in checkpoints if interval and step_of(path) % interval == 0]
+
+
+def remove(checkpoints: Iterable[Path]) -> None:
+    """Remove checkpoints; a failure is a warning, as nothing depends on it."""
+    for path in checkpoints:
         removed = path.with_name(f".{path.name}.removed")
         try:
             shutil.rmtree(removed, ignore_errors=True)

@@ -87,7 +87,7 @@ def _prepare(config: RunConfig, groups: ParallelGroups) -> Run:
     if chosen[0]:
         resumed = load_newest(run.engine, chosen[0], run.order)
         checkpoint, run.progress, run.resume_notes = resumed.checkpoint, resumed.progress, resumed.notes
-        run.saved_step = run.progress.step
+        run.saved_step, run.resumed = run.progress.step, resumed
     changed = together(lambda: _write_folder(run), groups)
     if run.is_main:
         _introduce(run, checkpoint, changed)
