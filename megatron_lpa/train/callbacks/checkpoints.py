@@ -105,7 +105,12 @@ class Checkpoints(Callback):
             self._record(run, f"checkpoint failed: {error}")
 
     def on_finish(self, run: Run) -> None:
-        """Save whatever has not been saved."""
+        """Save whatever has not been saved.
+
+        Raises:
+            UserError: the state is not finite, and no next start would go back because of it: the run is complete, or
+                has no checkpoint.
+        """
         if self._saving is not None:
             try:
                 self._complete(run)
