@@ -33,6 +33,7 @@ import torch
 import megatron_lpa
 from megatron_lpa.engine import fragments as where
 from megatron_lpa.engine.build import Engine
+from megatron_lpa.engine.decisions import AT_START, Decisions
 from megatron_lpa.engine.manifest import (
     FORMAT,
     STATE_FORMAT,
@@ -111,6 +112,7 @@ class Saving:
         retention: which earlier checkpoints stay.
         validation_loss: of exactly these weights; rank 0's counts. None when validation did not run here.
         overlap: write beside training.
+        decisions: what decides, as of this step, whether the run goes back; goes into the manifest.
 
     Raises:
         CheckpointNotWritten: on every rank when any rank could not write; nothing half-written stays.
@@ -125,6 +127,7 @@ class Saving:
         retention: Retention = KEEP_ALL,
         validation_loss: float | None = None,
         overlap: bool = False,
+        decisions: Decisions = AT_START,
     ) -> None:
         started = time.perf_counter()
         self._engine, self._folder, self._retention = engine, folder, retention
@@ -140,7 +143,7 @@ class Saving:
         step = largest_of_all(where.optimizer_step(fragments), engine.groups)
         kinds = (where.MASTER, *where.MOMENTS) if step else (where.MASTER,)
         # Made now, as the counts that it holds move on with training.
-        self._content = _manifest(engine, progress, order, step, validation_loss)
+        self._content = _manifest(engine, progress, order, step, validation_loss, decisions)
         with self._nothing_half_written():
             _guarded(lambda: self._make_folders(len(kinds)), engine.groups)
             self._begin(_own_tensors(fragments, kinds, engine.groups), overlap)
@@ -301,6 +304,7 @@ def _manifest(
     order: SampleOrder,
     step: int,
     validation_loss: float | None,
+    decisions: Decisions,
 ) -> dict[str, Any]:
     specs = {name: spec_of(parameter) for name, parameter in named_parameters_once(engine.module)}
     return {
@@ -313,6 +317,7 @@ def _manifest(
         },
         "progress": dataclasses.asdict(progress),
         "validation_loss": finite_or_none(validation_loss),
+        "decisions": dataclasses.asdict(decisions),
         "layout": layout_of(engine),
         "order": dataclasses.asdict(order),
         "model": dataclasses.asdict(engine.config.model),

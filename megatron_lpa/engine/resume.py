@@ -12,6 +12,7 @@ from megatron_lpa.config.compare import differences
 from megatron_lpa.engine import fragments as where
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.checkpoint import layout_of
+from megatron_lpa.engine.decisions import Decisions, decisions_from_json
 from megatron_lpa.engine.manifest import (
     MANIFEST,
     DamagedCheckpoint,
@@ -34,11 +35,15 @@ class Resumed:
     Args:
         checkpoint: the folder.
         progress: how far it had come.
+        seal: hash of its manifest, which tells it from any other checkpoint of the same step.
+        decisions: what decides whether the run goes back; None in checkpoints of versions that did not save it.
         notes: for the user: checkpoints that were skipped, and a layout that changed.
     """
 
     checkpoint: Path
     progress: Progress
+    seal: str
+    decisions: Decisions | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -103,10 +108,10 @@ def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Res
         """Each rank compares its part of all files with their hashes."""
         manifest = read_manifest(checkpoint)
         verify_files(checkpoint, manifest, sorted(manifest["files"])[groups.rank :: groups.world_size])
-        found.append(manifest)
+        found.extend((manifest, _decisions(checkpoint, manifest)))
 
     _undamaged(verify, groups)
-    manifest = found[0]
+    manifest, decisions = found
     notes = _compared(checkpoint, manifest, engine, order)
     where.before_restoring(engine)
     _undamaged(lambda: _restore(engine, checkpoint, manifest), groups)
@@ -115,7 +120,18 @@ def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Res
     engine.ds.global_steps = progress.step
     engine.ds.global_samples = progress.consumed_samples
     engine.skipped_steps = manifest["state"]["skipped_steps"]
-    return Resumed(checkpoint, progress, notes)
+    return Resumed(checkpoint, progress, manifest["checksum"], decisions, notes)
+
+
+def _decisions(checkpoint: Path, manifest: dict[str, Any]) -> Decisions | None:
+    if "decisions" not in manifest:
+        return None
+    try:
+        return decisions_from_json(manifest["decisions"])
+    except ValueError as error:
+        raise DamagedCheckpoint(
+            f"{checkpoint / MANIFEST}: {error}; delete {checkpoint} to continue from an earlier checkpoint"
+        ) from error
 
 
 def _undamaged(work: Callable[[], None], groups: ParallelGroups) -> None:

@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,16 +44,19 @@ class Retention:
         newest: how many of the newest; 0 keeps all.
         every: those whose step is a multiple of this; 0 turns the rule off.
         best: the one with the lowest validation loss, among those at whose step validation ran.
+        interval: the newest one whose step is a multiple of this: a run goes back to it, however many were written
+            since then because the run was stopped. 0 turns the rule off.
     """
 
     newest: int = 0
     every: int = 0
     best: bool = False
+    interval: int = 0
 
 
 def retention_of(train: TrainConfig) -> Retention:
     """What a run's settings say."""
-    return Retention(train.keep_checkpoints, train.keep_every, train.keep_best)
+    return Retention(train.keep_checkpoints, train.keep_every, train.keep_best, train.checkpoint_interval)
 
 
 def partial_of(checkpoint: Path) -> Path:
@@ -210,6 +214,7 @@ def expendable(folder: Path, retention: Retention) -> list[Path]:
     kept = set(sound[-retention.newest :])
     if retention.every:
         kept |= {path for path in sound if step_of(path) % retention.every == 0}
+    kept |= set(of_interval(sound, retention.interval)[-1:])
     if retention.best:
         known = [(loss, -step_of(path), path) for path, loss in losses.items() if loss is not None]
         kept |= {min(known)[2]} if known else set()
@@ -224,7 +229,17 @@ def prune(folder: Path, retention: Retention) -> None:
     except OSError as error:
         _warn(f"old checkpoints are not removed: {error}")
         return
-    for path in found:
+    remove_checkpoints(found)
+
+
+def of_interval(checkpoints: Iterable[Path], interval: int) -> list[Path]:
+    """Those that a run which is never stopped has as well; none without an interval."""
+    return [path for path in checkpoints if interval and step_of(path) % interval == 0]
+
+
+def remove_checkpoints(checkpoints: Iterable[Path]) -> None:
+    """Remove checkpoints; a failure is a warning, as nothing depends on it."""
+    for path in checkpoints:
         removed = path.with_name(f".{path.name}.removed")
         try:
             remove(removed)

@@ -1,25 +1,28 @@
-"""Going back to the newest checkpoint inside a run, past the data at which it went wrong."""
+"""Going back to a checkpoint inside a run, past the data at which it went wrong."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_lpa.engine.manifest import MANIFEST, checkpoint_folders
+from megatron_lpa.engine.decisions import AT_START, Decisions, decisions_from_json, whole_number
+from megatron_lpa.engine.manifest import checkpoint_folders, step_of
 from megatron_lpa.engine.resume import Resumed, load_newest
-from megatron_lpa.engine.store import write_durably
+from megatron_lpa.engine.store import of_interval, remove_checkpoints
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import fsync_folder
-from megatron_lpa.parallel.agreement import gather_messages, together
+from megatron_lpa.files import UnusableFile, read_json, write_whole
+from megatron_lpa.parallel.agreement import from_first, together
 from megatron_lpa.train.state import Run
 
 MEMORY = "passed_over.json"
-"""In the folder of checkpoints: what a run passed over when it went back."""
+"""In the folder of checkpoints: what a run passed over when it went back, and what decides from there on."""
+
+ADVICE = (
+    "not what was written when the run went back to a checkpoint; remove it, and the data that was passed over then is "
+    "read again"
+)
 
 DIVERGED = (
     "training has diverged; lower optim.lr, raise optim.warmup_steps, or continue from an earlier checkpoint"
@@ -27,7 +30,11 @@ DIVERGED = (
 
 
 def roll_back(run: Run, reason: str) -> Resumed:
-    """Replace the state by the newest checkpoint's; the data since then is passed over. Every rank calls it.
+    """Replace the state by a checkpoint's; the data since then is passed over. Every rank calls it.
+
+    It is the newest of those at ``train.checkpoint_interval``, which a run that was never stopped has as well: when a
+    run is stopped must not decide what it becomes. Without one it is the newest there is. What was written after it
+    is removed, or the next start would go on from there.
 
     Returns:
         What the run continues from.
@@ -36,93 +43,115 @@ def roll_back(run: Run, reason: str) -> Resumed:
         UserError: on all ranks: there is no checkpoint, or ``train.max_rollbacks`` is used up.
     """
     groups, bad = run.engine.groups, run.progress
-    chosen = [checkpoint_folders(run.checkpoints) if groups.rank == 0 else []]
-    if groups.control_group is not None:
-        dist.broadcast_object_list(chosen, src=0, group=groups.control_group)
+    names = from_first(together(lambda: _candidates(run) if run.is_main else [], groups), groups)
     at = f"step {bad.step}: {reason}"
-    if not chosen[0]:
+    if not names:
         raise UserError(f"{at}, and there is no checkpoint to go back to: {DIVERGED}")
-    run.rollbacks += 1
     limit = run.config.train.max_rollbacks
-    if run.rollbacks > limit:
+    if run.decisions.rollbacks >= limit:
         raise UserError(f"{at}, after going back {limit} times (train.max_rollbacks): {DIVERGED}")
-    resumed = load_newest(run.engine, chosen[0], run.order)
+    resumed = load_newest(run.engine, [run.checkpoints / name for name in names], run.order)
     # The order of samples goes on where the bad step ended, so that its data is not read again.
     skipped = bad.position - resumed.progress.consumed_samples
     run.progress = dataclasses.replace(resumed.progress, skipped_samples=skipped)
+    run.decisions = run.decisions.after_going_back(resumed.decisions or AT_START)
     run.saved_step = resumed.progress.step
-    forgotten = gather_messages(_remember(run) if run.is_main else None, groups)
-    return dataclasses.replace(resumed, notes=(*resumed.notes, forgotten)) if forgotten else resumed
+    notes = from_first(_settle(run, resumed) if run.is_main else [], groups)
+    return dataclasses.replace(resumed, notes=(*resumed.notes, *notes))
 
 
-def _remember(run: Run) -> str | None:
-    """Bring to disk what was passed over: until the next checkpoint no manifest has it, and the run may be killed.
+def _candidates(run: Run) -> list[str]:
+    """Names of checkpoints, those that are tried first last."""
+    found = checkpoint_folders(run.checkpoints)
+    preferred = of_interval(found, run.config.train.checkpoint_interval)
+    return [path.name for path in (*(path for path in found if path not in preferred), *preferred)]
+
+
+def _settle(run: Run, resumed: Resumed) -> list[str]:
+    """Make the next start go on from here, should the run be killed before its next checkpoint.
 
     Returns:
-        Why it could not be written, as on a full disk: nothing that a run has to end for.
+        For the user: what was removed, and what could not be done, as on a full disk: nothing that a run has to end for.
     """
-    path = run.checkpoints / MEMORY
-    try:
-        _write(path, run)
-    except OSError as error:
-        return f"{path} cannot be written ({error}): a start before the next checkpoint would read the bad data again"
-    return None
-
-
-def _write(path: Path, run: Run) -> None:
-    partial = path.with_name(f".{MEMORY}")
+    path, step = run.checkpoints / MEMORY, resumed.progress.step
     content = {
-        "step": run.progress.step,
-        "checkpoint": _checksum(run),
+        "step": step,
+        "checkpoint": resumed.seal,
         "skipped_samples": run.progress.skipped_samples,
-        "rollbacks": run.rollbacks,
+        "decisions": dataclasses.asdict(run.decisions),
     }
-    write_durably(partial, json.dumps(content))
-    os.replace(partial, path)
-    fsync_folder(path.parent)
+    notes = []
+    try:
+        write_whole(path, json.dumps(content))
+    except OSError as error:
+        notes.append(
+            f"{path} cannot be written ({error}): a start before the next checkpoint would read the bad data again"
+        )
+    try:
+        later = [
+            checkpoint for checkpoint in checkpoint_folders(run.checkpoints) if step_of(checkpoint) > step
+        ]
+    except OSError as error:
+        return [
+            *notes,
+            f"{run.checkpoints} cannot be read ({error}): the next start may have to go back again",
+        ]
+    remove_checkpoints(later)
+    return [*notes, *(f"{checkpoint.name} is removed: the run goes back behind it" for checkpoint in later)]
 
 
 def recall(run: Run) -> None:
-    """Go on as after going back, if the run was ended before its next checkpoint. Every rank calls it.
+    """Decide as the run did when it was ended: at its checkpoint, or having gone back there. Every rank calls it.
 
-    The data passed over counts for the checkpoint that the run went back to, and for no other: a later one has it in
-    its manifest, and before it the data has to be read. How often the run has gone back counts from there on.
+    Data passed over, and what decides after going back, count for the checkpoint that the run went back to, and for
+    no other: a later one has both in its manifest, and before it the data has to be read.
 
     Raises:
         UserError: on all ranks: the file is not what ``roll_back`` wrote.
         TryAgain: on all ranks: the disk does not give it.
     """
-    groups = run.engine.groups
-    chosen: list[Any] = [together(lambda: _remembered(run) if run.is_main else None, groups)]
-    if groups.control_group is not None:
-        dist.broadcast_object_list(chosen, src=0, group=groups.control_group)
-    if chosen[0] is not None:
-        skipped, run.rollbacks = chosen[0]
-        run.progress = dataclasses.replace(run.progress, skipped_samples=skipped)
+    resumed, groups = run.resumed, run.engine.groups
+    if resumed is None:
+        return
+    own = together(lambda: _recalled(run.checkpoints / MEMORY, resumed) if run.is_main else None, groups)
+    skipped, decisions = from_first(own, groups)
+    run.progress = dataclasses.replace(run.progress, skipped_samples=skipped)
+    run.decisions = decisions_from_json(decisions)
 
 
-def _remembered(run: Run) -> tuple[int, int] | None:
-    """Samples passed over and times gone back, for the checkpoint that the run goes on from; None without any."""
-    path = run.checkpoints / MEMORY
+def _recalled(path: Path, resumed: Resumed) -> tuple[int, dict[str, Any]]:
+    """Samples passed over and ``Decisions``, for the checkpoint that the run goes on from."""
+    skipped, decisions = resumed.progress.skipped_samples, resumed.decisions or AT_START
+    remembered = _remembered(path)
+    if remembered is not None:
+        step, seal, passed_over, then = remembered
+        if step == resumed.progress.step and seal == resumed.seal:
+            skipped, decisions = passed_over, then
+        elif resumed.decisions is None and step <= resumed.progress.step:  # of a version without decisions
+            decisions = Decisions(rollbacks=then.rollbacks)
+    return skipped, dataclasses.asdict(decisions)
+
+
+def _remembered(path: Path) -> tuple[int, str, int, Decisions] | None:
+    """Step and hash of the checkpoint that a run went back to, samples passed over, ``Decisions``; None if it never did."""
     try:
-        content = json.loads(path.read_text())
-        step, skipped, rollbacks = (int(content[key]) for key in ("step", "skipped_samples", "rollbacks"))
-        checkpoint = str(content["checkpoint"])
+        content = read_json(path)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not what was written when the run went back to a checkpoint: {error!r}; remove it, and the data that "
-            "was passed over then is read again"
-        ) from error
-    if run.saved_step < step:  # another run of that name, or one that was taken back further by hand
-        return None
-    if run.saved_step == step and _checksum(run) == checkpoint:
-        return skipped, rollbacks
-    return run.progress.skipped_samples, rollbacks
-
-
-def _checksum(run: Run) -> str:
-    """What tells the checkpoint that the run goes on from from another one of the same step."""
-    manifest = run.checkpoints / f"step_{run.saved_step:08d}" / MANIFEST
-    return str(json.loads(manifest.read_text())["checksum"])
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; give this user access to it") from error
+    except UnusableFile as error:
+        raise UserError(f"{error}: {ADVICE}") from error
+    try:
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        # An earlier version knew how often the run had gone back, and no more.
+        decisions = content.get("decisions", {"rollbacks": content.get("rollbacks")})
+        return (
+            whole_number(content.get("step"), "step"),
+            str(content.get("checkpoint")),
+            whole_number(content.get("skipped_samples"), "skipped_samples"),
+            decisions_from_json(decisions),
+        )
+    except ValueError as error:
+        raise UserError(f"{path}: {error}: {ADVICE}") from error

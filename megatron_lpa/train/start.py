@@ -124,7 +124,7 @@ def _prepare(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog) -> R
         run.enter("loading a checkpoint")
         resumed = load_newest(run.engine, [run.checkpoints / name for name in found], run.order)
         checkpoint, run.progress, run.resume_notes = resumed.checkpoint, resumed.progress, resumed.notes
-        run.saved_step = run.progress.step
+        run.saved_step, run.resumed = run.progress.step, resumed
     run.enter("writing the configuration")
     changed = together(lambda: _write_folder(run), groups)
     if run.is_main:

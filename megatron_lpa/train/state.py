@@ -10,7 +10,9 @@ from typing import IO, Any
 from megatron_lpa.config import RunConfig
 from megatron_lpa.data.splits import Splits
 from megatron_lpa.engine.build import Engine
+from megatron_lpa.engine.decisions import AT_START, Decisions
 from megatron_lpa.engine.manifest import Progress, SampleOrder
+from megatron_lpa.engine.resume import Resumed
 from megatron_lpa.errors import AgreedProblem
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all, severity_of, worst_error
 from megatron_lpa.train.signals import StopRequest
@@ -38,8 +40,9 @@ class Run:
         stop: whether this process was asked to stop.
         lock: the open lock file of the run folder, on rank 0.
         stopped_by: the signal that all ranks agreed to stop for; 0 while none came.
+        resumed: what this start goes on from; None when it begins anew.
         resume_notes: what was noticed while resuming, such as a damaged checkpoint that was skipped.
-        rollbacks: how often the run has gone back to a checkpoint, over all its starts.
+        decisions: what decides whether the run goes back; as of ``progress``, like everything that a checkpoint holds.
         watchdog: what ends the run when it hangs; None watches nothing.
         waited_s: seconds that this process has waited for others before steps, since somebody set it to 0.
     """
@@ -56,8 +59,9 @@ class Run:
     stop: StopRequest = field(default_factory=StopRequest)
     stopped_by: int = 0
     lock: IO[str] | None = None
+    resumed: Resumed | None = None
     resume_notes: tuple[str, ...] = ()
-    rollbacks: int = 0
+    decisions: Decisions = AT_START
     watchdog: Watchdog | None = None
     waited_s: float = 0.0
 

@@ -2,13 +2,15 @@
 
 ``nan``: what the last rank's final norm gives is not a number. ``spike``: what all ranks' gives is far off.
 ``hang``: the last rank reads its data for ever. ``die``: all ranks are gone before they read theirs. ``unreadable``: the last
-rank cannot read its data. As ``{"start": "hang"}``: the last rank opens its data for ever; ``{"start": "die"}``: it is gone then.
+rank cannot read its data. ``stop``: the last rank is sent SIGTERM before the step. As ``{"start": "hang"}``: the last rank
+opens its data for ever; ``{"start": "die"}``: it is gone then.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -41,6 +43,8 @@ def read_batches(run: Run) -> Any:
     kind = FAULTS.get(str(run.progress.position // run.config.train.global_batch_size))
     if last and kind == "hang":
         time.sleep(1000)
+    if last and kind == "stop":
+        os.kill(os.getpid(), signal.SIGTERM)
     if kind == "die":
         os._exit(9)
     if last and kind == "unreadable":

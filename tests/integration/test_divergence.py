@@ -91,7 +91,7 @@ def test_too_many_skipped_steps_go_back_and_behind_the_bad_data(folder: Path) ->
     path = folder / "runs/by-hand/checkpoints/step_00000004" / MANIFEST
     manifest = json.loads(path.read_text())
     manifest["progress"]["skipped_samples"] = 24
-    manifest.pop("sha256", None)
+    del manifest["checksum"], manifest["decisions"]  # as earlier versions wrote it: without the latter
     path.write_text(json.dumps(sealed(manifest)))
     assert launch(arguments("by-hand", "--optim.decay_steps", "8"), 2, folder).codes == [0, 0]
     expected = final_weights(folder / "runs/by-hand", 8)

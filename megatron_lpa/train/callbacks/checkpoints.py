@@ -26,6 +26,10 @@ class LastValidation(Sink):
         if record["kind"] == "valid":
             self._step, self._loss = record["step"], record["loss"]
 
+    def rewind(self, run: Run) -> None:
+        """Forget it: the weights of its step are going to be others."""
+        self._step = -1
+
     def loss_at(self, step: int) -> float | None:
         """The loss of validation after ``step`` steps, if it ran then."""
         return self._loss if self._step == step else None
@@ -101,7 +105,12 @@ class Checkpoints(Callback):
             self._record(run, f"checkpoint failed: {error}")
 
     def on_finish(self, run: Run) -> None:
-        """Save whatever has not been saved."""
+        """Save whatever has not been saved.
+
+        Raises:
+            UserError: the state is not finite, and no next start would go back because of it: the run is complete, or
+                has no checkpoint.
+        """
         if self._saving is not None:
             try:
                 self._complete(run)
@@ -110,6 +119,13 @@ class Checkpoints(Callback):
         try:
             self._start(run, overlap=False)
         except RollBack as problem:
+            if run.stopped_by and run.saved_step >= 0:
+                self._record(
+                    run,
+                    f"nothing is saved: {problem}; the next start goes on from step {run.saved_step}, and goes back when "
+                    "it comes to a checkpoint like this",
+                )
+                return
             raise UserError(f"step {run.progress.step}: {problem}; {DIVERGED}") from problem
 
     def before_rollback(self, run: Run) -> None:
@@ -134,6 +150,7 @@ class Checkpoints(Callback):
             retention_of(train),
             self._validation.loss_at(step),
             overlap,
+            run.decisions,
         )
         if not overlap:
             self._complete(run)

@@ -74,7 +74,7 @@ def test_the_manifest_is_the_source_s_but_for_layout_and_files(
     found = read_manifest(tmp_path / "deep" / NAME)
     verify_files(tmp_path / "deep" / NAME, found, found["files"])
     before, after = manifest_of(run / "checkpoints" / NAME), manifest_of(tmp_path / "deep" / NAME)
-    for key in ("format", "versions", "progress", "validation_loss", "order", "model", "config"):
+    for key in ("format", "versions", "progress", "validation_loss", "decisions", "order", "model", "config"):
         assert after[key] == before[key], key
     moved = {"tensor_parallel_size": 4, "data_parallel_size": 2, "lowdim_layout": "rank"}
     assert after["layout"] == {**before["layout"], **moved}

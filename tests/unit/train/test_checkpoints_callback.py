@@ -10,11 +10,13 @@ import pytest
 
 from megatron_lpa.config.run import TrainConfig
 from megatron_lpa.engine.checkpoint import CheckpointNotWritten
+from megatron_lpa.engine.decisions import AT_START
 from megatron_lpa.engine.launch import collective_timeout
 from megatron_lpa.engine.manifest import Progress
+from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.callbacks import checkpoints as module
-from megatron_lpa.train.callbacks.checkpoints import Checkpoints
+from megatron_lpa.train.callbacks.checkpoints import Checkpoints, LastValidation
 
 
 class FakeSaving:
@@ -41,7 +43,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, steps: int, broken: tuple[int, ...]
     monkeypatch.setattr(FakeSaving, "written", [])
     train = TrainConfig(checkpoint_interval=3, on_checkpoint_failure=on_failure)  # type: ignore[arg-type]
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(train=train), steps=steps, saved_step=-1, is_main=True, checkpoints=Path("x"), order=None,
+        config=SimpleNamespace(train=train), steps=steps, saved_step=-1, is_main=True, checkpoints=Path("x"), order=None, stopped_by=0, decisions=AT_START,
         engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(),
     )  # fmt: skip
     callback = Checkpoints(SimpleNamespace(emit=lambda *_: None), SimpleNamespace(loss_at=lambda step: None))  # type: ignore[arg-type]
@@ -73,3 +75,29 @@ def test_collectives_wait_longer_than_the_watchdog() -> None:
     for limit_s in (TrainConfig().step_timeout_s, 10.0, 86_400.0):
         assert collective_timeout(limit_s).total_seconds() >= limit_s + 60
     assert collective_timeout(0).total_seconds() >= 1800
+
+
+def test_a_stop_with_a_state_that_is_not_finite_leaves_going_back_to_the_next_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "state_is_finite", lambda engine: False)
+    told: list[str] = []
+    run: Any = SimpleNamespace(
+        engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(step=6), saved_step=4, stopped_by=15,
+    )  # fmt: skip
+    metrics: Any = SimpleNamespace(emit=lambda run, record: told.append(record["message"]))
+    callback = Checkpoints(metrics, LastValidation())
+    callback.on_finish(run)
+    assert len(told) == 1 and "nothing is saved" in told[0] and "from step 4" in told[0]
+    for changed in ({"stopped_by": 0}, {"saved_step": -1}):  # complete, or without anything to go back to
+        with pytest.raises(UserError, match="training has diverged"):
+            callback.on_finish(SimpleNamespace(**{**vars(run), **changed}))
+
+
+def test_the_validation_of_weights_that_are_gone_is_not_that_of_a_checkpoint() -> None:
+    validation = LastValidation()
+    validation.write({"kind": "valid", "step": 8, "loss": 3.0})
+    assert validation.loss_at(8) == 3.0
+    run: Any = SimpleNamespace(progress=Progress(step=4))
+    validation.rewind(run)
+    assert validation.loss_at(8) is None

@@ -1,0 +1,163 @@
+"""What ``passed_over.json`` counts for, and what a run does without or with a broken one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_lpa import files
+from megatron_lpa.engine.decisions import AT_START, Decisions
+from megatron_lpa.engine.manifest import Progress
+from megatron_lpa.engine.resume import Resumed
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.train import rollback
+from megatron_lpa.train.rollback import MEMORY, recall, roll_back
+
+SAVED, THEN = Decisions(2, (3.5, 0.1 + 0.2), 1), Decisions(0, (3.5, 3.25), 2)
+
+
+def run_at(folder: Path, step: int, seal: str = "s", decisions: Decisions | None = SAVED) -> Any:
+    progress = Progress(step, 8 * step, 128 * step, 16)
+    train = SimpleNamespace(max_rollbacks=3, checkpoint_interval=4)
+    return SimpleNamespace(
+        checkpoints=folder, progress=progress, decisions=AT_START, is_main=True, saved_step=step, order=None,
+        engine=SimpleNamespace(groups=ParallelGroups.single()), config=SimpleNamespace(train=train),
+        resumed=Resumed(folder / f"step_{step:08d}", progress, seal, decisions),
+    )  # fmt: skip
+
+
+def remember(folder: Path, **changed: Any) -> None:
+    content = {"step": 4, "checkpoint": "s", "skipped_samples": 24, "decisions": asdict(THEN), **changed}
+    (folder / MEMORY).write_text(json.dumps(content))
+
+
+def recalled(run: Any) -> tuple[int, Decisions]:
+    recall(run)
+    return run.progress.skipped_samples, run.decisions
+
+
+def test_it_counts_for_the_checkpoint_that_it_names_and_no_other(tmp_path: Path) -> None:
+    assert recalled(run_at(tmp_path, 4)) == (16, SAVED)
+    remember(tmp_path)
+    assert recalled(run_at(tmp_path, 4)) == (24, THEN)
+    assert recalled(run_at(tmp_path, 4, seal="another")) == (16, SAVED)
+    assert recalled(run_at(tmp_path, 3)) == (16, SAVED)
+    assert recalled(run_at(tmp_path, 8)) == (16, SAVED)
+    fresh = run_at(tmp_path, 4)
+    fresh.resumed = None
+    recall(fresh)
+    assert fresh.decisions == AT_START
+
+
+def test_checkpoints_and_memories_of_earlier_versions_are_understood(tmp_path: Path) -> None:
+    assert recalled(run_at(tmp_path, 4, decisions=None)) == (16, AT_START)
+    (tmp_path / MEMORY).write_text('{"step": 4, "checkpoint": "s", "skipped_samples": 24, "rollbacks": 2}')
+    assert recalled(run_at(tmp_path, 4, decisions=None)) == (24, Decisions(rollbacks=2))
+    assert recalled(run_at(tmp_path, 8, decisions=None)) == (16, Decisions(rollbacks=2))
+    assert recalled(run_at(tmp_path, 3, decisions=None)) == (16, AT_START)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "null", "{}", '{"step": 4', "[" * 100_000, "\udc80", '{"step": NaN}',
+        *(json.dumps({"step": 4, "checkpoint": "s", "skipped_samples": 24, "decisions": {}} | change) for change in (
+            {"step": None}, {"step": "4"}, {"step": -1}, {"step": True}, {"step": 10**300}, {"skipped_samples": 1.5},
+            {"skipped_samples": -8}, {"skipped_samples": None}, {"decisions": None}, {"decisions": {"rollbacks": -1}},
+        )),
+    ],
+)  # fmt: skip
+def test_what_is_no_memory_is_one_short_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / MEMORY).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match="remove it, and the data that was passed over then is read again") as caught:  # fmt: skip
+        recall(run_at(tmp_path, 4))
+    assert caught.value.exit_code == 78
+    assert str(tmp_path / MEMORY) in str(caught.value) and len(str(caught.value)) < len(str(tmp_path)) + 250
+
+
+def test_a_disk_that_does_not_answer_is_asked_again_and_is_no_reason_to_give_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remember(tmp_path)
+    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0))
+    failures, opening = [errno.ESTALE, errno.EIO], os.open
+
+    def fails(path: Any, *more: Any, **named: Any) -> int:
+        if str(path).endswith(MEMORY) and failures:
+            raise OSError(failures.pop(), "the disk")
+        return opening(path, *more, **named)
+
+    monkeypatch.setattr(os, "open", fails)
+    assert recalled(run_at(tmp_path, 4)) == (24, THEN)
+    failures.extend([errno.EIO] * 3)
+    with pytest.raises(TryAgain) as caught:
+        recall(run_at(tmp_path, 4))
+    assert caught.value.exit_code == 1
+
+
+@pytest.fixture
+def tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names handed to ``load_newest``, which takes the last one."""
+    names: list[str] = []
+
+    def load(engine: Any, checkpoints: list[Path], order: Any) -> Resumed:
+        names[:] = [path.name for path in checkpoints]
+        step = int(names[-1][5:])
+        return Resumed(checkpoints[-1], Progress(step, 8 * step, 128 * step), "s", SAVED)
+
+    monkeypatch.setattr(rollback, "load_newest", load)
+    return names
+
+
+def bad_step(folder: Path, steps: tuple[int, ...], interval: int) -> Any:
+    for step in steps:
+        (folder / f"step_{step:08d}").mkdir()
+    run = run_at(folder, 15)
+    run.decisions = Decisions(3, (3.0,) * 12, 1)
+    run.config.train.checkpoint_interval = interval
+    return run
+
+
+@pytest.mark.parametrize(
+    ("interval", "taken", "left"), [(4, 12, (4, 7, 12)), (5, 14, (4, 7, 12, 14)), (7, 14, (4, 7, 12, 14)), (0, 14, (4, 7, 12, 14))]
+)  # fmt: skip
+def test_it_goes_back_to_where_a_run_that_was_never_stopped_would(
+    tmp_path: Path, tried: list[str], interval: int, taken: int, left: tuple[int, ...]
+) -> None:
+    run = bad_step(tmp_path, (4, 7, 12, 14), interval)
+    resumed = roll_back(run, "a bad step")
+    assert resumed.progress.step == taken and len(tried) == 4
+    assert [path.name for path in sorted(tmp_path.glob("step_*"))] == [f"step_{step:08d}" for step in left]
+    assert [note.split()[0] for note in resumed.notes] == ["step_00000014"] * (taken != 14)
+    assert run.progress.position == 15 * 8 + 16  # behind the bad step, whatever was read since the checkpoint
+    assert run.decisions.rollbacks == 2 and run.decisions.skipped_in_a_row == 0
+    # Killed here, the next start decides alike.
+    again = run_at(tmp_path, taken)
+    assert recalled(again) == (run.progress.skipped_samples, run.decisions)
+
+
+def test_a_full_disk_does_not_keep_a_run_from_going_back(
+    tmp_path: Path, tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(rollback, "write_whole", full)
+    (note,) = roll_back(bad_step(tmp_path, (8,), 4), "a bad step").notes
+    assert "No space left on device" in note and "would read the bad data again" in note
+
+
+def test_the_count_of_the_run_ends_it_not_that_of_the_checkpoint(tmp_path: Path, tried: list[str]) -> None:
+    run = bad_step(tmp_path, (8,), 4)
+    for _ in range(2):
+        roll_back(run, "a bad step")
+    with pytest.raises(UserError, match="after going back 3 times"):
+        roll_back(run, "a bad step")
