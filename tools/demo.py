@@ -26,10 +26,10 @@ import torch
 from demo_commands import Commands, Stopped, say
 
 from megatron_lpa.config import RunConfig, load_config
-from megatron_lpa.config.yaml_io import write_text_atomically
 from megatron_lpa.engine.manifest import complete_checkpoints
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.metrics_file import METRICS, Record, read_metrics, records_of
+from megatron_lpa.files import write_whole
 
 MODELS = ("transformer", "lpa")
 SPLITS = ("train", "valid", "test")
@@ -82,8 +82,9 @@ def write_texts(folder: Path) -> None:
     for number, path in enumerate(speeches):
         split = {7: "valid", 19: "test"}.get(number % 25, "train")
         lines[split].append(json.dumps({"text": path.read_text(encoding="utf-8")}) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        write_text_atomically(folder / f"{split}.jsonl", "".join(lines[split]))
+        write_whole(folder / f"{split}.jsonl", "".join(lines[split]))
         say(f"  {folder / split}.jsonl: {len(lines[split])} speeches")
 
 
