@@ -137,6 +137,7 @@ def _check_projection(name: str, projection: ProjectionConfig) -> None:
         raise UserError(f"{key}.kind is {projection.kind} but {key}.rank is empty; set the rank")
     else:
         at_least(f"{key}.rank", projection.rank, 1)
+        at_most(f"{key}.rank", projection.rank, MOST_SIZE)
 
 
 def _check_tensor_parallel(config: RunConfig) -> None:

@@ -138,9 +138,10 @@ def odd_ones(folder: Path, world_size: int = 0, recent_s: float = 600.0) -> list
     for path in sorted(folder.glob("rank_*.json")):
         try:
             report = json.loads(path.read_text())
-            if time.time() - report["time"] < recent_s:
+            # A date ahead of this clock is of before the clock was set back, or of a machine whose clock is wrong.
+            if abs(time.time() - report["time"]) < recent_s:
                 reports.append((int(report["rank"]), f"{report['stage']} after {report['step']} steps"))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             continue
     places = [place for _, place in reports]
     usual = max(sorted(set(places)), key=places.count) if places else ""

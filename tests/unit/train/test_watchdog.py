@@ -106,7 +106,9 @@ def test_the_rank_that_is_elsewhere_is_named(tmp_path: Path) -> None:
     assert odd_ones(tmp_path) == []
     report(tmp_path, 2, "reading data", 7)
     report(tmp_path, 9, "in Checkpoints", 2, age_s=10_000)  # of an earlier hang
+    report(tmp_path, 10, "in Checkpoints", 2, age_s=-10_000)  # of before the clock was set back
     (tmp_path / "rank_00011.json").write_text("torn")
+    (tmp_path / "rank_00012.json").write_text("[1]")
     assert odd_ones(tmp_path) == [
         "rank 2 is reading data after 7 steps, where most ranks are waiting for other ranks after 7 steps: "
         "look at it first"
