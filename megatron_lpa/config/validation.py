@@ -203,9 +203,9 @@ def _check_train(train: TrainConfig) -> None:
     if len(given) != 1:
         found = " and ".join(f"train.{name} {value}" for name, value in given.items()) or "none of them"
         raise UserError(f"set exactly one of train.steps, train.tokens and train.epochs; found {found}")
+    at_most("train.epochs", train.epochs or 0, MOST_EPOCHS)
     for name, value in given.items():
         positive(f"train.{name}", value)
-    at_most("train.epochs", train.epochs or 0, MOST_EPOCHS)
     for name in ("global_batch_size", "micro_batch_size"):
         at_least(f"train.{name}", getattr(train, name), 1)
         at_most(f"train.{name}", getattr(train, name), MOST_SIZE)

@@ -16,7 +16,7 @@ from megatron_lpa.errors import UserError, named, shown
 from megatron_lpa.files import read_text
 
 MOST_BYTES = 1 << 20
-MOST_NODES = 100_000
+MOST_NODES = 20_000
 """Values of a file, every alias counted as what it stands for."""
 
 MOST_DEPTH = 20
