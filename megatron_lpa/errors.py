@@ -1,5 +1,8 @@
 """Exceptions that mean "the user can mend this", and the exit codes that a launcher reads."""
 
+MOST_SHOWN = 80
+"""Characters of a value or a name in a message: whoever wrote a longer one finds it by its beginning."""
+
 EXIT_FAILED = 1
 """An error that may be gone at the next attempt, or that nobody foresaw."""
 
@@ -56,3 +59,19 @@ class RankHang(RankError):
     """Another process did not answer in time."""
 
     exit_code = EXIT_HANG
+
+
+def shown(value: object) -> str:
+    """A value for a message: on one line, cut where it is long."""
+    text = value[: MOST_SHOWN + 1] if isinstance(value, (str, bytes)) else value
+    return _cut(repr(text))
+
+
+def named(name: object) -> str:
+    """A key or a path for a message: as it is, but on one line, and cut where it is long."""
+    text = str(name)
+    return _cut(text) if text[: MOST_SHOWN + 1].isprintable() else shown(text)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."

@@ -73,6 +73,21 @@ requeue_at_the_latest() {
     timers+=("$!")
 }
 
+# Sets `run`. A disk that does not answer costs a job that was requeued no more than a few minutes.
+find_run() {
+    local attempt code
+    for attempt in 1 2 3; do
+        code=0
+        run="$("${python[@]}" "$repository/tools/snapshot_run.py" \
+            --processes "$processes" --job-script "${BASH_SOURCE[-1]}" "$@")" || code=$?
+        if ((code == 0)); then return; fi
+        if ((code != 1)); then exit "$EXIT_OPTIONS"; fi
+        if ((restarts == 0 || attempt == 3)); then exit "$EXIT_FOLDER"; fi
+        sleep "${HEALTH_PAUSE_S:-60}" &
+        wait "$!" || true # a signal ends the wait
+    done
+}
+
 # The step of the newest complete checkpoint; 0 without one.
 newest_step() {
     local manifest step newest=0
@@ -191,8 +206,7 @@ train_on_slurm() {
 
     # A run that must be new, or must not be, has answered that at its first start.
     if ((restarts > 0)); then set -- "$@" --train.resume auto; fi
-    run="$("${python[@]}" "$repository/tools/snapshot_run.py" \
-        --processes "$processes" --job-script "${BASH_SOURCE[-1]}" "$@")" || exit "$EXIT_OPTIONS"
+    find_run "$@"
     logs="$run/logs/$SLURM_JOB_ID.$restarts"
     first_log="$logs/rank_0000.log"
     mkdir -p -- "$logs" || exit "$EXIT_FOLDER"

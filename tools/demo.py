@@ -26,10 +26,10 @@ import torch
 from demo_commands import Commands, Stopped, say
 
 from megatron_lpa.config import RunConfig, load_config
-from megatron_lpa.config.yaml_io import write_text_atomically
-from megatron_lpa.engine.manifest import complete_checkpoints
+from megatron_lpa.engine.manifest import complete_checkpoints, step_of
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.metrics_file import METRICS, Record, read_metrics, records_of
+from megatron_lpa.files import write_whole
 
 MODELS = ("transformer", "lpa")
 SPLITS = ("train", "valid", "test")
@@ -82,8 +82,9 @@ def write_texts(folder: Path) -> None:
     for number, path in enumerate(speeches):
         split = {7: "valid", 19: "test"}.get(number % 25, "train")
         lines[split].append(json.dumps({"text": path.read_text(encoding="utf-8")}) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
-        write_text_atomically(folder / f"{split}.jsonl", "".join(lines[split]))
+        write_whole(folder / f"{split}.jsonl", "".join(lines[split]))
         say(f"  {folder / split}.jsonl: {len(lines[split])} speeches")
 
 
@@ -121,9 +122,8 @@ def prepare_data(folder: Path, commands: Commands) -> None:
 def train(leg: Leg, folder: Path, commands: Commands, processes: int) -> None:
     """Train one leg, or what is left of it."""
     run = folder / "runs" / leg.name
-    complete = complete_checkpoints(run / "checkpoints")
-    step = int(complete[-1].name.removeprefix("step_")) if complete else 0
-    if step >= leg.steps and (leg.is_short or is_tested(run, leg.steps)):
+    step = newest_step(run)
+    if is_done(run, leg):
         say(f"  {leg.name}: already done")
         return
     say(f"  {leg.name}: " + (f"resuming from step {step}" if step else f"{leg.steps} steps"))
@@ -140,6 +140,22 @@ def train(leg: Leg, folder: Path, commands: Commands, processes: int) -> None:
     else:
         options += ["--data.test_prefix", data / "test_text_document"]
     commands.deepspeed(processes, "megatron_lpa.pretrain", *options)
+    if not is_done(run, leg):  # the launcher's exit code is 0 too when what it started was killed
+        raise UserError(
+            f"{run}: training ended at the checkpoint of step {newest_step(run)} of {leg.steps}; its messages above say "
+            "why. The same command goes on from there"
+        )
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest complete checkpoint; 0 without one."""
+    complete = complete_checkpoints(run / "checkpoints")
+    return step_of(complete[-1]) if complete else 0
+
+
+def is_done(run: Path, leg: Leg) -> bool:
+    """Whether a leg is trained to its end, and tested where it is to be."""
+    return newest_step(run) >= leg.steps and (leg.is_short or is_tested(run, leg.steps))
 
 
 def is_tested(run: Path, step: int) -> bool:

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lpa.config.yaml_io import write_text_atomically
 from megatron_lpa.data.storage.partial_file import explained_write_errors
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.curves import figure_of, read_curve, save_png
 from megatron_lpa.evaluate.generation import Sampling, generate_text
 from megatron_lpa.evaluate.report import report_text, summarize
 from megatron_lpa.evaluate.trained import load_run, required_tokenizer
+from megatron_lpa.files import write_whole
 
 PLOT = "loss.png"
 
@@ -70,7 +70,7 @@ def write_report(arguments: argparse.Namespace) -> tuple[Path, str]:
     text = report_text(runs, PLOT, samples)
     save_png(figure, output / PLOT)
     with explained_write_errors(output):
-        write_text_atomically(output / "report.md", text)
+        write_whole(output / "report.md", text)
     return output / "report.md", text
 
 

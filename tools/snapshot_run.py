@@ -5,13 +5,14 @@
 
 Takes the options of megatron_lpa.pretrain, checks them for so many processes, and prints the run folder. The first
 start makes ``snapshot/`` there, which later ones never touch: the resolved configuration, the command, the code and
-its commit, the packages, the job. Every start adds a line to ``logs/starts.jsonl``. Of the environment, only
-variables that cannot hold a secret are recorded, and known secrets are removed from every text.
+its commit, the packages, the job. Every start adds a line to ``logs/starts.jsonl``. Of the environment and of what SLURM
+knows, only what holds no text of the user's is recorded, and known secrets are removed from all the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import importlib.metadata
 import io
@@ -30,8 +31,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa import __version__
-from megatron_lpa.config import RunConfig, fitted_to_world, load_config, save_config, validate_config
-from megatron_lpa.errors import UserError
+from megatron_lpa.config import RunConfig, fitted_to_world, load_config, validate_config
+from megatron_lpa.config.redaction import Redaction, is_secret_name
+from megatron_lpa.config.yaml_io import format_yaml
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import (
+    LASTING,
+    UnusableFile,
+    fsync_folder,
+    new_file,
+    read_bytes,
+    read_json,
+    write_whole,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (
@@ -39,23 +51,22 @@ CODE = (
     "pyproject.toml", "constraints.txt",
 )  # fmt: skip
 ENVIRONMENT = re.compile(
-    r"(NCCL|TORCH_NCCL|GLOO|OMP|DS|CUDA_VISIBLE|SLURM_JOB|SLURM_NTASKS|SLURM_GPUS|MASTER)_\w+|DEVICE|CONTAINER|PYTHON"
+    r"(NCCL|TORCH_NCCL|GLOO|OMP|DS|CUDA_VISIBLE|SLURM_NTASKS|SLURM_GPUS|MASTER)_\w+|DEVICE|CONTAINER|PYTHON"
+    r"|SLURM_JOB_(ID|NODELIST|NUM_NODES|CPUS_PER_NODE|GPUS|PARTITION|QOS|ACCOUNT|USER|UID|GID|START_TIME|END_TIME)"
 )
-SECRET = re.compile(
-    r"KEY|TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|_PWD$|(^|_)(PAT|AUTH|PASS)(_|$)",
-    re.IGNORECASE,
+JOB = re.compile(
+    r"(UserId|Priority|JobState|Requeue|RunTime|SubmitTime|AccrueTime|StartTime|SuspendTime|LastSchedEval|Partition"
+    r"|ReqNodeList|NodeList|BatchHost|NumNodes|TRES|ReqTRES|AllocTRES|Socks/Node|MinCPUsNode|Features|OverSubscribe"
+    r"|WorkDir|StdErr|StdIn|StdOut|Power|CpusPerTres|TresPerNode|TresPerTask|MemPerTres)="
 )
-SHORTEST_SECRET = 8
+"""Lines of what SLURM says of a job. Comment, Command, SubmitLine, Extra and the name are the user's own words."""
+MOST_SCRIPT_BYTES = 16 << 20
 COMMAND_S = 30
 
 
 def without_secrets(text: str) -> str:
     """``text`` without the values of variables that are called like secrets, and without passwords in URLs."""
-    for name, value in os.environ.items():
-        names_a_file = value.startswith("/") and Path(value).exists()  # whose path is no secret
-        if SECRET.search(name) and len(value) >= SHORTEST_SECRET and not names_a_file:
-            text = text.replace(value, f"<{name}>")
-    return re.sub(r"(\w://)[^\s/@]+@", r"\1<removed>@", text)
+    return Redaction(os.environ).text(text)
 
 
 def output_of(*command: str) -> str | None:
@@ -66,7 +77,7 @@ def output_of(*command: str) -> str | None:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            errors="replace",
+            errors="surrogateescape",
             timeout=COMMAND_S,
             check=False,
         )
@@ -117,47 +128,70 @@ def write_snapshot(folder: Path, config: RunConfig, options: Sequence[str], job_
     partial.mkdir()
     try:
         _write_into(partial, config, options, job_script)
+        fsync_folder(partial)
         partial.rename(folder)
+        fsync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_into(folder: Path, config: RunConfig, options: Sequence[str], job_script: str | None) -> None:
+    redaction = Redaction(os.environ)
+    environment = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if ENVIRONMENT.fullmatch(name) and not is_secret_name(name)
+    }
     texts = {
-        "command.txt": shlex.join(["python", "-m", "megatron_lpa.pretrain", *options]) + "\n",
-        "version.json": json.dumps(version(), indent=2) + "\n",
-        "changes.diff": output_of("git", "diff", "HEAD") or "",
-        "packages.txt": packages(),
-        "environment.txt": "".join(
-            f"{name}={value}\n"
-            for name, value in sorted(os.environ.items())
-            if ENVIRONMENT.fullmatch(name) and not SECRET.search(name)
-        ),
+        "config.yaml": format_yaml(redaction.tree(dataclasses.asdict(config))),
+        "command.txt": shlex.join(["python", "-m", "megatron_lpa.pretrain", *redaction.words(options)])
+        + "\n",
+        "version.json": json.dumps(redaction.tree(version()), indent=2) + "\n",
+        "changes.diff": _without_secrets_of_scripts(output_of("git", "diff", "HEAD") or "", redaction),
+        "packages.txt": redaction.text(packages()),
+        "environment.txt": "".join(f"{n}={redaction.shell(value)}\n" for n, value in environment.items()),
     }
     if job_script is not None:
-        texts["job_script.sh"] = Path(job_script).read_text(errors="replace")
+        script = read_bytes(job_script, MOST_SCRIPT_BYTES).decode(errors="surrogateescape")
+        texts["job_script.sh"] = redaction.shell(script)
     if job := os.environ.get("SLURM_JOB_ID"):
-        texts["job.txt"] = output_of("scontrol", "show", "job", job) or ""
+        texts["job.txt"] = redaction.shell(described_job(output_of("scontrol", "show", "job", job) or ""))
     for name, text in texts.items():
         if text:
-            (folder / name).write_text(without_secrets(text))
-    path = folder / "config.yaml"
-    save_config(config, path)
-    path.write_text(without_secrets(path.read_text()))
-    with tarfile.open(folder / "code.tar.gz", "w:gz") as archive:
+            write_whole(folder / name, text.encode(errors="surrogateescape"))
+    with new_file(folder / "code.tar.gz") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
         for path in code_files():
-            contents = without_secrets(path.read_text(errors="surrogateescape")).encode(
-                errors="surrogateescape"
-            )
+            text = path.read_bytes().decode(errors="surrogateescape")
+            clean = redaction.shell(text) if path.suffix == ".sh" else redaction.text(text)
+            contents = clean.encode(errors="surrogateescape")
             entry = tarfile.TarInfo(str(path.relative_to(ROOT)))
             entry.size, entry.mtime, entry.mode = len(contents), int(path.stat().st_mtime), 0o644
             archive.addfile(entry, io.BytesIO(contents))
 
 
+def described_job(text: str) -> str:
+    """Of what ``scontrol show job`` prints, what SLURM itself says."""
+    lines = [line.strip() for line in text.splitlines()]
+    found = [line.partition(" ")[0] for line in lines[:1] if line.startswith("JobId=")]
+    return "".join(f"{line}\n" for line in [*found, *filter(JOB.match, lines)])
+
+
+def _without_secrets_of_scripts(diff: str, redaction: Redaction) -> str:
+    parts = re.split(r"(?m)^(?=diff --git )", diff)
+    return "".join(
+        redaction.shell(part) if part.partition("\n")[0].endswith(".sh") else redaction.text(part)
+        for part in parts
+    )
+
+
 def note_start(run: Path, processes: int) -> list[str]:
     """Adds a line to ``logs/starts.jsonl``; what the user should know of this start."""
     (run / "logs").mkdir(exist_ok=True)
-    first = json.loads((run / "snapshot" / "version.json").read_text())
+    try:
+        first = read_json(run / "snapshot" / "version.json")
+        first_digest = first["code_sha256"] if isinstance(first, dict) else None
+    except (OSError, UnusableFile, KeyError):
+        first_digest = None
     start = {
         "time": time.time(),
         "job": os.environ.get("SLURM_JOB_ID"),
@@ -168,7 +202,7 @@ def note_start(run: Path, processes: int) -> list[str]:
     }
     with (run / "logs" / "starts.jsonl").open("a") as log:
         log.write(json.dumps(start) + "\n")
-    if start["code_sha256"] == first["code_sha256"]:
+    if start["code_sha256"] == first_digest:
         return []
     return [f"the code is not that of the first start, which {run / 'snapshot' / 'code.tar.gz'} holds"]
 
@@ -178,6 +212,7 @@ def prepare(argv: Sequence[str]) -> Path:
 
     Raises:
         UserError: options that cannot run, or a run folder that cannot be written.
+        TryAgain: a disk that is full, or does not answer.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -193,8 +228,9 @@ def prepare(argv: Sequence[str]) -> Path:
         run.mkdir(parents=True, exist_ok=True)
         write_snapshot(run / "snapshot", config, options, own.job_script)
         notes = note_start(run, own.processes)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run}: cannot be written: {error}; choose another logging.run_dir") from error
+    except OSError as error:
+        kind = UserError if error.errno in LASTING else TryAgain
+        raise kind(f"{run}: cannot be written: {error}; choose another logging.run_dir") from error
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     for warning in warnings:
@@ -203,12 +239,12 @@ def prepare(argv: Sequence[str]) -> Path:
 
 
 def main(argv: Sequence[str]) -> int:
-    """0, or 1 with a message for what the user can mend."""
+    """0; with a message 78 for what somebody has to mend, and 1 for what may be gone at the next attempt."""
     try:
         print(prepare(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     return 0
 
 

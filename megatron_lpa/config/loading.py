@@ -6,21 +6,24 @@ Precedence, weakest first: dataclass defaults, the preset family's base, the pre
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
+import re
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_type_hints
 
 from megatron_lpa.config.help import help_text
 from megatron_lpa.config.presets import preset_trees
 from megatron_lpa.config.run import RunConfig
 from megatron_lpa.config.schema import CONFIG_KEYS, CONFIG_SECTIONS, nearest
-from megatron_lpa.config.yaml_io import format_yaml, read_yaml, write_text_atomically
-from megatron_lpa.errors import UserError
+from megatron_lpa.config.values import typed
+from megatron_lpa.config.yaml_io import format_yaml, read_yaml
+from megatron_lpa.errors import UserError, named, shown
+from megatron_lpa.files import write_whole
 
 LENGTH_KEYS = ("train.steps", "train.tokens", "train.epochs")
 """One choice in three spellings: a stronger source's length replaces a weaker source's."""
@@ -47,7 +50,8 @@ def load_config(argv: Sequence[str]) -> RunConfig:
 
     Raises:
         UserError: an unknown option, key or preset (with the nearest known names), a value of the
-            wrong type (with what was expected), or an unreadable file.
+            wrong type (with what was expected), or a file that cannot be used.
+        TryAgain: the disk does not give the file.
     """
     command = _parse_command_line(argv)
     if command.help:
@@ -73,9 +77,24 @@ def load_config(argv: Sequence[str]) -> RunConfig:
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write ``config`` as YAML that ``load_config(["--config", path])`` reads back to an equal object.
 
-    The file appears whole or not at all.
+    The file appears whole or not at all, with the permissions that the umask gives. Its folder is made.
+
+    Raises:
+        OSError: it cannot be written.
     """
-    write_text_atomically(Path(path), format_yaml(dataclasses.asdict(config)))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
+    write_whole(path, format_yaml(dataclasses.asdict(config)))
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what earlier versions left when they were killed: files with eight random characters after the name."""
+    of_random_name = re.compile(re.escape(f".{path.name}.") + "[a-z0-9_]{8}")
+    with contextlib.suppress(OSError):
+        for leftover in path.parent.iterdir():
+            if of_random_name.fullmatch(leftover.name) and stat.S_ISREG(leftover.lstat().st_mode):
+                leftover.unlink()
 
 
 def _parse_command_line(argv: Sequence[str]) -> _CommandLine:
@@ -84,7 +103,7 @@ def _parse_command_line(argv: Sequence[str]) -> _CommandLine:
     while words:
         word = words.pop(0)
         if not word.startswith("--") and word != "-h":
-            raise UserError(f"unexpected argument {word!r}; write options as --key value (see --help)")
+            raise UserError(f"unexpected argument {shown(word)}; write options as --key value (see --help)")
         option, equals, value = word.partition("=")
         if option in ("-h", "--help", "--print-config"):
             if equals:
@@ -120,7 +139,7 @@ def _check_key(key: str, prefix: str = "", source: str = "") -> None:
     known = [*CONFIG_KEYS, *(_OPTIONS if prefix else ())]
     names = [prefix + name for name in nearest(key, known)]
     advice = f"did you mean {', '.join(names)}?" if names else "--help lists every key"
-    raise UserError(f"unknown {what} {prefix}{key}{where}; {advice}")
+    raise UserError(f"unknown {what} {named(prefix + key)}{where}; {advice}")
 
 
 def _flatten(tree: Mapping[Any, Any], source: str, prefix: str = "") -> dict[str, Any]:
@@ -149,46 +168,20 @@ def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, tuple[Any,
     return merged
 
 
-def _integral(value: Any) -> Any:
-    """``51e9``, read as text or as a float, to an integer; anything else unchanged."""
-    if isinstance(value, (str, float)):
-        try:
-            number = Decimal(str(value))
-        except InvalidOperation:
-            return value
-        if number.is_finite() and number == number.to_integral_value():
-            return int(number)
-    return value
-
-
 def _build(merged: Mapping[str, tuple[Any, str]]) -> RunConfig:
-    """Type-check and construct; jsonargparse does the typing, the messages are ours."""
-    # Here, because models can be built and measured where little but PyTorch is installed.
-    from jsonargparse import ArgumentError, ArgumentParser
+    values = {key: typed(CONFIG_KEYS[key], value, source) for key, (value, source) in merged.items()}
+    return cast(RunConfig, _construct(RunConfig, _nest(values)))
 
-    parser = ArgumentParser(exit_on_error=False, default_env=False)
-    parser.add_class_arguments(RunConfig, as_group=True)
-    values = {
-        key: _integral(value) if CONFIG_KEYS[key].base_type is int else value
-        for key, (value, _) in merged.items()
-    }
-    for key, value in values.items():
-        if value is None and not CONFIG_KEYS[key].optional:  # jsonargparse lets None pass for any type
-            raise _wrong_type(key, *merged[key])
-    try:
-        typed = parser.parse_object(_nest(values), env=False)
-    except (ArgumentError, TypeError, ValueError):
-        # Only now, to find the culprit without depending on how the library words its message.
-        for key, value in values.items():
-            try:
-                parser.parse_object(_nest({key: value}), env=False)
-            except (ArgumentError, TypeError, ValueError) as error:
-                raise _wrong_type(key, *merged[key]) from error
-        raise
-    for key in values:
-        if isinstance(typed[key], float) and not math.isfinite(typed[key]):
-            raise _wrong_type(key, *merged[key])
-    return RunConfig(**vars(parser.instantiate(typed)))
+
+def _construct(cls: type, tree: Mapping[str, Any]) -> Any:
+    """A dataclass with what ``tree`` has of its fields, inner dataclasses likewise."""
+    hints = get_type_hints(cls)
+    return cls(
+        **{
+            name: _construct(hints[name], value) if dataclasses.is_dataclass(hints[name]) else value
+            for name, value in tree.items()
+        }
+    )
 
 
 def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,11 +193,3 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(section, {})
         node[name] = value
     return tree
-
-
-def _wrong_type(key: str, value: Any, source: str) -> UserError:
-    quote = (
-        "; put it in quotes" if CONFIG_KEYS[key].base_type is str and isinstance(value, (int, float)) else ""
-    )
-    shown = "null" if value is None else repr(value)
-    return UserError(f"{key} is {shown} ({source}) but must be {CONFIG_KEYS[key].expected}{quote}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_lpa.config.schema import nearest
 from megatron_lpa.config.yaml_io import read_yaml
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import UserError, shown
 
 PRESET_DIR = Path(str(resources.files("megatron_lpa"))) / "presets"
 
@@ -41,7 +41,7 @@ def preset_trees(name: str) -> list[tuple[str, dict[str, Any]]]:
         guesses = [n for n in names if n.startswith(f"{family}/")] if "/" not in name else []
         guesses = guesses or nearest(name, names)
         did_you_mean = f"did you mean {', '.join(guesses)}? " if guesses else ""
-        raise UserError(f"unknown preset {name!r}; {did_you_mean}available: {', '.join(names)}")
+        raise UserError(f"unknown preset {shown(name)}; {did_you_mean}available: {', '.join(names)}")
     family, _, variant = name.partition("/")
     path = PRESET_DIR / f"{family}.yaml"
     tree = read_yaml(path)

@@ -93,11 +93,18 @@ CONFIG_SECTIONS: frozenset[str] = frozenset(
 """Every inner node: ``model``, ``model.projections``, ``model.projections.q``, ..."""
 
 
+LONGEST_NAME = 100
+"""Comparing takes time with the square of the length."""
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The ``known`` names that a reader of ``name`` most likely meant, best first; may be empty.
 
-    A dotted name also matches by its last part, so ``lr`` and ``model.lr`` both find ``optim.lr``.
+    A dotted name also matches by its last part, so ``lr`` and ``model.lr`` both find ``optim.lr``. A name that is much
+    longer than any known one has no neighbour.
     """
+    if len(name) > LONGEST_NAME:
+        return []
     names = list(known)
     last = re.split(r"[./]", name)[-1]
     same_last = [n for n in names if re.split(r"[./]", n)[-1] == last]

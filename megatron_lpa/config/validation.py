@@ -6,11 +6,19 @@ A message gives the key, its value and the way out. Nothing here needs torch, a 
 from __future__ import annotations
 
 import math
+import struct
 
-from megatron_lpa.config.data_validation import at_least, check_data, positive
+from megatron_lpa.config.data_validation import (
+    MOST_NAME_BYTES,
+    at_least,
+    at_most,
+    check_data,
+    check_path,
+    positive,
+)
 from megatron_lpa.config.model import INPUT_PROJECTIONS, OUTPUT_PROJECTIONS, ModelConfig, ProjectionConfig
 from megatron_lpa.config.run import LoggingConfig, OptimConfig, RunConfig, TrainConfig
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import UserError, shown
 
 
 def validate_config(config: RunConfig, world_size: int | None, *, need_data: bool = True) -> list[str]:
@@ -37,15 +45,35 @@ def validate_config(config: RunConfig, world_size: int | None, *, need_data: boo
             f"train.epochs is {config.train.epochs} but the datasets of data.blend each have epochs of their own; "
             "set train.tokens or train.steps instead"
         )
+    steps = planned_steps(config.train, config.model)
+    if (
+        steps is not None
+        and steps * config.train.global_batch_size * config.model.sequence_length > MOST_TOKENS
+    ):
+        raise UserError(
+            f"the run's {steps:,} steps of train.global_batch_size x model.sequence_length tokens are more than 2**62 "
+            "tokens; lower train.steps or train.tokens"
+        )
     _check_logging(config.logging)
     if world_size is not None:
         _check_world(config, world_size)
     return _rank_warnings(config.model) + _run_warnings(config, need_data)
 
 
+MOST_SIZE = 2**31 - 1
+"""Of a dimension, and of a batch: kernels count in 32 bits."""
+
+MOST_TIMEOUT_S = 10**8
+"""Three years. Timers of the operating system end somewhere above."""
+
+MOST_EPOCHS = 10**9
+MOST_TOKENS = 2**62
+"""Of a run: positions in the data are 64-bit integers."""
+
+
 def _share(key: str, value: float, *, below_one: bool) -> None:
-    """Check a value in [0, 1), or in [0, 1]."""
-    if not (0 <= value < 1 or (value == 1 and not below_one)):
+    """Check a value in [0, 1), or in [0, 1], as float32 has it: 1 - 1e-9 is 1 there."""
+    if not 0 <= value <= 1 or (below_one and struct.unpack("f", struct.pack("f", value))[0] == 1):
         raise UserError(
             f"{key} is {value} but must be at least 0 and {'below' if below_one else 'at most'} 1"
         )
@@ -65,7 +93,9 @@ def _check_model(model: ModelConfig) -> None:
         *("vocab_size", "pad_vocab_to_multiple_of", "sequence_length", "hidden_size"),
         *("num_layers", "num_heads", "kv_heads", "ffn_hidden_size"),
     ):
-        at_least(f"model.{'num_kv_heads' if name == 'kv_heads' else name}", getattr(model, name), 1)
+        key = f"model.{'num_kv_heads' if name == 'kv_heads' else name}"
+        at_least(key, getattr(model, name), 1)
+        at_most(key, getattr(model, name), MOST_SIZE)
     for name in ("norm_eps", "rope_base", "init_std"):
         positive(f"model.{name}", getattr(model, name))
     _share("model.dropout", model.dropout, below_one=True)
@@ -80,6 +110,7 @@ def _check_model(model: ModelConfig) -> None:
             "change one of them, or set model.head_dim"
         )
     at_least("model.head_dim", model.head_width, 1)
+    at_most("model.head_dim", model.head_width, MOST_SIZE)
     if model.position_embedding == "rope" and model.head_width % 2:
         raise UserError(
             f"model.head_dim is {model.head_width} but model.position_embedding rope rotates pairs; "
@@ -106,6 +137,7 @@ def _check_projection(name: str, projection: ProjectionConfig) -> None:
         raise UserError(f"{key}.kind is {projection.kind} but {key}.rank is empty; set the rank")
     else:
         at_least(f"{key}.rank", projection.rank, 1)
+        at_most(f"{key}.rank", projection.rank, MOST_SIZE)
 
 
 def _check_tensor_parallel(config: RunConfig) -> None:
@@ -152,6 +184,11 @@ def _check_optim(optim: OptimConfig) -> None:
         _share(f"optim.{name}", getattr(optim, name), below_one=True)
     for name in ("min_lr_ratio", "wsd_decay_fraction"):
         _share(f"optim.{name}", getattr(optim, name), below_one=False)
+    if optim.lr * optim.weight_decay >= 1:
+        raise UserError(
+            f"optim.weight_decay is {shown(optim.weight_decay)} but times optim.lr {shown(optim.lr)} must be below 1: "
+            "each step takes that share of every weight away; lower one of them"
+        )
     if optim.decay_steps is not None and optim.decay_steps <= optim.warmup_steps:
         raise UserError(
             f"optim.decay_steps is {optim.decay_steps} but the schedule only leaves its warm-up at "
@@ -166,10 +203,14 @@ def _check_train(train: TrainConfig) -> None:
     if len(given) != 1:
         found = " and ".join(f"train.{name} {value}" for name, value in given.items()) or "none of them"
         raise UserError(f"set exactly one of train.steps, train.tokens and train.epochs; found {found}")
+    at_most("train.epochs", train.epochs or 0, MOST_EPOCHS)
     for name, value in given.items():
         positive(f"train.{name}", value)
     for name in ("global_batch_size", "micro_batch_size"):
         at_least(f"train.{name}", getattr(train, name), 1)
+        at_most(f"train.{name}", getattr(train, name), MOST_SIZE)
+    at_most("train.step_timeout_s", train.step_timeout_s, MOST_TIMEOUT_S, "0 waits for ever")
+    check_path("train.deepspeed_config", train.deepspeed_config)
     for name in (
         "seed",
         "eval_interval",
@@ -193,40 +234,47 @@ def _check_train(train: TrainConfig) -> None:
 
 
 def _raise_batch(train: TrainConfig, data_parallel_size: int) -> None:
-    chunk = train.micro_batch_size * data_parallel_size
-
-    def whole(
-        sequences: int,
-    ) -> bool:  # fewer than a micro-batch for each process are made one (fitted_to_world)
-        share, rest = divmod(sequences, data_parallel_size)
-        return not rest and (share < train.micro_batch_size or not share % train.micro_batch_size)
-
-    batch = train.global_batch_size
-    below = next((n for n in range(batch - 1, 0, -1) if whole(n)), 0)
-    above = next(n for n in range(batch + 1, batch + chunk + 1) if whole(n))
-    nearest = [n for n in (below, above) if n > 0]
-    micro = [
-        n
-        for n in range(1, train.global_batch_size + 1)
-        if train.global_batch_size % (n * data_parallel_size) == 0
+    batch, micro_batch = train.global_batch_size, train.micro_batch_size
+    chunk = micro_batch * data_parallel_size
+    # Sequences for each process: multiples of a micro-batch, or fewer, which are made one (fitted_to_world).
+    below = (batch - 1) // data_parallel_size
+    above = batch // data_parallel_size + 1
+    shares = [
+        below if below < micro_batch else below - below % micro_batch,
+        above if above < micro_batch else -(-above // micro_batch) * micro_batch,
     ]
-    closest = sorted(sorted(micro, key=lambda n: abs(n - train.micro_batch_size))[:2])
+    nearest = [share * data_parallel_size for share in shares if share > 0]
+    micro = [] if batch % data_parallel_size else _all_divisors(batch // data_parallel_size)
+    closest = sorted(sorted(micro, key=lambda n: abs(n - micro_batch))[:2])
     by_micro = f", or train.micro_batch_size to {' or '.join(map(str, closest))}" if closest else ""
     raise UserError(
-        f"train.global_batch_size {train.global_batch_size} is not divisible by train.micro_batch_size "
-        f"{train.micro_batch_size} x data-parallel size {data_parallel_size} = {chunk}; set it to "
+        f"train.global_batch_size {batch} is not divisible by train.micro_batch_size "
+        f"{micro_batch} x data-parallel size {data_parallel_size} = {chunk}; set it to "
         f"{' or '.join(map(str, nearest))}{by_micro}"
     )
+
+
+def _all_divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _check_logging(logging: LoggingConfig) -> None:
     at_least("logging.interval", logging.interval, 1)
     if logging.peak_tflops is not None:
         positive("logging.peak_tflops", logging.peak_tflops)
-    name = logging.name
-    if name is not None and (name in ("", ".", "..") or "/" in name):
+    check_path("logging.run_dir", logging.run_dir)
+    if (name := logging.name) is not None:
+        size = len(name.encode(errors="surrogateescape"))
+        if name in ("", ".", "..") or "/" in name or size > MOST_NAME_BYTES:
+            raise UserError(
+                f"logging.name is {shown(name)} but names one folder inside logging.run_dir; use a name without '/', of "
+                f"1 to {MOST_NAME_BYTES} bytes"
+            )
+    project = logging.wandb_project
+    if logging.wandb != "off" and (not 1 <= len(project) <= 128 or set(project) & set("/\\#?%:")):
         raise UserError(
-            f"logging.name is {name!r} but names one folder inside logging.run_dir; use a name without '/'"
+            f"logging.wandb_project is {shown(project)} but W&B takes 1 to 128 characters, none of them of / \\ # ? % :"
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -53,8 +54,10 @@ def wait_for_compilers(
     """
     folder = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     told: set[Path] = set()
+    ages = _Ages()
     while locks := _locks(folder):
-        for lock, age_s in locks.items():
+        for lock, status in locks.items():
+            age_s = ages.of(lock, status)
             unheld = _nobody_holds(lock)
             left_s = (unheld_stale_s if unheld else stale_s) - age_s
             if left_s <= 0:
@@ -74,14 +77,45 @@ def wait_for_compilers(
         time.sleep(_POLL_S)
 
 
-def _locks(folder: Path) -> dict[Path, float]:
-    """Every lock and its age in seconds. PyTorch's folders lie one or two levels down."""
+def _locks(folder: Path) -> dict[Path, os.stat_result]:
+    """Every lock. PyTorch's folders lie one or two levels down."""
     found = {}
     for pattern in ("*/lock", "*/*/lock"):
         for lock in folder.glob(pattern):
             with contextlib.suppress(OSError):  # gone in the meantime
-                found[lock] = time.time() - lock.stat().st_mtime
+                found[lock] = lock.stat()
     return found
+
+
+class _Ages:
+    """How old locks are, whatever clocks say.
+
+    A date is compared once, when a lock is first seen, with what the same file system gives as the present: a file
+    server has a clock of its own. From then on this process counts. A date in the future is as good as none.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[Path, int, int], tuple[float, float]] = {}
+
+    def of(self, lock: Path, status: os.stat_result) -> float:
+        """Age in seconds; from 0 again where another process has taken the lock since."""
+        key = (lock, status.st_ino, status.st_mtime_ns)
+        if key not in self._seen:
+            age_s = max(0.0, _present(lock.parent) - status.st_mtime)
+            self._seen[key] = (age_s, time.monotonic())
+        age_s, since_s = self._seen[key]
+        return age_s + time.monotonic() - since_s
+
+
+def _present(folder: Path) -> float:
+    """What a file gets as its date that is written in ``folder`` now."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
+            probe.flush()
+            return os.fstat(probe.fileno()).st_mtime
+    except OSError:
+        return time.time()
 
 
 def _nobody_holds(lock: Path) -> bool:

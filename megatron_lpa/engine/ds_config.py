@@ -8,12 +8,16 @@ that sets one of those is refused rather than silently overridden.
 from __future__ import annotations
 
 import difflib
-import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
 from megatron_lpa.config import RunConfig
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import UserError, named, shown
+from megatron_lpa.files import LASTING, patiently, read_json
+
+MOST_BYTES = 1 << 20
 
 SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -35,26 +39,49 @@ DECIDED_BY_RUN = {
 }
 """DeepSpeed's keys that a file must leave alone, and the run's key that decides instead."""
 
-ALLOWED = ("zero_optimization", "aio", "comms_logger", "wall_clock_breakdown", "memory_breakdown")
+ALLOWED: dict[str, type] = {
+    "zero_optimization": dict,
+    "aio": dict,
+    "comms_logger": dict,
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+}
 
 
 def find_ds_config(name: str) -> Path:
     """The file that ``train.deepspeed_config`` names: a path, or a name in ``ds_configs/``.
 
     Raises:
-        UserError: no such file.
+        UserError: no such file, or a folder on the way to it may not be entered.
+        TryAgain: the disk does not say whether there is one.
     """
     candidates = [Path(name), Path("ds_configs") / f"{name}.json", SHIPPED / f"{name}.json"]
     for path in candidates:
-        if path.is_file():
+        if _is_there(path):
             return path
     shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
-    near = difflib.get_close_matches(name, shipped, n=1)
+    near = difflib.get_close_matches(name[:100], shipped, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(
-        f"train.deepspeed_config={name!r}: no such file and no such name in ds_configs/; {hint}"
+        f"train.deepspeed_config={shown(name)}: no such file and no such name in ds_configs/; {hint}"
         f"names: {', '.join(shipped)}"
     )
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is anything but a folder; what cannot be a file of JSON is told of when it is read."""
+    if "\0" in str(path):
+        return False
+    try:
+        return not stat.S_ISDIR(patiently(lambda: os.stat(path), path).st_mode)
+    except PermissionError as error:
+        raise UserError(
+            f"{named(path)}: {error.strerror}; let this user read it, or name another file"
+        ) from error
+    except OSError as error:
+        if error.errno in LASTING:
+            return False
+        raise
 
 
 def read_zero_knobs(name: str, precision: str) -> dict[str, Any]:
@@ -63,12 +90,15 @@ def read_zero_knobs(name: str, precision: str) -> dict[str, Any]:
     Raises:
         UserError: missing or malformed file, a key that the run's config decides, or a stage that
             cannot train in this precision.
+        TryAgain: the disk does not give the file.
     """
     path = find_ds_config(name)
     try:
-        knobs = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file: {error}") from error
+        knobs = read_json(path, MOST_BYTES)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; check the path and its permissions"
+        ) from error
     if not isinstance(knobs, dict):
         raise UserError(f"{path}: expected a JSON object with the key 'zero_optimization'")
     for key in knobs:
@@ -77,17 +107,26 @@ def read_zero_knobs(name: str, precision: str) -> dict[str, Any]:
                 f"{path}: {key!r} contradicts the run's config; remove it and set {DECIDED_BY_RUN[key]}"
             )
         if key not in ALLOWED:
-            raise UserError(f"{path}: unknown key {key!r}; known: {', '.join(ALLOWED)}")
+            raise UserError(f"{path}: unknown key {shown(key)}; known: {', '.join(ALLOWED)}")
+        if key != "zero_optimization" and not isinstance(knobs[key], ALLOWED[key]):
+            kind = "an object" if ALLOWED[key] is dict else "true or false"
+            raise UserError(f"{path}: {key} is {shown(knobs[key])} but must be {kind}")
     zero = knobs.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if not isinstance(zero, dict) or type(stage) is not int or stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: 'zero_optimization.stage' must be 0, 1, 2 or 3")
     for key in ("offload_optimizer", "offload_param"):
-        if (zero.get(key) or {}).get("device") == "nvme":
+        offload = zero.get(key)
+        if offload is not None and not isinstance(offload, dict):
+            raise UserError(
+                f'{path}: {key} is {shown(offload)} but must be an object such as {{"device": "cpu"}}'
+            )
+        if offload and offload.get("device") == "nvme":
             raise UserError(
                 f"{path}: {key} to nvme is not supported: checkpoints do not reach what lies there; set its device "
                 "to cpu, or use train.deepspeed_config=zero3_offload"
             )
-    if zero["stage"] == 0 and precision == "bf16":
+    if stage == 0 and precision == "bf16":
         raise UserError(
             f"{path}: train.precision=bf16 needs ZeRO stage 1 or above: DeepSpeed's stage 0 accumulates gradients "
             "in bf16 and leaves tensor-parallel shards out of the gradient norm; set "
@@ -104,10 +143,12 @@ def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         dp_size: data-parallel size.
 
     Raises:
-        UserError: as ``read_zero_knobs``.
+        UserError: as ``read_zero_knobs``; or a knob that DeepSpeed does not know, or not with this value.
+        TryAgain: as ``read_zero_knobs``.
     """
     ds_config = read_zero_knobs(config.train.deepspeed_config, config.train.precision)
     zero = ds_config["zero_optimization"]
+    _check_by_deepspeed(zero, config.train.deepspeed_config)
     train = config.train
     ds_config |= {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -128,3 +169,18 @@ def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         # Unsharded weights are written by our own checkpoint code, as safetensors.
         zero["stage3_gather_16bit_weights_on_model_save"] = False
     return ds_config
+
+
+def _check_by_deepspeed(zero: dict[str, Any], name: str) -> None:
+    # Here, as the file is read before DeepSpeed's seconds of imports.
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise UserError(
+            f"{find_ds_config(name)}: {named(key)} is {shown(first['input'])}: {named(first['msg'])}; correct or remove it"
+        ) from error

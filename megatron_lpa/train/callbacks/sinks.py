@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from megatron_lpa.config.redaction import Redaction
 from megatron_lpa.errors import UserError
 from megatron_lpa.train.callbacks.base import Sink
 from megatron_lpa.train.state import Record, Run
@@ -221,7 +222,11 @@ class TensorBoard(Sink):
 
 
 class WandB(Sink):
-    """Weights & Biases, online or offline; the run's id is kept in the run folder for resuming."""
+    """Weights & Biases, online or offline; the run's id is kept in the run folder for resuming.
+
+    W&B gets metrics and the configuration without known secrets. What it would collect by itself it does not: the
+    command, every variable of SLURM (with the job's comment), the repository's address. The snapshot has what matters.
+    """
 
     def __init__(self, mode: Literal["offline", "online"]) -> None:
         self._mode = mode
@@ -249,7 +254,10 @@ class WandB(Sink):
             resume="allow",
             mode=self._mode,
             dir=str(run.folder),
-            config=dataclasses.asdict(run.config),
+            config=Redaction(os.environ).tree(dataclasses.asdict(run.config)),
+            settings=wandb.Settings(
+                x_disable_machine_info=True, x_disable_meta=True, disable_git=True, disable_code=True
+            ),
         )
 
     def write(self, record: Record) -> None:

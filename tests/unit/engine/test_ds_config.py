@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_lpa import files
 from megatron_lpa.config import OptimConfig, RunConfig, TrainConfig
-from megatron_lpa.engine.ds_config import SHIPPED, build_ds_config, read_zero_knobs
-from megatron_lpa.errors import UserError
+from megatron_lpa.engine.ds_config import SHIPPED, build_ds_config, find_ds_config, read_zero_knobs
+from megatron_lpa.errors import TryAgain, UserError
 
 RUN = RunConfig(
     train=TrainConfig(steps=1, global_batch_size=96, micro_batch_size=4, precision="bf16"),
@@ -63,7 +66,16 @@ def test_a_key_that_the_run_decides_is_refused(tmp_path, key, value, instead):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not a readable JSON file"),
+        ("{", "not valid JSON"),
+        ('{"a": ' + "[" * 100_000, "nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
+        (" " * (1 << 20) + "{}", "more than the"),
+        ({"k" * 9000: 1}, "unknown key 'kkk"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": "cpu"}}, "offload_optimizer is 'cpu'"),
+        ({"zero_optimization": {"stage": 1, "offload_param": [1]}}, "offload_param is [1]"),
+        ({"zero_optimization": {"stage": 1}, "aio": 5}, "aio is 5 but must be an object"),
+        ({"wall_clock_breakdown": "yes"}, "wall_clock_breakdown is 'yes' but must be true or false"),
         ([1], "expected a JSON object"),
         ({}, "zero_optimization.stage"),
         ({"zero_optimization": {"stage": 5}}, "zero_optimization.stage"),
@@ -75,6 +87,65 @@ def test_malformed_files_are_named(tmp_path, content, message):
     with pytest.raises(UserError) as caught:
         read_zero_knobs(name, "fp32")
     assert name in str(caught.value) and message in str(caught.value)
+    assert len(str(caught.value)) < len(name) + 250 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"reduce_bucket_size": "big"}, "zero_optimization.reduce_bucket_size is 'big'"),
+        ({"reduce_bucket_size": -5}, "greater than 0"),
+        ({"x" * 5000: 1}, "zero_optimization.xxx"),
+        ({"offload_optimizer": {"device": "gpu"}}, "zero_optimization.offload_optimizer.device is 'gpu'"),
+    ],
+)
+def test_knobs_that_deepspeed_does_not_take_are_named(tmp_path, knobs, message):
+    name = write(tmp_path, {"zero_optimization": {"stage": 1, **knobs}})
+    with pytest.raises(UserError) as caught:
+        build_ds_config(replace(RUN, train=replace(RUN.train, deepspeed_config=name)), dp_size=1)
+    text = str(caught.value)
+    assert name in text and message in text
+    assert len(text) < len(name) + 350 and "\n" not in text
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a\0b", "x/" * 4000, "zero1.json/x"])
+def test_what_no_file_can_be_called_is_no_such_file(name):
+    with pytest.raises(UserError, match="no such file") as caught:
+        find_ds_config(name)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_folder_of_the_name_does_not_hide_the_shipped_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zero1").mkdir()
+    assert find_ds_config("zero1") == SHIPPED / "zero1.json"
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: a named pipe"):
+        read_zero_knobs(str(tmp_path / "pipe"), "fp32")
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_a_disk_that_does_not_answer_is_no_missing_file(tmp_path, monkeypatch, call):
+    name = write(tmp_path, {"zero_optimization": {"stage": 1}})
+    real, refusals = getattr(os, call), []
+
+    def faulty(path, *arguments, **keywords):
+        if os.fspath(path) == name and (lasting or len(refusals) < 2):
+            refusals.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr(files, "PAUSES_S", (0, 0, 0))
+    monkeypatch.setattr(os, call, faulty)
+    lasting = False
+    assert read_zero_knobs(name, "fp32")["zero_optimization"] == {"stage": 1}
+    assert len(refusals) == 2
+    lasting = True
+    with pytest.raises(TryAgain, match=r"knobs\.json: cannot be read"):
+        read_zero_knobs(name, "fp32")
 
 
 def test_an_unknown_name_lists_the_known_ones():

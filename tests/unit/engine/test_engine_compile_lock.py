@@ -94,3 +94,44 @@ def test_the_folder_is_the_one_that_pytorch_uses(tmp_path: Path, monkeypatch: py
 
 def test_without_any_extension_there_is_nothing_to_do(tmp_path: Path) -> None:
     wait_for_compilers(tmp_path / "not there")
+
+
+def test_a_lock_dated_in_the_future_is_waited_for_no_longer_than_others(tmp_path: Path) -> None:
+    lock = lock_in(tmp_path / "op", age_s=-7200)
+    started = time.monotonic()
+    wait_for_compilers(tmp_path, stale_s=1.0)
+    assert not lock.exists() and 1.0 <= time.monotonic() - started < 10
+
+
+def test_a_clock_that_jumps_does_not_make_a_lock_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = lock_in(tmp_path / "op")
+    waiter = threading.Thread(target=wait_for_compilers, args=(tmp_path,))
+    waiter.start()
+    waiter.join(0.3)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 7200)
+    waiter.join(1.5)
+    assert waiter.is_alive() and lock.exists()
+    lock.unlink()
+    waiter.join(5)
+    # Nor does one whose clock is ahead of the file server's.
+    lock = lock_in(tmp_path / "other")
+    waiter = threading.Thread(target=wait_for_compilers, args=(tmp_path,))
+    waiter.start()
+    waiter.join(1.5)
+    assert waiter.is_alive() and lock.exists()
+    lock.unlink()
+    waiter.join(5)
+
+
+def test_a_lock_that_another_process_takes_next_is_young_again(tmp_path: Path) -> None:
+    lock = lock_in(tmp_path / "op")
+    waiter = threading.Thread(target=wait_for_compilers, args=(tmp_path,), kwargs={"stale_s": 2.5})
+    waiter.start()
+    time.sleep(1.5)
+    lock.unlink()
+    assert FileBaton(str(lock)).try_acquire()
+    waiter.join(1.5)
+    assert waiter.is_alive() and lock.exists()
+    waiter.join(5)
+    assert not lock.exists()

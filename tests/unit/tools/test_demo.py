@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,13 +41,19 @@ def write_run(folder: Path, records: list[dict[str, Any]], checkpoint: int | Non
 
 
 class Recorder:
-    """Stands in for running commands."""
+    """Stands in for running commands, each of which trains to the end, or does nothing and says so to nobody."""
 
-    def __init__(self) -> None:
+    def __init__(self, trains: bool = True) -> None:
         self.launched: list[list[str]] = []
+        self.trains = trains
 
     def deepspeed(self, processes: int, module: str, *arguments: str | Path) -> None:
         self.launched.append([str(word) for word in arguments])
+        if self.trains:
+            config = load_config(self.launched[-1])
+            run = Path(config.logging.run_dir) / str(config.logging.name)
+            shutil.rmtree(run, ignore_errors=True)
+            write_run(run, [{"kind": "test", "step": config.train.steps}], config.train.steps)
 
 
 def test_losses_of_two_layouts_are_compared_where_both_logged(demo: ModuleType, tmp_path: Path) -> None:
@@ -85,18 +92,22 @@ def test_finished_legs_are_skipped_and_others_resumed(
     commands = Recorder()
     demo.train(full, tmp_path, commands, 2)
     assert len(commands.launched) == 1
-    write_run(tmp_path / "runs" / full.name, [], checkpoint=full.steps)  # killed during the test
+    (tmp_path / "runs" / full.name / "metrics.jsonl").write_text("")  # killed during the test
     demo.train(full, tmp_path, commands, 2)
     assert len(commands.launched) == 2
     assert f"resuming from step {full.steps}" in capsys.readouterr().out
-    (tmp_path / "runs" / full.name / "metrics.jsonl").write_text(
-        json.dumps({"kind": "test", "step": full.steps, "tokens": 1, "loss": 1.0}) + "\n"
-    )
     demo.train(full, tmp_path, commands, 2)
     write_run(tmp_path / "runs" / short.name, [], checkpoint=short.steps)
     demo.train(short, tmp_path, commands, 2)
     assert len(commands.launched) == 2
     assert capsys.readouterr().out.count("already done") == 2
+
+
+def test_a_launcher_that_says_all_is_well_is_not_believed(demo: ModuleType, tmp_path: Path) -> None:
+    """The ``deepspeed`` command ends with 0 when its processes were killed."""
+    for legs in demo.plan_legs(load_config(["--preset", "tiny/lpa"])):
+        with pytest.raises(UserError, match=f"ended at the checkpoint of step 0 of {legs[0].steps}"):
+            demo.train(legs[0], tmp_path, Recorder(trains=False), 2)
 
 
 def test_the_launched_options_are_a_valid_run_with_the_schedule_of_the_full_one(

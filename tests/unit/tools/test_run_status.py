@@ -1,0 +1,93 @@
+"""``tools/run_status.py``: what a run folder says of whether the run is complete."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from support.checkpoints import random_checkpoint
+
+from megatron_lpa.config import RunConfig, load_config, save_config
+from megatron_lpa.config.model import ModelConfig
+
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "run_status.py"
+MODEL = ModelConfig(
+    vocab_size=11, sequence_length=4, hidden_size=8, num_layers=1, num_heads=2, ffn_hidden_size=8
+)
+
+
+@pytest.fixture(scope="module")
+def tool() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(TOOL)))
+
+
+def run_folder(folder: Path, *overrides: str, steps: tuple[int, ...] = ()) -> RunConfig:
+    """Checkpoints of an order of 1000 samples."""
+    config = replace(
+        load_config(["--data.prefix", "d", "--train.global_batch_size", "8", *overrides]), model=MODEL
+    )
+    save_config(config, folder / "config.yaml")
+    for step in steps:
+        random_checkpoint(folder / "checkpoints", MODEL, step=step, tp_size=1, files=1)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("length", "last"),
+    [
+        ("--train.steps=250", 250),
+        ("--train.tokens=8000", 250),  # steps of 8 sequences of 4 tokens
+        ("--train.tokens=7969", 250),
+        ("--train.epochs=2", 250),  # of 1000 samples
+        ("--train.epochs=1.999", 250),
+    ],
+)
+def test_a_run_is_complete_with_the_checkpoint_of_its_last_step(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], length: str, last: int
+) -> None:
+    run_folder(tmp_path, length, steps=(100, last - 1))
+    assert tool.main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out.startswith(f"incomplete: {last - 1} of {last} steps")
+    run_folder(tmp_path, length, steps=(last,))
+    assert tool.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith(f"complete: {last} of {last} steps")
+
+
+def test_a_damaged_or_unfinished_checkpoint_does_not_count(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder(tmp_path, "--train.steps=9")
+    assert tool.main([str(tmp_path)]) == 1
+    assert "no whole checkpoint yet" in capsys.readouterr().out
+    run_folder(tmp_path, "--train.steps=9", steps=(5, 9))
+    weights = tmp_path / "checkpoints" / "step_00000009" / "weights" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert tool.main([str(tmp_path)]) == 1
+    assert "5 of 9 steps" in (said := capsys.readouterr().out) and "(step_00000009: damaged)" in said
+    (tmp_path / "checkpoints" / "step_00000009" / "manifest.json").unlink()
+    assert tool.main([str(tmp_path)]) == 1
+    assert ": damaged)" not in capsys.readouterr().out
+
+
+def test_a_test_that_was_asked_for_belongs_to_the_run(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tested = ("--data.prefix=null", "--data.train_prefix=a", "--data.test_prefix=b", "--train.steps=9")
+    run_folder(tmp_path, *tested, steps=(9,))
+    for step in (None, 5, 9):
+        if step is not None:
+            record = {"kind": "test", "step": step, "tokens": 1, "loss": 1.0}
+            (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        assert tool.main([str(tmp_path)]) == (0 if step == 9 else 1)
+        assert ("test is not on record" in capsys.readouterr().out) == (step != 9)
+
+
+def test_what_is_no_run_folder(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main([str(tmp_path)]) == 78
+    assert "config.yaml: no such file" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Whether a run is complete, from what is in its folder.
+
+    python tools/run_status.py runs/tiny-lpa
+
+A launcher's exit code does not tell: that of ``deepspeed`` is 0 too when what it started was killed. Here a run is
+complete when the checkpoint of its last step is, and the final test is on record where ``data.test_prefix`` asks for
+one. Ends with 0 then, with 1 when the same command would go on with it, and with 78 when that cannot be told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_lpa.engine.manifest import MANIFEST, DamagedCheckpoint, complete_checkpoints, read_manifest
+from megatron_lpa.errors import EXIT_FAILED, UserError
+from megatron_lpa.evaluate.metrics_file import METRICS, read_metrics, records_of
+from megatron_lpa.evaluate.trained import read_config
+from megatron_lpa.train.schedule import total_steps
+
+
+def status(folder: Path) -> tuple[bool, str]:
+    """Whether a run is complete, and what there is of it, in words.
+
+    Raises:
+        UserError: not a run folder.
+        TryAgain: the disk does not give a file.
+    """
+    config = read_config(folder)
+    damaged = []
+    for checkpoint in reversed(complete_checkpoints(folder / "checkpoints")):
+        try:
+            manifest = read_manifest(checkpoint)
+        except DamagedCheckpoint:
+            damaged.append(checkpoint.name)
+            continue
+        step = manifest["progress"].step
+        try:
+            steps = total_steps(config.train, config.model, int(manifest["order"]["samples_per_epoch"]))
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{checkpoint / MANIFEST}: it does not say how many samples an epoch has"
+            ) from error
+        break
+    else:
+        return False, "incomplete: no whole checkpoint yet" + _damage(damaged)
+    words = f"{step:,} of {steps:,} steps are in {checkpoint}" + _damage(damaged)
+    if step < steps:
+        return False, f"incomplete: {words}"
+    if config.data.test_prefix is not None and not _is_tested(folder, step):
+        return False, f"incomplete: {words}, but the final test is not on record"
+    return True, f"complete: {words}"
+
+
+def _damage(names: list[str]) -> str:
+    return f" ({', '.join(names)}: damaged)" if names else ""
+
+
+def _is_tested(folder: Path, step: int) -> bool:
+    if not (folder / METRICS).is_file():
+        return False
+    return any(record["step"] == step for record in records_of(read_metrics(folder), "test"))
+
+
+def main(argv: Sequence[str]) -> int:
+    """0 for a complete run, 1 for one that is not, 78 with a message for what the user can mend."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("run", metavar="FOLDER", help="run folder")
+    try:
+        complete, words = status(Path(parser.parse_args(argv).run))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(words)
+    return 0 if complete else EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
