@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,11 @@ import torch.distributed as dist
 
 from megatron_lpa.engine.manifest import MANIFEST, checkpoint_folders
 from megatron_lpa.engine.resume import Resumed, load_newest
-from megatron_lpa.engine.store import write_durably
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import fsync_folder
+from megatron_lpa.files import write_whole
 from megatron_lpa.parallel.agreement import gather_messages, together
+from megatron_lpa.run_folder import PASSED_OVER
 from megatron_lpa.train.state import Run
-
-MEMORY = "passed_over.json"
-"""In the folder of checkpoints: what a run passed over when it went back."""
 
 DIVERGED = (
     "training has diverged; lower optim.lr, raise optim.warmup_steps, or continue from an earlier checkpoint"
@@ -61,7 +57,7 @@ def _remember(run: Run) -> str | None:
     Returns:
         Why it could not be written, as on a full disk: nothing that a run has to end for.
     """
-    path = run.checkpoints / MEMORY
+    path = run.checkpoints / PASSED_OVER
     try:
         _write(path, run)
     except OSError as error:
@@ -70,16 +66,13 @@ def _remember(run: Run) -> str | None:
 
 
 def _write(path: Path, run: Run) -> None:
-    partial = path.with_name(f".{MEMORY}")
     content = {
         "step": run.progress.step,
         "checkpoint": _checksum(run),
         "skipped_samples": run.progress.skipped_samples,
         "rollbacks": run.rollbacks,
     }
-    write_durably(partial, json.dumps(content))
-    os.replace(partial, path)
-    fsync_folder(path.parent)
+    write_whole(path, json.dumps(content))
 
 
 def recall(run: Run) -> None:
@@ -103,7 +96,7 @@ def recall(run: Run) -> None:
 
 def _remembered(run: Run) -> tuple[int, int] | None:
     """Samples passed over and times gone back, for the checkpoint that the run goes on from; None without any."""
-    path = run.checkpoints / MEMORY
+    path = run.checkpoints / PASSED_OVER
     try:
         content = json.loads(path.read_text())
         step, skipped, rollbacks = (int(content[key]) for key in ("step", "skipped_samples", "rollbacks"))

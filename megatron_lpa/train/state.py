@@ -6,7 +6,6 @@ import functools
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
 
 from megatron_lpa.config import RunConfig
 from megatron_lpa.data.splits import Splits
@@ -14,11 +13,9 @@ from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.manifest import Progress, SampleOrder
 from megatron_lpa.errors import AgreedProblem
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all, severity_of, worst_error
+from megatron_lpa.train.run_lock import RunLock
 from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.watchdog import Watchdog
-
-Record = dict[str, Any]
-"""One line of ``metrics.jsonl``; ``kind`` is train, valid, test or event."""
 
 
 @dataclass
@@ -36,7 +33,7 @@ class Run:
         problem: what went wrong on this rank alone; it says whether another attempt may help. A rank that raised by itself would leave the others
             waiting in a collective; the loop makes all ranks raise at the next agreement.
         stop: whether this process was asked to stop.
-        lock: the open lock file of the run folder, on rank 0.
+        lock: that of the run folder, on rank 0.
         stopped_by: the signal that all ranks agreed to stop for; 0 while none came.
         resume_notes: what was noticed while resuming, such as a damaged checkpoint that was skipped.
         rollbacks: how often the run has gone back to a checkpoint, over all its starts.
@@ -54,7 +51,7 @@ class Run:
     problem: Exception | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     stopped_by: int = 0
-    lock: IO[str] | None = None
+    lock: RunLock | None = None
     resume_notes: tuple[str, ...] = ()
     rollbacks: int = 0
     watchdog: Watchdog | None = None
@@ -77,6 +74,12 @@ class Run:
         """
         train, samples = self.config.train, self.splits.train
         return SampleOrder(train.seed, samples.num_samples, train.global_batch_size, samples.facts())
+
+    def has_lost_folder(self) -> bool:
+        """Whether nothing may be written any more; then it is the problem on rank 0. Every rank calls it."""
+        if self.lock is not None:
+            self.problem = self.problem or self.lock.lost()
+        return bool(largest_of_all(self.lock is not None and not self.lock.still_held(), self.engine.groups))
 
     @property
     def checkpoints(self) -> Path:

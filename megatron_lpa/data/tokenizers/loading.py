@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +10,12 @@ from megatron_lpa.data.tokenizers.hub import hub_files
 from megatron_lpa.data.tokenizers.reference import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_lpa.data.tokenizers.tiktoken_ranks import TiktokenTokenizer, config_files
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import read_bytes, write_whole
 
 __all__ = ["EOD_NAMES", "Tokenizer", "load_tokenizer", "save_tokenizer"]
+
+MOST_FILE_BYTES = 1 << 30
+"""Of one file of a tokenizer: far more than any has."""
 
 
 def load_tokenizer(
@@ -81,8 +84,11 @@ def _from_file(name: str, file: Path) -> Tokenizer:
 def save_tokenizer(name_or_path: str, folder: Path) -> None:
     """Keep a copy of a local tokenizer's files, which ``load_tokenizer`` reads back. Hub names have none.
 
+    Links in ``folder`` are replaced, not followed; that it is none itself is up to the caller.
+
     Raises:
         UserError: a folder without a tokenizer.
+        OSError: a copy cannot be written.
     """
     path = Path(name_or_path).expanduser()
     if not path.exists() or (folder.exists() and path.resolve() == folder.resolve()):
@@ -99,4 +105,4 @@ def save_tokenizer(name_or_path: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for source, target in copies.items():
         if source.is_file():
-            shutil.copyfile(source, folder / target)
+            write_whole(folder / target, read_bytes(source, MOST_FILE_BYTES))
