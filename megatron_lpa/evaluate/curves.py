@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_lpa.data.storage.partial_file import PartialFile
+from megatron_lpa.data.storage.partial_file import explained_write_errors
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.metrics_file import METRICS, read_metrics, records_of
+from megatron_lpa.files import write_whole
 
 Axis = Literal["tokens", "time", "both"]
 # Okabe and Ito's palette, told apart with every kind of colour vision, without its yellow.
@@ -133,16 +134,16 @@ def figure_of(curves: Sequence[Curve], axis: Axis = "both", smooth: int = 1, tit
 
 
 def save_png(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, whole or not at all. A link of that name is replaced, not followed.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    file = PartialFile(path)
-    try:
-        file.write(buffer.getvalue())
-        file.finish()
-        file.publish()
-    finally:
-        file.discard()
+    with explained_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, buffer.getvalue())
 
 
 def _column(records: Sequence[dict[str, Any]], name: str) -> np.ndarray:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import SMALL, Launch, launch, records
+from launching import SMALL, TIMEOUT_S, Launch, launch, records
 
 TOP = ["checkpoints", "logs", "tokenizer", "tensorboard", "wandb", "snapshot"]
 INSIDE = [
@@ -103,12 +103,17 @@ def long_run(folder: Path, name: str, processes: int, *more: str) -> tuple[Launc
     started = Launch(
         arguments(name, "--train.steps", "100000", "--train.eval_interval", "0", *more), processes, folder
     )
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(records(run, "train")) > 2)
+    try:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(records(run, "train")) > 2)
+    except BaseException:
+        for process in started.processes:
+            process.kill()
+        raise
     return started, run
 
 
 def wait_for(condition) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)

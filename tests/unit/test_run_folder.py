@@ -71,9 +71,7 @@ def test_a_link_is_refused_wherever_it_leads(run: Path, tmp_path: Path, name: st
 def test_what_is_of_another_kind_is_refused(run: Path, name: str) -> None:
     remove(run / name)
     os.mkfifo(run / name)
-    with pytest.raises(
-        UserError, match="a named pipe, where a run has a regular file|a named pipe, where a run has a fo"
-    ):
+    with pytest.raises(UserError, match="a named pipe, where a run has a "):
         refuse_links(run)
     (run / name).unlink()
     if name in FILES and not name.startswith("tensorboard"):
