@@ -57,6 +57,8 @@ def _remember(run: Run) -> str | None:
     Returns:
         Why it could not be written, as on a full disk: nothing that a run has to end for.
     """
+    if run.lock is not None and not run.lock.still_held():  # another run may be writing there
+        return None
     path = run.checkpoints / PASSED_OVER
     try:
         _write(path, run)

@@ -29,6 +29,8 @@ WAIT_AFTER_REQUEUE_S = 600.0
 WAIT_VARIABLE = "RUN_LOCK_WAIT_S"
 _LOOK_EVERY_S = 1.0
 _MOST_NAME_BYTES = 500
+_MOST_STRANGE = 20
+"""Times in a row that a file is another one at its name, before the file system is believed to tell no file from another."""
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """Lustre mounted without flock, NFS without lockd, and file systems that know no locks at all."""
 
@@ -40,9 +42,11 @@ class RunLock:
         folder: the run folder.
         file: the open lock file.
         locked: whether its file system knows locks.
+        known: whether it knows one file from another: some give the same file another identity at each look.
     """
 
-    def __init__(self, folder: Path, file: BinaryIO, locked: bool) -> None:
+    def __init__(self, folder: Path, file: BinaryIO, locked: bool, known: bool = True) -> None:
+        self._known = known
         self._folder, self._path, self._file, self._locked = folder, folder / LOCK, file, locked
         self._folder_was = os.stat(folder)
         self._lost: UserError | None = None
@@ -61,7 +65,7 @@ class RunLock:
             TryAgain: another run has the folder. UserError: it is no longer there.
         """
         now_s = time.monotonic()
-        if self._lost is None and now_s - self._looked_s >= every_s:
+        if self._known and self._lost is None and now_s - self._looked_s >= every_s:
             self._looked_s = now_s
             try:
                 self._lost = self._look()
@@ -137,11 +141,11 @@ def lock_run(folder: Path) -> RunLock:
     """
     path = folder / LOCK
     limit_s, since_s = wait_s(), time.monotonic()
-    told = False
+    told, strange = False, 0
     while True:
         file = _opened(path)
         try:
-            lock, holder = _claim(folder, file)
+            lock, holder = _claim(folder, file, known=strange < _MOST_STRANGE)
         except OSError as error:
             file.close()
             raise _unwritable(folder, error) from error
@@ -152,7 +156,9 @@ def lock_run(folder: Path) -> RunLock:
             return lock
         file.close()
         if holder is None:
+            strange += 1
             continue
+        strange = 0
         if time.monotonic() - since_s >= limit_s:
             raise TryAgain(
                 f"{folder}: another run is writing here ({holder}); choose another logging.name, or stop that run"
@@ -167,7 +173,7 @@ def lock_run(folder: Path) -> RunLock:
         time.sleep(min(_LOOK_EVERY_S, limit_s))
 
 
-def _claim(folder: Path, file: BinaryIO) -> tuple[RunLock | None, str | None]:
+def _claim(folder: Path, file: BinaryIO, known: bool) -> tuple[RunLock | None, str | None]:
     """The lock, or who has it; neither where the file is no longer the one of that name, which keeps nobody out."""
     path, locked = folder / LOCK, True
     try:
@@ -179,7 +185,7 @@ def _claim(folder: Path, file: BinaryIO) -> tuple[RunLock | None, str | None]:
                 f"{path}: cannot be locked: {error}; see whether its file system is well"
             ) from error
         locked = False
-    if not _is_at(file, path):
+    if known and not _is_at(file, path):
         return None, None
     if os.fstat(file.fileno()).st_nlink > 1:
         # A hard link: what its other name leads to stays as it is.
@@ -191,7 +197,7 @@ def _claim(folder: Path, file: BinaryIO) -> tuple[RunLock | None, str | None]:
             file=sys.stderr, flush=True,
         )  # fmt: skip
     _sign(file)
-    return RunLock(folder, file, locked), None
+    return RunLock(folder, file, locked, known), None
 
 
 def _opened(path: Path) -> BinaryIO:

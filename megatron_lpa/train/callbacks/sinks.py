@@ -42,6 +42,8 @@ class MetricsFile(Sink):
         self._file: BinaryIO | None = None
         self._whole_bytes = 0
         self._torn = False
+        # Some file systems give the same file another identity at each look.
+        self._known = True
         self._last_step: float = 0
         self._waiting: list[Record] = []
         self._warned = False
@@ -58,13 +60,14 @@ class MetricsFile(Sink):
         self._path, self._lock = run.folder / METRICS, run.lock
         self._last_step = step = run.progress.step
         try:
-            self._keep(lambda record: record["step"] <= step and record["kind"] != "test")
+            last = self._keep(lambda record: record["step"] <= step and record["kind"] != "test")
         except OSError as error:
             if error.errno in LASTING:
                 raise UserError(
                     f"{self._path}: cannot be opened ({error.strerror}); see to its permissions"
                 ) from error
             raise
+        self._last_step = max(last, 0)
 
     def _keep(self, wanted: Callable[[Record], bool]) -> float:
         """Write the file anew with the records that are wanted, and open that one; the last step that stayed."""
@@ -80,6 +83,7 @@ class MetricsFile(Sink):
             self._file.close()
         self._file, self._torn = file, False
         self._whole_bytes = os.fstat(file.fileno()).st_size
+        self._known = self._look()[1]
 
     def _note(self, message: str) -> None:
         """Say it, and record it before what waits."""
@@ -123,7 +127,7 @@ class MetricsFile(Sink):
         if self._rewind_to is not None:
             step = self._rewind_to
             self._keep(lambda record: record["step"] <= step or record["kind"] == "event")
-            self._rewind_to = None
+            self._rewind_to, self._last_step = None, min(self._last_step, step)
         while self._waiting:
             self._append(self._waiting[0])
             del self._waiting[0]
@@ -158,9 +162,11 @@ class MetricsFile(Sink):
             OSError: it cannot be written anew; nothing has changed then.
         """
         assert self._file is not None
-        if self._torn:
-            self._cut()
         own_bytes, is_there = self._look()
+        if self._torn and own_bytes > self._whole_bytes:
+            self._cut()
+            own_bytes = self._whole_bytes
+        is_there = is_there or (not self._known and own_bytes >= 0 and _is_regular(self._path))
         if is_there and own_bytes == self._whole_bytes:
             return
         if is_there:

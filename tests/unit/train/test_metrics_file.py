@@ -322,3 +322,55 @@ def test_a_long_file_is_not_held_in_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert peak < 8 << 20 < len(line) * 40_000
     assert kept.last_step == 1 and (tmp_path / METRICS).stat().st_size == len(line) * 40_000
+
+
+def test_a_file_system_that_tells_no_file_from_another_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sinks.os.path, "samestat", lambda *_: False)
+    sink = written(tmp_path, 1, 2)
+    sink.write(record(3))
+    assert lines(tmp_path) == [1, 2, 3]
+    (tmp_path / METRICS).unlink()
+    sink.write(record(4))
+    sink.close()
+    assert lines(tmp_path) == [1, 2, 3, 3, 4]
+
+
+def test_what_is_said_to_be_missing_was_there(tmp_path: Path) -> None:
+    """The run goes on at a step later than that of its last record, or earlier, and nothing is missing."""
+    written(tmp_path, 1, 2).close()
+    sink, path = MetricsFile(), tmp_path / METRICS
+    sink.open(FakeRun(tmp_path, Progress(step=5)))  # type: ignore[arg-type]
+
+    def replace_it() -> None:
+        path.with_name("copy").write_bytes(path.read_bytes())
+        os.replace(path.with_name("copy"), path)
+
+    replace_it()
+    for step in (6, 7):
+        sink.write(record(step))
+    sink.rewind(FakeRun(tmp_path, Progress(step=2)))  # type: ignore[arg-type]
+    replace_it()
+    sink.write(record(3))
+    sink.close()
+    assert len(events(tmp_path)) == 2 and "missing" not in "".join(events(tmp_path))
+
+
+def test_a_file_that_goes_while_a_line_is_written_is_no_end(tmp_path: Path) -> None:
+    """As on a file server where another machine removes it: writing fails first, and so does what follows."""
+    sink = written(tmp_path, 1)
+
+    class Stale(FullDisk):
+        def write(self, data: bytes = b"") -> int:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        truncate = fileno = write  # type: ignore[assignment]
+
+    sink._file = Stale(sink._file, free_bytes=0)  # type: ignore[assignment]
+    sink.write(record(2))
+    (tmp_path / METRICS).unlink()
+    sink.write(record(3))
+    sink.close()
+    assert lines(tmp_path) == [1, 2, 3]
+    assert "was removed; records after step 0 and up to step 1 are missing" in events(tmp_path)[0]

@@ -203,3 +203,14 @@ def test_a_lock_file_never_leads_outside(tmp_path: Path, monkeypatch: pytest.Mon
     os.mkfifo(run / ".lock")
     with pytest.raises(UserError, match=r"\.lock: a named pipe, not a regular file"):
         lock_run(run)
+
+
+def test_a_file_system_that_tells_no_file_from_another_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock.os.path, "samestat", lambda *_: False)
+    monkeypatch.setenv("RUN_LOCK_WAIT_S", "0")
+    with lock_run(tmp_path) as lock:
+        assert lock.still_held()
+        with pytest.raises(TryAgain, match="another run is writing here"):
+            lock_run(tmp_path)
