@@ -362,14 +362,18 @@ def test_a_file_that_goes_while_a_line_is_written_is_no_end(tmp_path: Path) -> N
     sink = written(tmp_path, 1)
 
     class Stale(FullDisk):
+        gone = False
+
         def write(self, data: bytes = b"") -> int:
             raise OSError(errno.ESTALE, "Stale file handle")
 
-        truncate = fileno = write  # type: ignore[assignment]
+        def fileno(self) -> int:
+            return self.write() if self.gone else int(self.file.fileno())
 
-    sink._file = Stale(sink._file, free_bytes=0)  # type: ignore[assignment]
+    sink._file = stale = Stale(sink._file, free_bytes=0)  # type: ignore[assignment]
     sink.write(record(2))
     (tmp_path / METRICS).unlink()
+    stale.gone = True
     sink.write(record(3))
     sink.close()
     assert lines(tmp_path) == [1, 2, 3]
