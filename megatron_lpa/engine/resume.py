@@ -112,7 +112,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Res
 
     _undamaged(verify, groups)
     manifest, decisions = found
-    notes = _compared(checkpoint, manifest, engine, order)
+    notes = together(lambda: _compared(checkpoint, manifest, engine, order), groups)
     where.before_restoring(engine)
     _undamaged(lambda: _restore(engine, checkpoint, manifest), groups)
     where.after_restoring(engine)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import math
+import reprlib
 from pathlib import Path
-from typing import Any
 
 from megatron_lpa.errors import UserError
+from megatron_lpa.records import Line, NoRecord, Record, is_finite_number, read_lines
+from megatron_lpa.run_folder import METRICS
 
-METRICS = "metrics.jsonl"
-Record = dict[str, Any]
+__all__ = ["METRICS", "Record", "read_metrics", "records_of"]
+
 _NEEDED = {
     "train": ("step", "tokens", "loss", "step_ms"),
     "valid": ("step", "tokens", "loss"),
@@ -25,13 +27,13 @@ def read_metrics(folder: Path) -> list[Record]:
 
     Raises:
         UserError: no such file, or a line that is not a record, with its number.
+        TryAgain: the disk does not give it, or the run wrote it anew meanwhile.
     """
     path = folder / METRICS
     try:
-        lines = path.read_bytes().split(b"\n")
+        return [_record(path, line) for line in read_lines(path) if line.ended]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a run folder") from error
-    return [_record(path, number, line) for number, line in enumerate(lines[:-1], start=1) if line.strip()]
 
 
 def records_of(records: list[Record], kind: str) -> list[Record]:
@@ -39,21 +41,22 @@ def records_of(records: list[Record], kind: str) -> list[Record]:
     return [record for record in records if record["kind"] == kind]
 
 
-def _record(path: Path, number: int, line: bytes) -> Record:
+def _record(path: Path, line: Line) -> Record:
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{path}:{number}: not valid JSON ({error}); mend or remove the line") from None
-    kind = record.get("kind") if isinstance(record, dict) else None
-    if kind not in _NEEDED:
-        raise UserError(
-            f"{path}:{number}: its kind is {kind!r}, not one of {', '.join(_NEEDED)}; mend or remove the line"
-        )
-    for name in _NEEDED[kind]:
-        value = record.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(
-                f"{path}:{number}: the {name} of this {kind} record is {value!r}, not a number; mend or remove "
-                "the line"
-            )
-    return dict(record)
+        record = line.record()
+        if record["kind"] not in _NEEDED:
+            raise NoRecord(f"its kind is {record['kind'][:100]!r}, not one of {', '.join(_NEEDED)}")
+        for name in _NEEDED[record["kind"]]:
+            value = record.get(name)
+            if not is_finite_number(value) and not (name == "loss" and _is_not_finite(value)):
+                raise NoRecord(
+                    f"the {name} of this {record['kind']} record is {reprlib.repr(value)}, not a number"
+                )
+    except NoRecord as problem:
+        raise UserError(f"{path}:{line.number}: {problem}; mend or remove the line") from None
+    return record
+
+
+def _is_not_finite(loss: object) -> bool:
+    """Whether it stands for a loss that was not finite; JSON has no number for it."""
+    return loss is None or (isinstance(loss, float) and not math.isfinite(loss))

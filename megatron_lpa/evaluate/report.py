@@ -15,6 +15,7 @@ from megatron_lpa.engine.manifest import complete_checkpoints, described
 from megatron_lpa.evaluate.metrics_file import Record, read_metrics, records_of
 from megatron_lpa.evaluate.trained import read_config
 from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
+from megatron_lpa.records import is_finite_number
 
 NOT_MEASURED = "not measured"
 
@@ -187,7 +188,7 @@ def _layout(folder: Path, config: RunConfig) -> str | None:
 def _values(records: Sequence[Record], name: str) -> list[float]:
     """The finite numbers under ``name``."""
     found = [record.get(name) for record in records]
-    return [value for value in found if isinstance(value, (int, float)) and math.isfinite(value)]
+    return [value for value in found if is_finite_number(value)]
 
 
 def _median(records: Sequence[Record], name: str) -> float | None:

@@ -12,8 +12,8 @@ import torch
 from megatron_lpa.data.batches import load_batch
 from megatron_lpa.data.sampler import micro_batch_indices
 from megatron_lpa.engine.manifest import Progress
-from megatron_lpa.errors import AgreedProblem, TryAgain, UserError
-from megatron_lpa.parallel.agreement import gather_messages, largest_of_all
+from megatron_lpa.errors import AgreedProblem, UserError
+from megatron_lpa.parallel.agreement import FINE, gather_messages, largest_of_all, severity_of, worst_error
 from megatron_lpa.train.callbacks.base import Callback, RollBack, StepReport
 from megatron_lpa.train.rollback import recall, roll_back
 from megatron_lpa.train.schedule import learning_rate
@@ -31,6 +31,7 @@ def train(run: Run, callbacks: Sequence[Callback]) -> int:
     Raises:
         AgreedProblem: on all ranks, when any rank cannot read its data, or write its records while it trains.
         TryAgain: on all ranks, when records cannot be written at the end.
+        UserError: on all ranks, when the run folder is gone by then.
     """
     groups = run.engine.groups
     recall(run)
@@ -51,8 +52,8 @@ def train(run: Run, callbacks: Sequence[Callback]) -> int:
         for callback in reversed(callbacks):
             run.enter(f"in {type(callback).__name__}")
             callback.on_finish(run)
-        if largest_of_all(run.problem is not None, run.engine.groups):
-            raise TryAgain(gather_messages(str(run.problem) if run.problem else None, groups))
+        if worst := largest_of_all(severity_of(run.problem) if run.problem else FINE, groups):
+            raise worst_error(worst)(gather_messages(str(run.problem) if run.problem else None, groups))
     finally:
         if run.watchdog is not None:
             run.watchdog.stop()

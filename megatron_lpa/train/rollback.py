@@ -14,10 +14,8 @@ from megatron_lpa.engine.store import of_interval, remove_checkpoints
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import UnusableFile, read_json, write_whole
 from megatron_lpa.parallel.agreement import from_first, together
+from megatron_lpa.run_folder import PASSED_OVER
 from megatron_lpa.train.state import Run
-
-MEMORY = "passed_over.json"
-"""In the folder of checkpoints: what a run passed over when it went back, and what decides from there on."""
 
 ADVICE = (
     "not what was written when the run went back to a checkpoint; remove it, and the data that was passed over then is "
@@ -73,7 +71,9 @@ def _settle(run: Run, resumed: Resumed) -> list[str]:
     Returns:
         For the user: what was removed, and what could not be done, as on a full disk: nothing that a run has to end for.
     """
-    path, step = run.checkpoints / MEMORY, resumed.progress.step
+    if run.lock is not None and not run.lock.still_held():  # another run may be writing there
+        return []
+    path, step = run.checkpoints / PASSED_OVER, resumed.progress.step
     content = {
         "step": step,
         "checkpoint": resumed.seal,
@@ -113,7 +113,7 @@ def recall(run: Run) -> None:
     resumed, groups = run.resumed, run.engine.groups
     if resumed is None:
         return
-    own = together(lambda: _recalled(run.checkpoints / MEMORY, resumed) if run.is_main else None, groups)
+    own = together(lambda: _recalled(run.checkpoints / PASSED_OVER, resumed) if run.is_main else None, groups)
     skipped, decisions = from_first(own, groups)
     run.progress = dataclasses.replace(run.progress, skipped_samples=skipped)
     run.decisions = decisions_from_json(decisions)

@@ -1,17 +1,24 @@
-"""At most one run writes a run folder: a lock on a file inside, held by the first process."""
+"""At most one run writes a run folder: a lock on a file inside, held by the first process.
+
+A lock is on a file, not on its name. Where somebody removes the file, the next run makes a new one and locks that; the
+first one notices at its next look, and ends. Until then, for about a step, both write: leave the file where it is.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.run_folder import LOCK, open_own, shown
 
 WAIT_S = 120.0
 """For a lock that is taken. File servers keep that of a machine that was lost for about 90 s."""
@@ -21,60 +28,137 @@ WAIT_AFTER_REQUEUE_S = 600.0
 
 WAIT_VARIABLE = "RUN_LOCK_WAIT_S"
 _LOOK_EVERY_S = 1.0
+_MOST_NAME_BYTES = 500
+_MOST_STRANGE = 20
+"""Times in a row that a file is another one at its name, before the file system is believed to tell no file from another."""
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """Lustre mounted without flock, NFS without lockd, and file systems that know no locks at all."""
 
 
-def lock_run(folder: Path) -> IO[str]:
+class RunLock:
+    """The lock of a run folder, and whether it still keeps others out. It goes with the process, however it ends.
+
+    Args:
+        folder: the run folder.
+        file: the open lock file.
+        locked: whether its file system knows locks.
+        known: whether it knows one file from another: some give the same file another identity at each look.
+    """
+
+    def __init__(self, folder: Path, file: BinaryIO, locked: bool, known: bool = True) -> None:
+        self._known = known
+        self._folder, self._path, self._file, self._locked = folder, folder / LOCK, file, locked
+        self._folder_was = os.stat(folder)
+        self._lost: UserError | None = None
+        self._looked_s = time.monotonic()
+
+    def lost(self, every_s: float = 0.0) -> UserError | None:
+        """Why nothing may be written any more; None while the folder is this run's.
+
+        Where the lock file was removed, it is made and locked again, unless another run has come first. A disk that
+        does not answer says nothing: the next look tells.
+
+        Args:
+            every_s: look only if the last look was so many seconds ago.
+
+        Returns:
+            TryAgain: another run has the folder. UserError: it is no longer there.
+        """
+        now_s = time.monotonic()
+        if self._known and self._lost is None and now_s - self._looked_s >= every_s:
+            self._looked_s = now_s
+            try:
+                self._lost = self._look()
+            except UserError as error:
+                self._lost = error
+            except OSError:
+                pass
+        return self._lost
+
+    def still_held(self) -> bool:
+        """Whether the folder is this run's, as ``lost`` finds."""
+        return self.lost() is None
+
+    def _look(self) -> UserError | None:
+        if _is_at(self._file, self._path):
+            return None
+        if not _same(self._folder_was, lambda: os.stat(self._folder)):
+            return UserError(
+                f"{self._folder}: the run folder was moved or removed while the run was writing it{self._where_now()}; "
+                "nothing more is written. Bring it back under that name, or give its new one, and start again"
+            )
+        gone = not os.path.lexists(self._path)
+        file = open_own(self._path)
+        try:
+            taken = _taken(file) if self._locked else gone
+            if taken and _is_at(file, self._path):
+                file, self._file = self._file, file
+                _sign(self._file)
+                print(
+                    f"warning: {self._path}: was removed or replaced while the run was writing here; it is made again. "
+                    "It keeps a second run out: leave it where it is",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+                return None
+            if taken:  # replaced once more meanwhile
+                return None
+            holder = _holder(file)
+        finally:
+            file.close()
+        return TryAgain(
+            f"{self._folder}: another run has taken this folder over ({holder}), after {LOCK} was removed or replaced; "
+            "this one writes nothing more"
+        )
+
+    def _where_now(self) -> str:
+        """Where the folder is now, where the system tells."""
+        try:
+            path = Path(os.readlink(f"/proc/self/fd/{self._file.fileno()}"))
+        except OSError:
+            return ""
+        return "" if path.name != LOCK else f" (it is {shown(path.parent)} now)"
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        self._file.close()
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def lock_run(folder: Path) -> RunLock:
     """Keep other runs out of ``folder``, waiting a while for one that may be about to end.
 
     On a file system without locks it warns and goes on: two runs would not be noticed, but there would be none at all
     otherwise.
 
-    Returns:
-        The open file. The lock goes with the process, however it ends.
-
     Raises:
+        UserError: the lock file is a link, or not a file that a run can write.
         TryAgain: another run still has it after ``wait_s()`` seconds, or the file cannot be made or locked.
     """
-    path = folder / ".lock"
-    try:
-        lock = open(path, "a+")  # noqa: SIM115 - stays open as long as the run
-    except OSError as error:
-        raise TryAgain(f"{folder}: cannot be written: {error}; choose another logging.run_dir") from error
-    try:
-        _take(lock, folder)
-    except BaseException:
-        lock.close()
-        raise
-    lock.truncate(0)
-    lock.write(_myself() + "\n")
-    lock.flush()
-    return lock
-
-
-def _take(lock: IO[str], folder: Path) -> None:
+    path = folder / LOCK
     limit_s, since_s = wait_s(), time.monotonic()
-    told = False
+    told, strange = False, 0
     while True:
+        file = _opened(path)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            pass
+            lock, holder = _claim(folder, file, known=strange < _MOST_STRANGE)
         except OSError as error:
-            if error.errno not in _WITHOUT_LOCKS:
-                raise TryAgain(
-                    f"{lock.name}: cannot be locked: {error}; see whether its file system is well"
-                ) from error
-            print(
-                f"warning: {lock.name}: this file system has no locks ({error.strerror}), so two runs that write {folder} "
-                "at a time would not be noticed",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
-            return
-        lock.seek(0)
-        holder = lock.readline().strip() or "unknown"
+            file.close()
+            raise _unwritable(folder, error) from error
+        except BaseException:
+            file.close()
+            raise
+        if lock is not None:
+            return lock
+        file.close()
+        if holder is None:
+            strange += 1
+            continue
+        strange = 0
         if time.monotonic() - since_s >= limit_s:
             raise TryAgain(
                 f"{folder}: another run is writing here ({holder}); choose another logging.name, or stop that run"
@@ -87,6 +171,93 @@ def _take(lock: IO[str], folder: Path) -> None:
             )  # fmt: skip
             told = True
         time.sleep(min(_LOOK_EVERY_S, limit_s))
+
+
+def _claim(folder: Path, file: BinaryIO, known: bool) -> tuple[RunLock | None, str | None]:
+    """The lock, or who has it; neither where the file is no longer the one of that name, which keeps nobody out."""
+    path, locked = folder / LOCK, True
+    try:
+        if not _taken(file):
+            return None, _holder(file)
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise TryAgain(
+                f"{path}: cannot be locked: {error}; see whether its file system is well"
+            ) from error
+        locked = False
+    if known and not _is_at(file, path):
+        return None, None
+    if os.fstat(file.fileno()).st_nlink > 1:
+        # A hard link: what its other name leads to stays as it is.
+        os.unlink(path)
+        return None, None
+    if not locked:
+        print(
+            f"warning: {path}: this file system has no locks, so two runs that write {folder} at a time would not be noticed",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    _sign(file)
+    return RunLock(folder, file, locked, known), None
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open_own(path, other_names=True)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    kind = UserError if error.errno in (errno.EACCES, errno.EPERM) else TryAgain
+    return kind(f"{folder}: cannot be written: {error}; choose another logging.run_dir")
+
+
+def _taken(file: BinaryIO) -> bool:
+    """Lock an open file, if nobody else has it locked.
+
+    Raises:
+        OSError: the file system has no locks, or fails.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        status = os.fstat(file.fileno())
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # removed on another machine
+            return False
+        raise
+    return _same(status, lambda: os.lstat(path))
+
+
+def _same(status: os.stat_result, look: Callable[[], os.stat_result]) -> bool:
+    try:
+        return os.path.samestat(status, look())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _sign(file: BinaryIO) -> None:
+    """Say in the lock file who has it; a full disk leaves it empty."""
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        file.write((_myself() + "\n").encode())
+
+
+def _holder(file: BinaryIO) -> str:
+    """Who has it, as the file says; it may come from a stranger."""
+    with contextlib.suppress(OSError):
+        file.seek(0)
+        name = file.read(_MOST_NAME_BYTES).partition(b"\n")[0].decode(errors="replace").strip()
+        if name:
+            return name if name.isprintable() else repr(name)
+    return "unknown"
 
 
 def wait_s() -> float:

@@ -7,7 +7,6 @@ import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
 
 from megatron_lpa.config import RunConfig, load_config, save_config
 from megatron_lpa.config.compare import differences
@@ -30,6 +29,7 @@ from megatron_lpa.ops.dispatch import requested_path
 from megatron_lpa.parallel.agreement import from_first, gather_json, largest_of_all, together
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.meeting import Meeting, disagreement, meet, place_from_environment
+from megatron_lpa.run_folder import TOKENIZER, refuse_links
 from megatron_lpa.train.alike import data_facts, sample_order, start_facts
 from megatron_lpa.train.callbacks.base import Callback, Sink
 from megatron_lpa.train.callbacks.checkpoints import Checkpoints, LastValidation
@@ -39,7 +39,7 @@ from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.callbacks.sinks import Console, MetricsFile, TensorBoard, WandB
 from megatron_lpa.train.data import check_tokenizer, open_data
 from megatron_lpa.train.loop import train
-from megatron_lpa.train.run_lock import lock_run
+from megatron_lpa.train.run_lock import RunLock, lock_run
 from megatron_lpa.train.schedule import total_steps
 from megatron_lpa.train.state import Run
 from megatron_lpa.train.watchdog import Watchdog
@@ -186,27 +186,28 @@ def _find_checkpoints(folder: Path, groups: ParallelGroups) -> list[Path]:
     return found
 
 
-def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: ParallelGroups) -> IO[str] | None:
+def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: ParallelGroups) -> RunLock | None:
     """Make the run folder ours and keep a copy of the tokenizer in it.
 
     Returns:
-        The open lock file, on rank 0. The lock goes with the process, however it ends.
+        The lock, on rank 0. It goes with the process, however it ends.
 
     Raises:
-        UserError: the tokenizer cannot be used with this data and model.
+        UserError: the tokenizer cannot be used with this data and model, or the folder has links in it.
         TryAgain: another run is writing the folder, or it cannot be written.
     """
     if groups.rank != 0:
         return None
     if config.data.tokenizer is not None:  # before anything is made: a refused run leaves no folder
         check_tokenizer(load_tokenizer(config.data.tokenizer), splits, config)
+    refuse_links(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise TryAgain(f"{folder}: cannot be written: {error}; choose another logging.run_dir") from error
     lock = lock_run(folder)
     if config.data.tokenizer is not None:
-        save_tokenizer(config.data.tokenizer, folder / "tokenizer")
+        save_tokenizer(config.data.tokenizer, folder / TOKENIZER)
     return lock
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
 
 from megatron_lpa.config import RunConfig
 from megatron_lpa.data.splits import Splits
@@ -15,11 +14,9 @@ from megatron_lpa.engine.manifest import Progress, SampleOrder
 from megatron_lpa.engine.resume import Resumed
 from megatron_lpa.errors import AgreedProblem
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all, severity_of, worst_error
+from megatron_lpa.train.run_lock import RunLock
 from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.watchdog import Watchdog
-
-Record = dict[str, Any]
-"""One line of ``metrics.jsonl``; ``kind`` is train, valid, test or event."""
 
 
 @dataclass
@@ -38,7 +35,7 @@ class Run:
         problem: what went wrong on this rank alone; it says whether another attempt may help. A rank that raised by itself would leave the others
             waiting in a collective; the loop makes all ranks raise at the next agreement.
         stop: whether this process was asked to stop.
-        lock: the open lock file of the run folder, on rank 0.
+        lock: that of the run folder, on rank 0.
         stopped_by: the signal that all ranks agreed to stop for; 0 while none came.
         resumed: what this start goes on from; None when it begins anew.
         resume_notes: what was noticed while resuming, such as a damaged checkpoint that was skipped.
@@ -58,7 +55,7 @@ class Run:
     problem: Exception | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     stopped_by: int = 0
-    lock: IO[str] | None = None
+    lock: RunLock | None = None
     resumed: Resumed | None = None
     resume_notes: tuple[str, ...] = ()
     decisions: Decisions = AT_START
@@ -74,6 +71,12 @@ class Run:
     def is_main(self) -> bool:
         """Whether this process writes logs."""
         return self.engine.groups.rank == 0
+
+    def has_lost_folder(self) -> bool:
+        """Whether nothing may be written any more; then it is the problem on rank 0. Every rank calls it."""
+        if self.lock is not None:
+            self.problem = self.problem or self.lock.lost()
+        return bool(largest_of_all(self.lock is not None and not self.lock.still_held(), self.engine.groups))
 
     @property
     def checkpoints(self) -> Path:

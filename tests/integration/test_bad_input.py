@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -140,10 +141,27 @@ def test_a_checkpoint_of_other_data_is_refused(folder):
     assert "order.data.contents was" in finished.errors[0] and "order.seed" not in finished.errors[0]
 
 
-def test_metrics_that_cannot_be_written_end_the_run_on_all_ranks(folder):
+METRICS_ON_A_FULL_DISK = """
+import sys
+if "megatron_lpa.pretrain" in sys.orig_argv:
+    import megatron_lpa.train.callbacks.sinks as sinks
+    real = sinks.open_own
+    class Full:
+        def __init__(self, file):
+            self.file = file
+        def write(self, data):
+            with open("/dev/full", "wb", buffering=0) as full:
+                return full.write(data)
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+    sinks.open_own = lambda path: Full(real(path))
+"""
+
+
+def test_metrics_that_cannot_be_written_end_the_run_on_all_ranks(folder, tmp_path, monkeypatch):
     run = folder / "runs" / "full"
-    run.mkdir(parents=True)
-    (run / "metrics.jsonl").symlink_to("/dev/full")  # every write fails as on a full disk
+    (tmp_path / "sitecustomize.py").write_text(METRICS_ON_A_FULL_DISK)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     finished = launch([*SMALL, *DATA, "--train.steps", "4", "--logging.name", "full"], 2, folder)
     assert finished.codes == [1, 1], finished.stderr
     assert len(finished.errors) == 1

@@ -99,6 +99,8 @@ def _from_file(name: str, file: Path) -> Tokenizer:
 def save_tokenizer(name_or_path: str, folder: Path) -> None:
     """Keep a copy of a local tokenizer's files, which ``load_tokenizer`` reads back. Hub names have none.
 
+    Links in ``folder`` are replaced, not followed; that it is none itself is up to the caller.
+
     Raises:
         UserError: a folder without a tokenizer, or a file that cannot be read.
         TryAgain: the disk does not give a file.

@@ -9,10 +9,11 @@ from megatron_lpa.engine.fragments import state_is_finite
 from megatron_lpa.engine.store import retention_of
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import largest_of_all
+from megatron_lpa.records import Record
 from megatron_lpa.train.callbacks.base import Callback, RollBack, Sink, StepReport
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.rollback import DIVERGED
-from megatron_lpa.train.state import Record, Run
+from megatron_lpa.train.state import Run
 
 
 class LastValidation(Sink):
@@ -137,7 +138,7 @@ class Checkpoints(Callback):
                 self._record(run, f"checkpoint failed: {error}")
 
     def _start(self, run: Run, overlap: bool) -> None:
-        if run.saved_step == run.progress.step:
+        if run.saved_step == run.progress.step or run.has_lost_folder():
             return
         if largest_of_all(not state_is_finite(run.engine), run.engine.groups):
             raise RollBack("the weights or AdamW's moments are not finite")
@@ -158,6 +159,8 @@ class Checkpoints(Callback):
     def _complete(self, run: Run) -> None:
         saving, self._saving = self._saving, None
         assert saving is not None
+        if run.has_lost_folder():  # another run may be writing there
+            return
         path = saving.complete()
         run.saved_step = saving.progress.step
         self._record(run, f"checkpoint {path}", blocked_s=round(saving.blocked_s, 3))

@@ -13,9 +13,13 @@ import torch
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.model.accounting import flops_per_token_training
 from megatron_lpa.parallel.agreement import gather_numbers, together
+from megatron_lpa.records import Record
 from megatron_lpa.train.callbacks.base import Callback, Sink, StepReport
 from megatron_lpa.train.hardware import peak_flops_per_second, peak_memory_bytes
-from megatron_lpa.train.state import Record, Run
+from megatron_lpa.train.state import Run
+
+LOOK_EVERY_S = 1.0
+"""After the lock of the run folder, between two steps."""
 
 
 class Metrics(Callback):
@@ -45,10 +49,12 @@ class Metrics(Callback):
         together(open_sinks, run.engine.groups)
 
     def after_step(self, run: Run, report: StepReport) -> None:
-        """Collect, and emit at the end of an interval.
+        """Collect, and emit at the end of an interval; and see whether the run folder is still this run's.
 
         The loss is the mean over the steps that have a finite one; the others changed nothing.
         """
+        if run.is_main and run.lock is not None:
+            run.problem = run.problem or run.lock.lost(LOOK_EVERY_S)
         self._losses.append(report.result.loss)
         self._step_s += report.step_s
         self._data_wait_s += report.data_wait_s
@@ -121,7 +127,9 @@ class Metrics(Callback):
     def _give_up(self, sink: Sink, error: Exception, run: Run) -> None:
         """A required sink ends the run at the next agreement; a view is switched off."""
         if sink.required:
-            run.problem = run.problem or TryAgain(f"{run.folder}: metrics cannot be written: {error}")
+            if not isinstance(error, UserError):
+                error = TryAgain(f"{run.folder}: metrics cannot be written: {error}")
+            run.problem = run.problem or error
             return
         self.sinks.remove(sink)
         name, reason = type(sink).__name__, f"{type(error).__name__}: {error}"

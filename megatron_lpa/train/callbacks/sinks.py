@@ -7,43 +7,21 @@ import dataclasses
 import errno
 import json
 import os
+import stat
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from megatron_lpa.config.redaction import Redaction
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import LASTING, new_file, read_text, write_whole
+from megatron_lpa.records import Record, keep_records
+from megatron_lpa.run_folder import DAMAGED_METRICS, METRICS, TENSORBOARD, WANDB_ID, open_own
 from megatron_lpa.train.callbacks.base import Sink
-from megatron_lpa.train.state import Record, Run
-
-METRICS = "metrics.jsonl"
-
-
-def drop_records_after(path: Path, step: int, keep_events: bool = False) -> None:
-    """Remove records that a run is going to repeat (later steps, the final test), and a torn last line.
-
-    Args:
-        path: the metrics file.
-        step: the run goes on after this one.
-        keep_events: keep what happened; a run that resumes is going to have other checkpoints.
-    """
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(record, dict):
-            continue
-        earlier = record.get("step", 0) <= step and record.get("kind") != "test"
-        if earlier or (keep_events and record.get("kind") == "event"):
-            kept.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
-
+from megatron_lpa.train.run_lock import RunLock
+from megatron_lpa.train.state import Run
 
 MOST_WAITING = 10_000
 """Records that wait in memory for a disk that is full: a few megabytes."""
@@ -53,32 +31,72 @@ class MetricsFile(Sink):
     """``metrics.jsonl`` in the run folder: the record of a run, one JSON object per line.
 
     Records that cannot be written wait in memory, and are tried again with each one that follows: a disk that is full
-    for a while ends no run and leaves no gap.
+    for a while ends no run and leaves no gap. A file that somebody removes, replaces or cuts meanwhile is made whole
+    again as far as it can be, and says itself what is missing.
     """
 
     required = True
 
     def __init__(self) -> None:
         self._path = Path(METRICS)
+        self._lock: RunLock | None = None
         self._file: BinaryIO | None = None
         self._whole_bytes = 0
+        self._torn = False
+        # Some file systems give the same file another identity at each look.
+        self._known = True
+        self._last_step: float = 0
         self._waiting: list[Record] = []
+        self._warned = False
         self._rewind_to: int | None = None
 
     def open(self, run: Run) -> None:
-        """Continue the file from the step the run resumes at."""
-        self._path = run.folder / METRICS
-        drop_records_after(self._path, run.progress.step)
-        self._open_to_append()
+        """Continue the file from the step the run resumes at: what is going to be repeated goes.
 
-    def _open_to_append(self) -> None:
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
-        self._whole_bytes = os.fstat(self._file.fileno()).st_size
+        Raises:
+            UserError: the file may not be read or written, or is none.
+            TryAgain: the disk does not give it.
+            OSError: it cannot be written.
+        """
+        self._path, self._lock = run.folder / METRICS, run.lock
+        self._last_step = step = run.progress.step
+        try:
+            last = self._keep(lambda record: record["step"] <= step and record["kind"] != "test")
+        except OSError as error:
+            if error.errno in LASTING:
+                raise UserError(
+                    f"{self._path}: cannot be opened ({error.strerror}); see to its permissions"
+                ) from error
+            raise
+        self._last_step = max(last, 0)
+
+    def _keep(self, wanted: Callable[[Record], bool]) -> float:
+        """Write the file anew with the records that are wanted, and open that one; the last step that stayed."""
+        kept = keep_records(self._path, wanted, DAMAGED_METRICS)
+        self._open_anew()
+        if kept.damage:
+            self._note(kept.damage)
+        return kept.last_step
+
+    def _open_anew(self) -> None:
+        file = open_own(self._path)
+        if self._file is not None:
+            self._file.close()
+        self._file, self._torn = file, False
+        self._whole_bytes = os.fstat(file.fileno()).st_size
+        self._known = self._look()[1]
+
+    def _note(self, message: str) -> None:
+        """Say it, and record it before what waits."""
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+        event = {"kind": "event", "step": self._last_step, "message": message, "time": time.time()}
+        self._waiting.insert(0, event)
 
     def write(self, record: Record) -> None:
         """Append one line, after those that wait.
 
         Raises:
+            UserError: the run folder is no longer this run's.
             OSError: as ``flush``, once too many wait.
         """
         self._waiting.append(record)
@@ -87,40 +105,124 @@ class MetricsFile(Sink):
         except OSError as error:
             if len(self._waiting) > MOST_WAITING:
                 raise
-            if len(self._waiting) == 1:
-                self._warn(error)
+            self._warn(error)
 
     def _warn(self, error: OSError) -> None:
-        print(
-            f"warning: metrics cannot be written, and wait in memory: {self._path}: {error}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        if not self._warned:
+            print(
+                f"warning: metrics cannot be written, and wait in memory: {self._path}: {error}",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+        self._warned = True
 
     def flush(self) -> None:
         """Append what waits.
 
         Raises:
+            UserError: the run folder is no longer this run's; nothing is written.
             OSError: a line cannot be written; no part of it stays in the file.
         """
+        if self._lock is not None and (lost := self._lock.lost()) is not None:
+            raise lost
+        self._find_again()
         if self._rewind_to is not None:
-            if self._file is not None:
-                self._file.close()
-            drop_records_after(self._path, self._rewind_to, keep_events=True)
-            self._open_to_append()
-            self._rewind_to = None
-        assert self._file is not None
+            step = self._rewind_to
+            self._keep(lambda record: record["step"] <= step or record["kind"] == "event")
+            self._rewind_to, self._last_step = None, min(self._last_step, step)
         while self._waiting:
-            line = (json.dumps(self._waiting[0]) + "\n").encode()
-            try:
-                written = self._file.write(line)
-                if written != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                with contextlib.suppress(OSError):  # a device cannot be cut
-                    self._file.truncate(self._whole_bytes)
-                raise
-            self._whole_bytes += len(line)
+            self._append(self._waiting[0])
             del self._waiting[0]
+        self._warned = False
+
+    def _append(self, record: Record) -> None:
+        assert self._file is not None
+        line = (json.dumps(record) + "\n").encode()
+        self._torn = True
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with contextlib.suppress(OSError):  # else before the next line
+                self._cut()
+            raise
+        self._torn = False
+        self._whole_bytes += len(line)
+        self._last_step = record["step"]
+
+    def _cut(self) -> None:
+        """Take back what was written of a line."""
+        assert self._file is not None
+        self._file.truncate(self._whole_bytes)
+        self._torn = False
+
+    def _find_again(self) -> None:
+        """Go on with the right file where somebody has removed, replaced or changed it.
+
+        Raises:
+            OSError: it cannot be written anew; nothing has changed then.
+        """
+        assert self._file is not None
+        own_bytes, is_there = self._look()
+        if self._torn and own_bytes > self._whole_bytes:
+            self._cut()
+            own_bytes = self._whole_bytes
+        is_there = is_there or (not self._known and own_bytes >= 0 and _is_regular(self._path))
+        if is_there and own_bytes == self._whole_bytes:
+            return
+        if is_there:
+            happened = f"was changed by somebody else, from {self._whole_bytes:,} to {own_bytes:,} bytes"
+        elif _is_regular(self._path):
+            happened = "was replaced by somebody else"
+        else:
+            happened = "was removed"
+            if self._bring_back():
+                self._note(f"{self._path} {happened}, and is written again with all its records")
+                return
+        until = self._last_step
+        last = self._keep(lambda record: True)
+        if last < until:
+            happened += f"; records after step {max(last, 0):g} and up to step {until:g} are missing"
+        self._note(f"{self._path} {happened}")
+
+    def _look(self) -> tuple[int, bool]:
+        """Bytes of the file that is open, -1 where it cannot be read any more, and whether it has its name."""
+        assert self._file is not None
+        try:
+            own = os.fstat(self._file.fileno())
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # removed on another machine
+                raise
+            return -1, False
+        try:
+            return own.st_size, os.path.samestat(own, os.lstat(self._path))
+        except FileNotFoundError:
+            return own.st_size, False
+
+    def _bring_back(self) -> bool:
+        """Give the open file's contents their name again: most disks have them as long as it is open.
+
+        Returns:
+            Whether they are all there.
+        """
+        assert self._file is not None
+        partial, copied = self._path.with_name(f".{METRICS}.partial"), 0
+        with new_file(partial) as file:
+            while block := self._read_open(copied):
+                copied += file.write(block)
+        os.replace(partial, self._path)
+        if copied != self._whole_bytes:
+            return False
+        self._open_anew()
+        return True
+
+    def _read_open(self, offset: int) -> bytes:
+        """A piece of the open file; empty at its end, and where the disk has it no more."""
+        assert self._file is not None
+        try:
+            return os.pread(self._file.fileno(), 1 << 20, offset)
+        except OSError:
+            return b""
 
     def rewind(self, run: Run) -> None:
         """Drop later steps; events stay. Where the file cannot be written anew, that waits like records."""
@@ -139,6 +241,13 @@ class MetricsFile(Sink):
                 self.flush()
             finally:
                 self._file.close()
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 class Console(Sink):
@@ -208,7 +317,7 @@ class TensorBoard(Sink):
         """Open the writer; earlier events after the resumed step are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.progress.step + 1)
+        self._writer = SummaryWriter(str(run.folder / TENSORBOARD), purge_step=run.progress.step + 1)
 
     def write(self, record: Record) -> None:
         """Every number under ``<kind>/<name>``."""
@@ -244,13 +353,13 @@ class WandB(Sink):
             raise UserError(
                 "logging.wandb needs the package wandb: pip install 'megatron_lpa[wandb]', or set logging.wandb=off"
             ) from None
-        id_file = run.folder / "wandb_id"
+        id_file = run.folder / WANDB_ID
         if not id_file.exists():
-            id_file.write_text(os.urandom(4).hex())
+            write_whole(id_file, os.urandom(4).hex())
         self._run = wandb.init(
             project=run.config.logging.wandb_project,
             name=run.folder.name,
-            id=id_file.read_text().strip(),
+            id=read_text(id_file).strip(),
             resume="allow",
             mode=self._mode,
             dir=str(run.folder),

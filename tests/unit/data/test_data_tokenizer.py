@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +140,21 @@ def test_what_is_saved_is_read_back(
     assert before.encode(SAMPLES[4]) == after.encode(SAMPLES[4])
     save_tokenizer("someone/some-tokenizer", tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_copy_goes_where_no_link_leads(link: Any, bpe_folder: Path, tmp_path: Path) -> None:
+    source, saved, outside = tmp_path / "source", tmp_path / "saved", tmp_path / "outside"
+    shutil.copytree(bpe_folder, source)
+    (source / "tokenizer_config.json").write_text('{"eos_token": "!"}')
+    saved.mkdir()
+    outside.write_text("of somebody else")
+    for name in ("tokenizer.json", "tokenizer_config.json", ".tokenizer.json.partial"):
+        link(outside, saved / name)
+    save_tokenizer(str(source), saved)
+    assert outside.read_text() == "of somebody else"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (saved / name).read_bytes() == (source / name).read_bytes() and not (saved / name).is_symlink()
 
 
 def test_training_is_deterministic_and_covers_every_text(prose: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import runpy
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_lpa.errors import UserError
-from megatron_lpa.evaluate.curves import figure_of, read_curve, smoothed
+from megatron_lpa import files
+from megatron_lpa import records as reading
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.evaluate.curves import figure_of, read_curve, save_png, smoothed
 from megatron_lpa.evaluate.metrics_file import read_metrics
 
 TOOL = Path(__file__).parents[3] / "tools" / "plot_curves.py"
@@ -21,7 +24,7 @@ TOOL = Path(__file__).parents[3] / "tools" / "plot_curves.py"
 def write_metrics(folder: Path, records: Sequence[dict[str, Any]], end: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "metrics.jsonl").write_text(text + end)
+    (folder / "metrics.jsonl").write_bytes((text + end).encode(errors="surrogateescape"))
     return folder
 
 
@@ -85,7 +88,16 @@ def test_the_tool_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("line", "message"),
     [
         ('{"kind": "train", "step"', r"metrics\.jsonl:2: not valid JSON"),
-        ("[1]", r"metrics\.jsonl:2: its kind is None"),
+        ("[1]", r"metrics\.jsonl:2: not a JSON object"),
+        ('{"kind": ["train"], "step": 20}', r"metrics\.jsonl:2: its kind is \['train'\], not text"),
+        ('{"kind": "other", "step": 20}', r"metrics\.jsonl:2: its kind is 'other', not one of train, valid"),
+        ('{"kind": "event", "step": NaN}', r"metrics\.jsonl:2: its step is nan"),
+        ('{"kind": "event", "step": 1, "message": "\udcff"}', r"metrics\.jsonl:2: not UTF-8 text \(byte 41"),
+        ("[" * 100_000, r"metrics\.jsonl:2: not valid JSON \(nested too deeply\)"),
+        (
+            json.dumps({"kind": "valid", "step": 2, "tokens": 10**400, "loss": 1}),
+            r"metrics\.jsonl:2: the tokens of",
+        ),
         ('{"kind": "train", "step": 20}', r"metrics\.jsonl:2: the tokens of this train record is None"),
         ('{"kind": "valid", "step": 2, "tokens": 9, "loss": "x"}', r"metrics\.jsonl:2: the loss .* 'x'"),
     ],
@@ -101,3 +113,38 @@ def test_a_line_still_being_written_is_left_out(tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(folder)] == [10]
     with pytest.raises(UserError, match=r"none/metrics\.jsonl: cannot be read"):
         read_metrics(tmp_path / "none")
+
+
+def test_a_plot_in_a_run_folder_from_a_stranger_goes_where_no_link_leads(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_text("of somebody else")
+    folder = write_metrics(tmp_path / "run", [train(10, 5.0), train(20, 4.0)])
+    for name in ("loss.png", "loss.png.partial", ".loss.png.partial", "loss.png.partial.lock"):
+        (folder / name).symlink_to(outside)
+    save_png(figure_of([read_curve(folder, "a")]), folder / "loss.png")
+    assert outside.read_text() == "of somebody else"
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG") and not (
+        folder / "loss.png"
+    ).is_symlink()
+
+
+def test_an_interval_without_a_finite_loss_is_a_gap(tmp_path: Path) -> None:
+    """Training writes null there."""
+    records = [train(10, 5.0), train(20, 4.0) | {"loss": None}, train(30, 3.0)]
+    curve = read_curve(write_metrics(tmp_path, records), "a")
+    assert np.isnan(curve.loss).tolist() == [False, True, False]
+    figure_of([curve])
+
+
+def test_a_disk_that_does_not_give_the_records_is_no_bad_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_metrics(tmp_path, [train(10, 5.0)])
+    monkeypatch.setattr(files, "PAUSES_S", (0.0,))
+
+    def failing(path: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(reading, "open_regular", failing)
+    with pytest.raises(TryAgain, match=r"metrics\.jsonl: cannot be read \(Stale file handle\)"):
+        read_metrics(folder)

@@ -36,7 +36,9 @@ class FakeSaving:
         return Path(f"step_{self.progress.step:08d}")
 
 
-def trained(monkeypatch: pytest.MonkeyPatch, steps: int, broken: tuple[int, ...], on_failure: str) -> list[int]:  # fmt: skip
+def trained(
+    monkeypatch: pytest.MonkeyPatch, steps: int, broken: tuple[int, ...], on_failure: str, lost_at: int = 1000
+) -> list[int]:
     monkeypatch.setattr(module, "Saving", FakeSaving)
     monkeypatch.setattr(module, "state_is_finite", lambda engine: True)
     monkeypatch.setattr(FakeSaving, "broken", broken)
@@ -46,6 +48,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, steps: int, broken: tuple[int, ...]
         config=SimpleNamespace(train=train), steps=steps, saved_step=-1, is_main=True, checkpoints=Path("x"), order=None, stopped_by=0, decisions=AT_START,
         engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(),
     )  # fmt: skip
+    run.has_lost_folder = lambda: run.progress.step >= lost_at
     callback = Checkpoints(SimpleNamespace(emit=lambda *_: None), SimpleNamespace(loss_at=lambda step: None))  # type: ignore[arg-type]
     for step in range(1, steps + 1):
         run.progress = Progress(step=step)
@@ -69,6 +72,15 @@ def test_the_last_one_has_to_be_written(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_first_failure_ends_a_run_that_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CheckpointNotWritten):
         trained(monkeypatch, 9, (3,), "stop")
+
+
+@pytest.mark.parametrize(("lost_at", "written"), [(6, [3]), (7, [3]), (8, [3, 6])])
+def test_nothing_is_written_once_the_folder_is_another_runs(
+    monkeypatch: pytest.MonkeyPatch, lost_at: int, written: list[int]
+) -> None:
+    """Not the one on its way either, which is completed a step later here."""
+    monkeypatch.setattr(FakeSaving, "written_here", True)
+    assert trained(monkeypatch, 12, (), "continue", lost_at) == written
 
 
 def test_collectives_wait_longer_than_the_watchdog() -> None:

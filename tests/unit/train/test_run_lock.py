@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -81,3 +82,135 @@ def test_how_long_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUN_LOCK_WAIT_S", "long")
     with pytest.raises(UserError, match="RUN_LOCK_WAIT_S is 'long'"):
         wait_s()
+
+
+def test_a_lock_file_that_is_removed_is_made_and_locked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RUN_LOCK_WAIT_S", "0")
+    with lock_run(tmp_path) as first:
+        assert first.still_held()
+        (tmp_path / ".lock").unlink()
+        assert first.still_held()
+        assert capsys.readouterr().err.count("warning: ") == 1
+        with pytest.raises(TryAgain, match=rf"another run is writing here \(process {os.getpid()} on "):
+            lock_run(tmp_path)
+        (tmp_path / ".lock").unlink()
+        (tmp_path / ".lock").write_text("of a copy\n")  # another file, which nobody has locked
+        assert first.still_held()
+        with pytest.raises(TryAgain, match="another run is writing here"):
+            lock_run(tmp_path)
+    lock_run(tmp_path).close()
+
+
+def test_a_run_whose_lock_another_one_took_notices_and_stays_out(tmp_path: Path) -> None:
+    first = lock_run(tmp_path)
+    (tmp_path / ".lock").unlink()
+    with lock_run(tmp_path) as second:
+        lost = first.lost()
+        assert isinstance(lost, TryAgain) and f"taken this folder over (process {os.getpid()} on " in str(
+            lost
+        )
+        assert second.still_held()
+    assert not first.still_held(), "what the other one wrote is not known"
+    first.close()
+
+
+def test_who_waits_for_a_file_that_is_removed_does_not_get_in_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had opened the file, and locks it when the first run has let go of it for a new one."""
+    first = lock_run(tmp_path)
+    real, seen = run_lock._taken, []
+
+    def taken(file: Any) -> bool:
+        if not seen:
+            seen.append(file)
+            (tmp_path / ".lock").unlink()
+            assert first.still_held()
+        return real(file)
+
+    monkeypatch.setattr(run_lock, "_taken", taken)
+    monkeypatch.setenv("RUN_LOCK_WAIT_S", "0")
+    with pytest.raises(TryAgain, match="another run is writing here"):
+        lock_run(tmp_path)
+    assert first.still_held()
+    first.close()
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_a_run_folder_that_is_gone_is_noticed(tmp_path: Path, how: str) -> None:
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    folder.mkdir()
+    lock = lock_run(folder)
+    folder.rename(elsewhere)
+    if how == "removed":
+        shutil.rmtree(elsewhere)
+    if how == "replaced":
+        folder.mkdir()
+    lost = lock.lost()
+    assert isinstance(lost, UserError) and not isinstance(lost, TryAgain)
+    assert str(lost).startswith(f"{folder}: the run folder was moved or removed")
+    assert (str(elsewhere) in str(lost)) == (how != "removed")
+    assert not (folder / ".lock").exists()
+    lock.close()
+
+
+def test_a_disk_that_does_not_answer_is_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = lock_run(tmp_path)
+
+    def failing_stat(*_: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_lock.os, "lstat", failing_stat)
+        assert lock.still_held()
+    (tmp_path / ".lock").unlink()
+    assert lock.lost(every_s=60) is None and not (tmp_path / ".lock").exists(), "not looked yet"
+    assert lock.still_held() and (tmp_path / ".lock").exists()
+    lock.close()
+
+
+def test_a_run_on_a_file_system_without_locks_notices_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
+    first = lock_run(tmp_path)
+    (tmp_path / ".lock").unlink()
+    assert first.still_held() and (tmp_path / ".lock").exists()
+    (tmp_path / ".lock").unlink()
+    with lock_run(tmp_path):
+        assert not first.still_held()
+    first.close()
+
+
+def test_a_lock_file_never_leads_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    outside.write_text("of somebody else\n")
+    (run / ".lock").symlink_to(outside)
+    with pytest.raises(UserError, match=r"\.lock: a link, or no regular file; remove it"):
+        lock_run(run)
+    (run / ".lock").unlink()
+    os.link(outside, run / ".lock")
+    with lock_run(run) as lock:
+        assert lock.still_held() and not os.path.samefile(outside, run / ".lock")
+        monkeypatch.setenv("RUN_LOCK_WAIT_S", "0")
+        with pytest.raises(TryAgain, match="another run is writing here"):
+            lock_run(run)
+    assert outside.read_text() == "of somebody else\n"
+    (run / ".lock").unlink()
+    os.mkfifo(run / ".lock")
+    with pytest.raises(UserError, match=r"\.lock: a named pipe, not a regular file"):
+        lock_run(run)
+
+
+def test_a_file_system_that_tells_no_file_from_another_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock.os.path, "samestat", lambda *_: False)
+    monkeypatch.setenv("RUN_LOCK_WAIT_S", "0")
+    with lock_run(tmp_path) as lock:
+        assert lock.still_held()
+        with pytest.raises(TryAgain, match="another run is writing here"):
+            lock_run(tmp_path)

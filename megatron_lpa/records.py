@@ -1,0 +1,219 @@
+"""Records of runs, as ``metrics.jsonl`` has them: one JSON object per line, with at least ``step`` and ``kind``.
+
+Files are read in pieces, since those of long runs are large; and with care, since people edit them, disks damage them,
+and kills tear their last line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import reprlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from megatron_lpa.errors import TryAgain
+from megatron_lpa.files import fsync_folder, new_file, open_regular, patiently
+
+Record = dict[str, Any]
+"""One line of ``metrics.jsonl``; ``kind`` is train, valid, test or event."""
+
+MOST_RECORD_BYTES = 16 << 20
+"""Of one line: far more than a record has, also one with messages of many processes."""
+
+_BLOCK_BYTES = 1 << 20
+_MOST_NAMED = 3
+
+
+class NoRecord(ValueError):
+    """Why a line is no record, in words that follow the name of its file and its number."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a file of records.
+
+    Args:
+        number: counted from 1.
+        content: without its newline; empty when it is longer than any record.
+        ended: whether it has a newline. The last line of a killed process may have none.
+        too_long: of how many bytes it is, where that is more than a record can have; else 0.
+    """
+
+    number: int
+    content: bytes
+    ended: bool
+    too_long: int = 0
+
+    def record(self) -> Record:
+        """What it says.
+
+        Raises:
+            NoRecord: not a JSON object with a number ``step`` from 0 on and a text ``kind``.
+        """
+        if self.too_long:
+            raise NoRecord(
+                f"{self.too_long:,} bytes, more than the {MOST_RECORD_BYTES:,} that a record can have"
+            )
+        try:
+            record = json.loads(self.content.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise NoRecord(f"not UTF-8 text (byte {error.start} of the line)") from error
+        except json.JSONDecodeError as error:
+            raise NoRecord(f"not valid JSON ({error.msg} at character {error.pos})") from error
+        except RecursionError as error:
+            raise NoRecord("not valid JSON (nested too deeply)") from error
+        except ValueError as error:  # more digits than Python turns into a number
+            raise NoRecord(f"not valid JSON ({str(error)[:100]})") from error
+        if not isinstance(record, dict):
+            raise NoRecord("not a JSON object")
+        step, kind = record.get("step"), record.get("kind")
+        if not is_finite_number(step) or step < 0:
+            raise NoRecord(f"its step is {reprlib.repr(step)}, not a number of steps")
+        if not isinstance(kind, str):
+            raise NoRecord(f"its kind is {reprlib.repr(kind)}, not text")
+        return record
+
+
+def is_finite_number(value: Any) -> TypeGuard[float]:
+    """Whether a value from JSON is a number that a float64 can hold; true and false are none."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def read_lines(path: Path) -> Iterator[Line]:
+    """The lines of a file of records, without those that are blank. It holds one line at a time.
+
+    Raises:
+        UnusableFile: not a regular file.
+        OSError: it is not there, or may not be read.
+        TryAgain: the disk does not give it, or it was replaced meanwhile.
+    """
+    start, length, number = bytearray(), 0, 0
+    for block in _blocks(path):
+        *ends, rest = block.split(b"\n")
+        for end in ends:
+            number, length = number + 1, length + len(end)
+            yield from _line(number, start + end, length, ended=True)
+            start, length = bytearray(), 0
+        length += len(rest)
+        if length <= MOST_RECORD_BYTES:
+            start += rest
+    yield from _line(number + 1, start, length, ended=False)
+
+
+def _line(number: int, content: bytearray, length: int, ended: bool) -> Iterator[Line]:
+    if length > MOST_RECORD_BYTES:
+        yield Line(number, b"", ended, length)
+    elif content.strip():
+        yield Line(number, bytes(content), ended)
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The file's contents in pieces; each is asked for again where the disk does not answer."""
+    offset, identity = 0, None
+
+    def read() -> tuple[tuple[int, int], bytes]:
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            file.seek(offset)
+            return (status.st_dev, status.st_ino), file.read(_BLOCK_BYTES)
+
+    while True:
+        found, block = patiently(read, path)
+        if identity not in (None, found):
+            raise TryAgain(f"{path}: was replaced while it was read; read it again")
+        if not block:
+            return
+        identity, offset = found, offset + len(block)
+        yield block
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What ``keep_records`` left.
+
+    Args:
+        last_step: the highest step of what stayed; -1 where nothing did.
+        damage: which lines were no records, and where the file as it was is kept; None when all were.
+    """
+
+    last_step: float = -1
+    damage: str | None = None
+
+
+def keep_records(path: Path, wanted: Callable[[Record], bool], aside: str) -> Kept:
+    """Write a file of records anew with those that are ``wanted``, byte for byte as they are. No file is none to write.
+
+    A torn last line goes. Where any other line is no record, the file as it was stays beside the new one.
+
+    Args:
+        path: the file; its new contents appear whole or not at all. A link is replaced, not followed.
+        wanted: says of a record whether it stays.
+        aside: name for the file as it was, with a number where there is one already.
+
+    Raises:
+        UnusableFile, TryAgain: as ``read_lines``.
+        OSError: the file may not be read, or cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    damaged: list[str] = []
+    count, last_step = 0, -1.0
+    try:
+        with new_file(partial) as file:
+            for line in read_lines(path):
+                try:
+                    record = line.record()
+                except NoRecord as problem:
+                    if line.ended or line.too_long:
+                        count += 1
+                        damaged += [f"line {line.number}: {problem}"] if count <= _MOST_NAMED else []
+                    continue
+                if wanted(record):
+                    file.write(line.content + b"\n")
+                    last_step = max(last_step, record["step"])
+        damage = None
+        if count:
+            kept = _set_aside(path, aside)
+            more = f"; and {count - _MOST_NAMED} more" if count > _MOST_NAMED else ""
+            damage = (
+                f"{path}: {count} line{'s' * (count > 1)} left out that {'are' if count > 1 else 'is'} no record "
+                f"({'; '.join(damaged)}{more}); the file as it was is {kept.name}"
+            )
+        os.replace(partial, path)
+    except FileNotFoundError:
+        _remove(partial)
+        if path.parent.is_dir() and not os.path.lexists(path):
+            return Kept()
+        raise
+    except BaseException:
+        _remove(partial)
+        raise
+    fsync_folder(path.parent)
+    return Kept(last_step, damage)
+
+
+def _remove(partial: Path) -> None:
+    with contextlib.suppress(OSError):
+        partial.unlink(missing_ok=True)
+
+
+def _set_aside(path: Path, name: str) -> Path:
+    """Give the file a second name, which stays when the first goes to its successor."""
+    number, kept = 1, path.with_name(name)
+    while True:
+        try:
+            os.link(path, kept, follow_symlinks=False)
+            return kept
+        except FileExistsError:
+            number += 1
+            kept = path.with_name(f"{Path(name).stem}.{number}{Path(name).suffix}")
+        except OSError:  # a file system without hard links
+            os.rename(path, kept)
+            return kept

@@ -1,0 +1,109 @@
+"""What of a run folder may be a link: nothing inside it."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_lpa import files, run_folder
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.run_folder import refuse_links
+
+FOLDERS = [
+    "checkpoints", "checkpoints/step_00000010", "checkpoints/.step_00000010.partial", "checkpoints/.step_00000010.removed",
+    "checkpoints/.step_00000010.replaced", "checkpoints/damaged_step_00000010", "logs", "logs/hang", "logs/77.0", "tokenizer",
+    "tensorboard", "wandb", ".wandb", "snapshot",
+]  # fmt: skip
+FILES = [
+    ".lock", "metrics.jsonl", ".metrics.jsonl.partial", "metrics.damaged.jsonl", "metrics.damaged.2.jsonl", "config.yaml",
+    "wandb_id", "tokenizer/tokenizer.json", "tokenizer/any.tiktoken", "checkpoints/passed_over.json",
+    "checkpoints/step_00000010/DAMAGED.txt", "tensorboard/events.out.tfevents.1", "logs/hang/rank_00000.json",
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder that has everything."""
+    run = tmp_path / "run"
+    for name in FOLDERS:
+        (run / name).mkdir(parents=True)
+    for name in FILES:
+        (run / name).write_text("own")
+    return run
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        path.rename(path.parent / "out of the way")
+    else:
+        path.unlink()
+
+
+def test_what_runs_leave_is_accepted(run: Path, tmp_path: Path) -> None:
+    (run / "wandb" / "latest-run").symlink_to("run-1")
+    (run / "notes.txt").symlink_to(tmp_path)
+    refuse_links(run)
+    (tmp_path / "linked").symlink_to(run)
+    refuse_links(tmp_path / "linked")
+    refuse_links(tmp_path / "not there")
+
+
+@pytest.mark.parametrize("target", ["folder", "file", "nothing"])
+@pytest.mark.parametrize("name", FOLDERS + FILES)
+def test_a_link_is_refused_wherever_it_leads(run: Path, tmp_path: Path, name: str, target: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    remove(run / name)
+    (run / name).symlink_to(tmp_path / target)
+    with pytest.raises(UserError) as caught:
+        refuse_links(run)
+    assert not isinstance(caught.value, TryAgain)
+    assert str(caught.value).startswith(
+        f"{run / name}: a link to {tmp_path / target}, and a run writes only inside"
+    )
+
+
+@pytest.mark.parametrize("name", FOLDERS + FILES)
+def test_what_is_of_another_kind_is_refused(run: Path, name: str) -> None:
+    remove(run / name)
+    os.mkfifo(run / name)
+    with pytest.raises(UserError, match="a named pipe, where a run has a "):
+        refuse_links(run)
+    (run / name).unlink()
+    if name in FILES and not name.startswith("tensorboard"):
+        (run / name).mkdir()
+    elif name in FOLDERS and name != "logs/77.0":
+        (run / name).touch()
+    else:
+        return
+    with pytest.raises(
+        UserError, match=r": a (folder|regular file), where a run has a (regular file|folder); remove it"
+    ):
+        refuse_links(run)
+
+
+def test_what_a_stranger_calls_a_file_is_one_line(run: Path) -> None:
+    (run / "checkpoints" / "step_1\n\x1b[2Jerror: fine").symlink_to("\n\x1b[2J")
+    with pytest.raises(UserError) as caught:
+        refuse_links(run)
+    assert str(caught.value).isprintable()
+
+
+def test_a_disk_that_does_not_answer_is_asked_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PAUSES_S", (0.0,))
+    real, failures = os.lstat, [errno.EIO]
+
+    def failing(path: Any) -> Any:
+        if failures:
+            raise OSError(failures.pop(), "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(run_folder.os, "lstat", failing)
+    refuse_links(run)
+    failures += [errno.ESTALE] * 2
+    with pytest.raises(TryAgain, match="checkpoints: cannot be read"):
+        refuse_links(run)
