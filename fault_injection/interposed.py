@@ -52,7 +52,7 @@ class Disk:
     def wrap(self) -> None:
         """Put the wrappers into place."""
         os.open, os.fdopen, os.pread = self._os_open, self._fdopen, self._pread  # type: ignore[assignment]
-        builtins.open = io.open = self._open  # type: ignore[assignment]
+        builtins.open = io.open = self._open
 
     @contextlib.contextmanager
     def cut_short(self, pattern: str) -> Iterator[None]:

@@ -94,7 +94,7 @@ class Planted:
                 shutil.rmtree(self._aside)
                 return  # the run's own
             self.path.unlink()
-        if self._had:
+        if self._had and self.path.parent.is_dir():  # and not a checkpoint that has been set aside since
             os.rename(self._aside / "original", self.path)
         shutil.rmtree(self._aside)
 

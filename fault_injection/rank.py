@@ -152,7 +152,8 @@ def _shorten_pauses() -> None:
     """Attempts to read come sooner one after another, so that faults take less time."""
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron_lpa.") and hasattr(module, "PAUSES_S"):
-            module.PAUSES_S = tuple(pause_s / PAUSES_FASTER for pause_s in module.PAUSES_S)
+            pauses_s: tuple[float, ...] = module.PAUSES_S
+            _put(module, PAUSES_S=tuple(pause_s / PAUSES_FASTER for pause_s in pauses_s))
 
 
 def _put(owner: Any, **functions: Any) -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fault_injection.checks import checkpoint_folders
+from fault_injection.disk import damage
 from fault_injection.kinds import MISMATCHES
-from fault_injection.plan import Layout
-from fault_injection.planting import error_lines, of_mismatch, of_planted, refusal
+from fault_injection.plan import Fault, Layout
+from fault_injection.planting import error_lines, of_mismatch, of_planted, refusal, tree
 from fault_injection.processes import Ranks
-from fault_injection.start import STARTING_GRACE_S
+from fault_injection.start import STARTING_GRACE_S, Result
+
+UNWATCHED = (".lock", "logs")
+"""What may change in a run folder when a start is refused."""
 
 LIMIT_S = 30.0
 """A refusal takes a second or two; a collective that never comes, half an hour."""
@@ -105,19 +113,75 @@ def with_pipe(arguments: list[str], what: str, data: Path, folder: Path) -> tupl
     return [*arguments, "--data.prefix", str(folder / "data")], "data.json"
 
 
-def of_pipe(tried: Attempt, name: str) -> list[str]:
-    """Violations of a start that was given a named pipe."""
-    return of_attempt(tried) + of_planted(tried.errors, name)
-
-
-def of_other_option(tried: Attempt, rank: int, key: str) -> list[str]:
-    """Violations of a start in which one rank had another option."""
-    return of_attempt(tried) + of_mismatch(tried.errors, rank, key)
-
-
 def of_all_damaged(tried: Attempt) -> list[str]:
     """Violations of a start without a checkpoint that is whole."""
     lines = error_lines(tried.errors)
     if len(lines) != 1 or "holds no checkpoint that is intact" not in lines[0]:
         return [*of_attempt(tried), f"with all checkpoints damaged: {' | '.join(lines)[:300]!r}"]
     return of_attempt(tried)
+
+
+class RefusedStart:
+    """A start that has to be refused, and to change nothing in the run folder.
+
+    Args:
+        run: the run folder.
+        layout: of the start.
+        arguments: of a start that would be good.
+        data: folder of the data.
+        folder: for logs and what is needed meanwhile.
+        fresh: as ``Ranks``.
+    """
+
+    def __init__(
+        self, run: Path, layout: Layout, arguments: list[str], data: Path, folder: Path, fresh: bool
+    ) -> None:
+        self._run, self._layout, self._arguments = run, layout, arguments
+        self._data, self._folder, self._fresh = data, folder, fresh
+
+    def go(self, result: Result, name: str) -> None:
+        """Bring the fault about, start, and see what comes of it.
+
+        Args:
+            result: of a fault of the kind ``rank-mismatch``, ``pipe`` or ``all-damaged``; codes and violations go there.
+            name: of the start, for its logs.
+        """
+        fault, logs = result.fault, self._folder / "logs" / name
+        if fault.kind == "all-damaged":
+            with self._all_damaged(fault):
+                tried = self._attempt(result, self._arguments, self._same(), logs)
+                result.violations += of_all_damaged(tried)
+        elif fault.kind == "rank-mismatch":
+            rank = max(1, fault.rank % self._layout.processes)
+            specs, key = differing_specs(self._arguments, self._layout, rank, fault.variant)
+            tried = self._attempt(result, self._arguments, specs, logs)
+            result.violations += of_attempt(tried) + of_mismatch(tried.errors, rank, key)
+        else:
+            folder = self._folder / f"pipe_{fault.number}"
+            arguments, pipe = with_pipe(self._arguments, fault.variant, self._data, folder)
+            tried = self._attempt(result, arguments, self._same(), logs)
+            result.violations += of_attempt(tried) + of_planted(tried.errors, pipe)
+
+    def _same(self) -> list[dict[str, Any]]:
+        return [{} for _ in range(self._layout.processes)]
+
+    def _attempt(
+        self, result: Result, arguments: list[str], specs: list[dict[str, Any]], logs: Path
+    ) -> Attempt:
+        before = tree(self._run, UNWATCHED)
+        tried = attempt(arguments, specs, self._data, logs, self._fresh)
+        result.codes = tried.codes
+        if tree(self._run, UNWATCHED) != before:
+            result.violations.append("the run folder has changed")
+        return tried
+
+    @contextlib.contextmanager
+    def _all_damaged(self, fault: Fault) -> Iterator[None]:
+        checkpoints, copy = self._run / "checkpoints", self._folder / "copy_of_checkpoints"
+        shutil.copytree(checkpoints, copy)
+        for number, folder in enumerate(checkpoint_folders(self._run)):
+            damage(checkpoints, folder, ("truncated", "missing", "manifest-empty")[number % 3], fault.rank)
+        yield
+        shutil.rmtree(checkpoints)
+        shutil.copytree(copy, checkpoints)
+        shutil.rmtree(copy)

@@ -39,7 +39,9 @@ def make_data(folder: Path) -> None:
                 steps = draw.integers(1, 4, size=DOCUMENT_TOKENS)
                 writer.add_document((np.cumsum(steps) % VOCABULARY).astype(np.uint16))
         tokens = DOCUMENTS * DOCUMENT_TOKENS
-        checksums = Checksums(*([*block_digests(path(folder / name))] for path in (bin_path, idx_path)))
+        checksums = Checksums(
+            [*block_digests(bin_path(folder / name))], [*block_digests(idx_path(folder / name))]
+        )
         tokenizer = TokenizerRecord("none", "0" * 64, VOCABULARY, None)
         write_manifest(
             folder / name,

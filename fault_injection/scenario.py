@@ -12,16 +12,13 @@ from fault_injection import checks, judge, refusals
 from fault_injection.disk import SmallDisk, damage
 from fault_injection.kinds import BEFORE_TRAINING, BETWEEN, ENDING, OF_CHECKPOINT
 from fault_injection.plan import MOVES, Fault, Layout, Scenario
-from fault_injection.planting import Planted, of_planted, refusal, tree
+from fault_injection.planting import Planted, of_planted, refusal
 from fault_injection.processes import remove_compile_locks
 from fault_injection.runs import References, arguments
 from fault_injection.start import Result, Start
 
 PIPED_OPTIONS = ("config", "data-manifest")
 """Pipes that the command is given; others lie in the run folder."""
-
-UNWATCHED = (".lock", "logs")
-"""What may change in a run folder when a start is refused."""
 
 Say = Callable[[Result], None]
 
@@ -195,7 +192,7 @@ class Going:
         self._take_note_of_nan(start, struck)
         complete = set(start.ranks.codes.values()) == {0}
         self._idle = 0 if struck or newest > self._base or start.unreadable is not None else self._idle + 1
-        if self._idle > 4 and not complete:
+        if self._idle > 8 and not complete:
             raise RuntimeError(
                 f"run {self.runs} ended {self._idle} times without a fault or progress: {found}"
             )
@@ -329,7 +326,7 @@ class Going:
             return True
         sound = self._sound()
         if fault.kind == "all-damaged":
-            return bool(sound) and not self._skipped and self._all_damaged(fault)
+            return bool(sound) and not self._skipped and self._try_refused(fault)
         if len(sound) < 2:
             return False
         before = self._base
@@ -358,50 +355,16 @@ class Going:
         self._waiting.append(result)
         return result
 
-    def _attempt(self, fault: Fault, options: list[str], specs: list[dict[str, object]]) -> refusals.Attempt:
-        self.starts += 1
-        logs = self._folder / "logs" / f"run_{self.runs}_refused_{fault.number}"
-        return refusals.attempt(options, specs, self._references.data, logs, self._fresh)
-
     def _try_refused(self, fault: Fault) -> bool:
-        """A start that has to be refused, and to change nothing."""
+        """A whole start that has to be refused."""
         result = self._wait_for(fault)
-        before = tree(self._run, UNWATCHED)
-        layout = self._layout if self._layout.processes > 1 else MOVES[0]
-        options = self._arguments(layout)
-        if fault.kind == "rank-mismatch":
-            rank = max(1, fault.rank % layout.processes)
-            specs, key = refusals.differing_specs(options, layout, rank, fault.variant)
-            tried = self._attempt(fault, options, specs)
-            result.violations += refusals.of_other_option(tried, rank, key)
-        else:
-            folder = self._folder / f"pipe_{fault.number}"
-            options, name = refusals.with_pipe(options, fault.variant, self._references.data, folder)
-            tried = self._attempt(fault, options, [{} for _ in range(layout.processes)])
-            result.violations += refusals.of_pipe(tried, name)
-        result.codes = tried.codes
-        if tree(self._run, UNWATCHED) != before:
-            result.violations.append("the run folder has changed")
-        return True
-
-    def _all_damaged(self, fault: Fault) -> bool:
-        """With every checkpoint damaged, a start has to refuse, and to change nothing."""
-        result = self._wait_for(fault)
-        copy = self._folder / "copy_of_checkpoints"
-        shutil.copytree(self._run / "checkpoints", copy)
-        folders = checks.checkpoint_folders(self._run)
-        for number, folder in enumerate(folders):
-            kind = ("truncated", "missing", "manifest-empty")[number % 3]
-            damage(self._run / "checkpoints", folder, kind, fault.rank)
-        specs: list[dict[str, object]] = [{} for _ in range(self._layout.processes)]
-        tried = self._attempt(fault, self._arguments(self._layout), specs)
-        result.codes = tried.codes
-        result.violations += refusals.of_all_damaged(tried)
-        if checks.checkpoint_folders(self._run) != folders:
-            result.violations.append("with all checkpoints damaged, something was renamed or removed")
-        shutil.rmtree(self._run / "checkpoints")
-        shutil.copytree(copy, self._run / "checkpoints")
-        shutil.rmtree(copy)
+        layout = self._layout
+        if fault.kind == "rank-mismatch" and layout.processes == 1:
+            layout = MOVES[0]
+        self.starts += 1
+        refusals.RefusedStart(
+            self._run, layout, self._arguments(layout), self._references.data, self._folder, self._fresh
+        ).go(result, f"run_{self.runs}_refused_{fault.number}")
         return True
 
 
