@@ -62,6 +62,7 @@ def prepare(folder: Path) -> None:
     importlib.import_module("fault_injection.rank")
     importlib.import_module("megatron_lpa.train.start")
     own_extensions(folder)
+    _build_operator()
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
         raise RuntimeError(f"{threads} threads: forked processes would lack them")
@@ -85,6 +86,24 @@ def own_extensions(folder: Path) -> None:
         if built.is_dir():  # compiling it again would take half a minute
             shutil.copytree(built, own, ignore=shutil.ignore_patterns("lock"), dirs_exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(own)
+
+
+def _build_operator() -> None:
+    """Compile DeepSpeed's operator where no copy fits, or every start would begin with that: in a process that ends."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            from deepspeed.comm.torch import build_shm_op
+
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            build_shm_op()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    if status:
+        raise RuntimeError("DeepSpeed's operator for the CPU cannot be built; see above")
 
 
 def die_with_parent() -> None:
@@ -225,8 +244,11 @@ class Ranks:
             self.codes[rank] = os.waitstatus_to_exitcode(status)
 
     def close(self) -> None:
-        """Kill what is left and close the links."""
+        """Kill what is left, with all that it has started, and close the links."""
         self.kill_all()
+        for pid in self.pids:
+            with contextlib.suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)
         for link in self._links:
             link.close()
 
