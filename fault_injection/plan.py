@@ -28,9 +28,9 @@ BATCH = 8
 KEPT = 3
 """Newest checkpoints that stay."""
 
-SERIES = ((4, 5, 6), (13, 14, 15))
-"""Global batches in a row in which the gradient is not a number, where runs have to go back. The checkpoint that they go
-back to lies before a series, and an interval ends inside the first.
+SERIES = ((7, 8, 9), (13, 14, 15))
+"""Global batches in a row in which the gradient is not a number, where runs have to go back. An interval between
+checkpoints ends inside the first series, and before the second; nothing is evaluated at the steps that are stopped.
 """
 
 

@@ -162,16 +162,23 @@ class RefusedStart:
             tried = self._attempt(result, arguments, self._same(), logs)
             result.violations += of_attempt(tried) + of_planted(tried.errors, pipe)
 
+    def _tree(self, fault: Fault) -> dict[str, str]:
+        """What must not change; a start that looks at checkpoints may first remove what kills have left of others."""
+        found = tree(self._run, UNWATCHED)
+        if fault.kind == "all-damaged":
+            found = {name: what for name, what in found.items() if not name.startswith("checkpoints/.step_")}
+        return found
+
     def _same(self) -> list[dict[str, Any]]:
         return [{} for _ in range(self._layout.processes)]
 
     def _attempt(
         self, result: Result, arguments: list[str], specs: list[dict[str, Any]], logs: Path
     ) -> Attempt:
-        before = tree(self._run, UNWATCHED)
+        before = self._tree(result.fault)
         tried = attempt(arguments, specs, self._data, logs, self._fresh)
         result.codes = tried.codes
-        if tree(self._run, UNWATCHED) != before:
+        if self._tree(result.fault) != before:
             result.violations.append("the run folder has changed")
         return tried
 
