@@ -143,7 +143,8 @@ class RefusedStart:
         """Bring the fault about, start, and see what comes of it.
 
         Args:
-            result: of a fault of the kind ``rank-mismatch``, ``pipe`` or ``all-damaged``; codes and violations go there.
+            result: of a fault of the kind ``rank-mismatch``, ``pipe`` or ``all-damaged``; codes and violations go there,
+                and as ``recovered_s`` the seconds that it took to be refused.
             name: of the start, for its logs.
         """
         fault, logs = result.fault, self._folder / "logs" / name
@@ -177,7 +178,7 @@ class RefusedStart:
     ) -> Attempt:
         before = self._tree(result.fault)
         tried = attempt(arguments, specs, self._data, logs, self._fresh)
-        result.codes = tried.codes
+        result.codes, result.recovered_s = tried.codes, tried.seconds
         if self._tree(result.fault) != before:
             result.violations.append("the run folder has changed")
         return tried

@@ -39,7 +39,8 @@ class Result:
         step: optimizer steps done then.
         codes: exit codes of the start that it struck, by rank.
         steps_lost: done and to be done again.
-        recovered_s: seconds from the fault to the first step behind it, or after the next start.
+        recovered_s: seconds from the fault to the first step behind it, or after the next start; of a start that had to be
+            refused, the seconds that it took.
         violations: of promises, in words.
     """
 
