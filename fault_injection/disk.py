@@ -9,6 +9,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from fault_injection.kinds import MALFORMED
+from fault_injection.malformed import malform
 from fault_injection.plan import INTERVAL
 
 
@@ -90,6 +92,8 @@ def damage(checkpoints: Path, newest: Path, kind: str, seed: int) -> Path | None
     elif kind == "deleted":
         shutil.rmtree(newest)
         return None
+    elif kind in MALFORMED:
+        malform(newest, kind)
     else:
         raise ValueError(kind)
     return newest

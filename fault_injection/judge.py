@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 
 from fault_injection.checks import of_logs
-from fault_injection.plan import ENDING, INTERVAL, Fault
+from fault_injection.kinds import ENDING, STOPPING
+from fault_injection.plan import INTERVAL, Fault
 from fault_injection.start import Start
 from megatron_lpa.errors import EXIT_HANG
 
@@ -54,13 +55,27 @@ def _wrong(start: Start, fault: Fault) -> str:
             if code not in allowed:
                 return f"rank {rank}'s is none of {sorted(allowed)}"
         return ""
-    if fault.kind.startswith("signal"):
+    if fault.kind in STOPPING:
         due = 128 + getattr(signal, fault.variant)
         return "" if set(codes.values()) == {due} else f"{due} was due"
     if fault.kind == "stop-for-ever":
         others = {code for rank, code in codes.items() if rank not in start.killed}
         return "" if others == {EXIT_HANG} else f"{EXIT_HANG} was due for those that did not stand still"
+    if fault.kind == "hang-start":
+        return "" if set(codes.values()) == {EXIT_HANG} else f"{EXIT_HANG} was due for all"
+    if fault.kind == "open-error-lasting" and fault.variant.startswith("config "):
+        # The others have not met it yet: a launcher ends them.
+        return _wrong_where_one_is_alone(start, fault)
     return "" if set(codes.values()) == {1} else "1 was due"
+
+
+def _wrong_where_one_is_alone(start: Start, fault: Fault) -> str:
+    ended = {-signal.SIGTERM, 128 + signal.SIGTERM}
+    for rank, code in start.ranks.codes.items():
+        waiting = rank in start.ranks.ended_by_us and rank != fault.rank % len(start.ranks.codes)
+        if code != 1 and not (waiting and code in ended):
+            return f"rank {rank}'s is not 1"
+    return ""
 
 
 def _wrong_of_full_disk(start: Start) -> str:
@@ -92,7 +107,7 @@ def of_progress(start: Start, newest: int, previous_failures: int) -> list[str]:
         )
     if newest < start.base:
         found.append(f"the run went on from {start.base} and now has {newest} at most")
-    signals = [r.fault for r in start.struck.values() if r.fault.kind.startswith("signal")]
+    signals = [r.fault for r in start.struck.values() if r.fault.kind in STOPPING]
     if signals and newest != start.reached:
         found.append(f"stopped by a signal after {start.reached} steps, with a checkpoint of {newest}")
     kinds = {result.fault.kind for result in start.struck.values()}

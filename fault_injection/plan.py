@@ -5,6 +5,20 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field, replace
 
+from fault_injection.kinds import (
+    BETWEEN,
+    DAMAGES,
+    ERRORS,
+    LINKS,
+    MALFORMED,
+    MISMATCHES,
+    OPENED,
+    PIPES,
+    RANK_0_SITES,
+    SHARES,
+    SITES,
+)
+
 INTERVAL = 3
 """Steps between checkpoints of every run."""
 
@@ -14,30 +28,10 @@ BATCH = 8
 KEPT = 3
 """Newest checkpoints that stay."""
 
-SHARES = {
-    "kill-one": 22, "kill-all": 14, "kill-random": 24, "kill-in-save": 36, "kill-in-load": 6, "signal": 16,
-    "signal-twice": 8, "pause": 12, "stop-for-ever": 6, "damage": 30, "all-damaged": 3, "disk-full": 10,
-    "read-error": 6, "read-error-lasting": 4, "nan": 8, "clock": 10, "layout": 8,
-}  # fmt: skip
-"""Kinds of faults, and how often each comes for 223 of them."""
-
-ENDING = {
-    "kill-one", "kill-all", "kill-random", "kill-in-save", "kill-in-load", "signal", "signal-twice",
-    "stop-for-ever", "read-error", "read-error-lasting",
-}  # fmt: skip
-"""End the run, so that it is started again."""
-
-BETWEEN = {"damage", "all-damaged", "layout"}
-"""Happen between two starts."""
-
-RANK_0_SITES = ("weights-torn", "manifest", "manifest-torn", "before-rename", "after-rename", "removing")
-SITES = ("before-state", "state-torn", *RANK_0_SITES)
-"""Places inside a save, in their order."""
-
-DAMAGES = (
-    "truncated", "bit-flipped", "missing", "empty", "manifest-flipped", "manifest-empty", "manifest-missing",
-    "half-copied", "deleted",
-)  # fmt: skip
+SERIES = ((7, 8, 9), (13, 14, 15))
+"""Global batches in a row in which the gradient is not a number, where runs have to go back. An interval between
+checkpoints ends inside the first series, and before the second; nothing is evaluated at the steps that are stopped.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,9 +53,15 @@ class Layout:
     def __str__(self) -> str:
         return f"{self.processes} processes, TP {self.tp}, ZeRO-{self.zero}, {self.precision}"
 
-    def arguments(self) -> list[str]:
-        """Options of a run."""
+    def arguments(self, micro_batch: int) -> list[str]:
+        """Options of a run.
+
+        Args:
+            micro_batch: the most sequences of a micro-batch.
+        """
+        micro_batch = min(micro_batch, BATCH * self.tp // self.processes)
         return [
+            "--train.micro_batch_size", str(micro_batch),
             "--parallel.tensor_parallel_size", str(self.tp), "--model.pad_vocab_to_multiple_of", "2",
             "--train.deepspeed_config", f"zero{self.zero}", "--train.precision", self.precision,
         ]  # fmt: skip
@@ -88,12 +88,13 @@ class Fault:
     Args:
         number: counts from 1 over the whole plan.
         kind: a key of ``SHARES``.
-        after: steps of training after the start at which it strikes.
+        after: steps of training after the start at which it strikes; for ``open-error``, opens and reads.
         site: inside a save, or "".
         rank: that it strikes, modulo the number of processes.
         all_ranks: strike all of them.
-        variant: what else tells it apart: a signal, a sort of damage.
-        amount: seconds (``pause``, delays of ``kill-*``), hours (``clock``), free bytes (``disk-full``).
+        variant: what else tells it apart: a signal, a sort of damage, a name.
+        amount: seconds (``pause``, delays of ``kill-*``), hours (``clock``), attempts that fail (``open-error``).
+        batch: global batch behind which it strikes (``stop-between-bad``).
     """
 
     number: int
@@ -104,10 +105,12 @@ class Fault:
     all_ranks: bool = False
     variant: str = ""
     amount: float = 0.0
+    batch: int = 0
 
     def __str__(self) -> str:
         words = [self.kind, self.variant, self.site and f"at {self.site}"]
-        if self.kind not in BETWEEN and self.kind not in ("kill-all", "disk-full"):
+        of_rank = self.kind not in BETWEEN or self.kind == "rank-mismatch"
+        if of_rank and self.kind not in ("kill-all", "disk-full", "stop-between-bad"):
             words.append("all ranks" if self.all_ranks else f"rank {self.rank}")
         return " ".join(word for word in words if word)
 
@@ -124,6 +127,7 @@ class Scenario:
         steps: of a whole run.
         faults: in their order.
         nan_batches: global batches in which a rank's gradient is not a number, and that rank.
+        max_skipped: as ``train.max_skipped_steps``.
     """
 
     number: int
@@ -133,6 +137,7 @@ class Scenario:
     steps: int = 30
     faults: list[Fault] = field(default_factory=list)
     nan_batches: dict[int, int] = field(default_factory=dict)
+    max_skipped: int = 5
 
     @property
     def moving(self) -> bool:
@@ -140,9 +145,9 @@ class Scenario:
         return any(fault.kind == "layout" for fault in self.faults)
 
     @property
-    def step_timeout_s(self) -> float:
-        """As ``train.step_timeout_s``; short only where a hang is going to come."""
-        return 6.0 if any(fault.kind == "stop-for-ever" for fault in self.faults) else 90.0
+    def micro_batch(self) -> int:
+        """The most sequences of a micro-batch: another size would draw other dropout masks."""
+        return 2 if self.moving else 4
 
     def __str__(self) -> str:
         layout = "changing layouts" if self.moving else str(self.layout)
@@ -154,7 +159,8 @@ def make_plan(seed: int, count: int) -> list[Scenario]:
     draw = random.Random(seed)
     kinds = _kinds(count)
     draw.shuffle(kinds)
-    number = max(4, round(count / 14))
+    series = kinds.count("stop-between-bad")
+    number = max(4, round((count - series) / 14))
     scenarios = [
         Scenario(
             index + 1,
@@ -165,30 +171,71 @@ def make_plan(seed: int, count: int) -> list[Scenario]:
         )
         for index in range(number)
     ]
-    # Some kinds need runs of their own sort: a small disk, a short time-out, changing layouts.
+    # Some kinds need runs of their own sort: a small disk, changing layouts, batches that spoil gradients.
+    few = [s for s in scenarios[:-2] if s.layout.processes < 4]
     homes = {
-        "layout": scenarios[-1:] if number < 10 else scenarios[-2:],
-        "stop-for-ever": scenarios[1:3],
-        "disk-full": scenarios[0:3:2] + scenarios[1:2] + scenarios[5:7],
-        "nan": [s for s in scenarios[:-2] if s.layout.processes < 4],
+        "layout": scenarios[-max(1, number // 20) - (number >= 10) :],
+        "disk-full": scenarios[0:3:2] + scenarios[1:2] + scenarios[5::12],
+        "nan": [s for s in few if s.number % 6 == 1 or s.number < 4] if number > 12 else few,
+        "stop-between-bad": _series_homes(draw, number, series),
     }
     dealt = 0
+    turns = dict.fromkeys(SHARES, 0)
     for index, kind in enumerate(kinds):
         if kind in homes:
-            home = homes[kind][index % len(homes[kind])]
+            home = homes[kind][(turns[kind] if kind == "stop-between-bad" else index) % len(homes[kind])]
         else:
             home, dealt = scenarios[dealt % number], dealt + 1
         # Sites and sorts of damage come in turn, so that none is left out.
-        fault = _drawn(draw, index + 1, kind, kinds[:index].count(kind))
+        fault = _drawn(draw, index + 1, kind, turns[kind])
+        turns[kind] += 1
         if kind == "nan":
             batch = draw.choice([b for b in range(2, home.steps - 2) if b not in home.nan_batches])
             home.nan_batches[batch] = draw.randrange(home.layout.processes)
         home.faults.append(fault)
+    for home in homes["stop-between-bad"]:
+        behind = [batch for series in SERIES for batch in series[:-1]]
+        home.faults = [replace(f, batch=behind[i % len(behind)]) for i, f in enumerate(home.faults)]
+    scenarios += homes["stop-between-bad"]
     return _numbered([scenario for scenario in scenarios if scenario.faults])
 
 
-def short_plan(seed: int) -> list[Scenario]:
-    """One fault of every important kind, in a minute."""
+def _series_homes(draw: random.Random, number: int, count: int) -> list[Scenario]:
+    """Runs that have to go back twice: three of them in each scenario, with four faults each."""
+    homes = []
+    for index in range(-(-count // 12)):
+        layout = LAYOUTS[index % len(LAYOUTS)]
+        nan = {batch: draw.randrange(layout.processes) for series in SERIES for batch in series}
+        homes.append(
+            Scenario(
+                number + index + 1, layout, index % 2 == 0, "continue", 18, nan_batches=nan, max_skipped=3
+            )
+        )
+    return homes
+
+
+SHORT_PLAN_HAS_ALL = False
+"""Whether ``short_plan`` has the kinds of ``LATER`` as well."""
+
+LATER = [
+    Fault(0, "rank-mismatch", rank=1, variant="seed"),
+    Fault(0, "open-error", 1, rank=1, variant="idx ESTALE", amount=1),
+    Fault(0, "link", variant="symbolic metrics.jsonl"),
+    Fault(0, "malformed", variant="files-null"),
+    Fault(0, "open-error-lasting", 1, rank=0, variant="manifest EIO"),
+    Fault(0, "pipe", variant="state"),
+    Fault(0, "hang-start", rank=1),
+]
+"""Ready for the short plan; so is a run with ``stop-between-bad``."""
+
+
+def short_plan(seed: int, every_kind: bool = SHORT_PLAN_HAS_ALL) -> list[Scenario]:
+    """One fault of every important kind, in a minute.
+
+    Args:
+        seed: for the instants of random kills.
+        every_kind: with ``LATER``, and a run that goes back.
+    """
     draw = random.Random(seed)
     beside = Scenario(1, LAYOUTS[0], True, "continue", 24, nan_batches={4: 1})
     between = Scenario(2, LAYOUTS[1], False, "continue", 24)
@@ -210,7 +257,15 @@ def short_plan(seed: int) -> list[Scenario]:
         Fault(0, "damage", variant="manifest-missing"),
         Fault(0, "stop-for-ever", 2, rank=1),
     ]
-    return _numbered([beside, between])
+    if not every_kind:
+        return _numbered([beside, between])
+    between.faults[3:3] = LATER
+    goes_back = _series_homes(draw, 2, 1)[0]
+    goes_back.faults = [
+        Fault(0, "stop-between-bad", variant="SIGTERM", batch=SERIES[0][0]),
+        Fault(0, "stop-between-bad", variant="SIGINT", batch=SERIES[0][1]),
+    ]
+    return _numbered([beside, between, goes_back])
 
 
 def _kinds(count: int) -> list[str]:
@@ -219,6 +274,9 @@ def _kinds(count: int) -> list[str]:
     common = ["kill-in-save", "damage", "kill-random"]
     kinds += [common[index % len(common)] for index in range(count - len(kinds))]
     return kinds[:count]
+
+
+SORTS = {"rank-mismatch": tuple(MISMATCHES), "link": LINKS, "pipe": PIPES, "malformed": MALFORMED}
 
 
 def _drawn(draw: random.Random, number: int, kind: str, turn: int) -> Fault:
@@ -239,7 +297,7 @@ def _drawn(draw: random.Random, number: int, kind: str, turn: int) -> Fault:
             rank = 0
         delay = draw.choice([0.0, 0.1 * draw.random()])
         return Fault(number, kind, after, rank=rank, site=site, all_ranks=draw.random() < 0.5, amount=delay)
-    if kind in ("signal", "signal-twice"):
+    if kind in ("signal", "signal-twice", "stop-between-bad"):
         return Fault(number, kind, after, rank=rank, variant=draw.choice(["SIGTERM", "SIGINT"]))
     if kind == "pause":
         return Fault(number, kind, after, rank=rank, amount=0.2 + draw.random())
@@ -247,6 +305,20 @@ def _drawn(draw: random.Random, number: int, kind: str, turn: int) -> Fault:
         return Fault(number, kind, variant=DAMAGES[turn % len(DAMAGES)], rank=draw.randrange(100))
     if kind == "disk-full":
         return Fault(number, kind, after, rank=rank, variant=("before", "mid-write", "last-byte")[turn % 3])
+    if kind.startswith("open-error"):
+        what, lasting = OPENED[turn % len(OPENED)], kind == "open-error-lasting"
+        nth = 1 if lasting else draw.randint(1, {"bin": 6, "idx": 2}.get(what, 1))
+        error = ERRORS[turn % len(ERRORS)]
+        return Fault(
+            number,
+            kind,
+            nth,
+            rank=rank,
+            variant=f"{what} {error}",
+            amount=0 if lasting else draw.randint(1, 2),
+        )
+    if kind in SORTS:
+        return Fault(number, kind, variant=SORTS[kind][turn % len(SORTS[kind])], rank=1 + draw.randrange(3))
     if kind == "clock":
         return Fault(number, kind, after, rank=rank, amount=draw.choice([-1, 1]) * (1 + 20 * draw.random()))
     return Fault(number, kind, after, rank=rank, all_ranks=kind == "kill-in-load" and draw.random() < 0.5)
@@ -259,7 +331,9 @@ def _numbered(scenarios: list[Scenario]) -> list[Scenario]:
         moving = scenario.moving
         for index, fault in enumerate(scenario.faults):
             number += 1
-            of_rank = not moving and fault.kind not in BETWEEN
+            of_rank = not moving and (fault.kind not in BETWEEN or fault.kind == "rank-mismatch")
             rank = fault.rank % scenario.layout.processes if of_rank else fault.rank
+            if of_rank and fault.kind == "rank-mismatch":  # what differs is compared with rank 0
+                rank = max(1, rank)
             scenario.faults[index] = replace(fault, number=number, rank=rank)
     return scenarios

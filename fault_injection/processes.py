@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import resource
@@ -53,16 +54,30 @@ class Event:
 def prepare(folder: Path) -> None:
     """Import what the processes need, once; no threads may come of it.
 
+    Args:
+        folder: as ``own_extensions``.
+    """
+    # DeepSpeed imports it when an engine is made, and all of PyTorch's compiler with it.
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    importlib.import_module("fault_injection.rank")
+    importlib.import_module("megatron_lpa.train.start")
+    own_extensions(folder)
+    _build_operator()
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        raise RuntimeError(f"{threads} threads: forked processes would lack them")
+
+
+def own_extensions(folder: Path) -> None:
+    """Have compiled operators in a folder that no other run uses.
+
     A process that is killed while DeepSpeed loads its operator leaves PyTorch's lock behind, for which every later
-    start of every run on the machine waits ten minutes. So the operator lies in a folder of its own.
+    start of every run on the machine waits ten minutes.
 
     Args:
-        folder: for it.
+        folder: for them.
     """
     from torch.utils.cpp_extension import get_default_build_root
-
-    import fault_injection.rank  # noqa: F401
-    import megatron_lpa.train.start  # noqa: F401
 
     own = folder / "extensions"
     named = os.environ.get("TORCH_EXTENSIONS_DIR")
@@ -71,9 +86,29 @@ def prepare(folder: Path) -> None:
         if built.is_dir():  # compiling it again would take half a minute
             shutil.copytree(built, own, ignore=shutil.ignore_patterns("lock"), dirs_exist_ok=True)
     os.environ["TORCH_EXTENSIONS_DIR"] = str(own)
-    threads = len(os.listdir("/proc/self/task"))
-    if threads != 1:
-        raise RuntimeError(f"{threads} threads: forked processes would lack them")
+
+
+def _build_operator() -> None:
+    """Compile DeepSpeed's operator where no copy fits, or every start would begin with that: in a process that ends."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            from deepspeed.comm.torch import build_shm_op
+
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            build_shm_op()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    if status:
+        raise RuntimeError("DeepSpeed's operator for the CPU cannot be built; see above")
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that forked it ends."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 class Ranks:
@@ -81,7 +116,7 @@ class Ranks:
 
     Args:
         arguments: of ``megatron_lpa.pretrain``.
-        specs: for each rank, what ``rank.Places`` takes.
+        specs: for each rank, what ``rank.Places`` takes; ``arguments`` there go before those of all.
         cwd: where they run.
         logs: a folder for what they print, ``rank_N.out`` and ``rank_N.err``.
         fresh: start interpreters instead of forking.
@@ -126,7 +161,7 @@ class Ranks:
     ) -> None:
         try:
             os.setsid()
-            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+            die_with_parent()
             for other in self._links:
                 other.close()
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -209,8 +244,11 @@ class Ranks:
             self.codes[rank] = os.waitstatus_to_exitcode(status)
 
     def close(self) -> None:
-        """Kill what is left and close the links."""
+        """Kill what is left, with all that it has started, and close the links."""
         self.kill_all()
+        for pid in self.pids:
+            with contextlib.suppress(OSError):
+                os.killpg(pid, signal.SIGKILL)
         for link in self._links:
             link.close()
 
@@ -221,7 +259,15 @@ class Ranks:
         ]
 
 
+_next_port = 0
+
+
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One below those that the system gives to connections, which could take it before the first process does."""
+    global _next_port
+    _next_port = _next_port or 10_000 + os.getpid() * 101 % 18_000
+    while True:
+        _next_port += 1
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", _next_port))
+            return _next_port

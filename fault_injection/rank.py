@@ -6,21 +6,21 @@ driver are joined by a socket: messages go one way, the word to go on comes back
 
 from __future__ import annotations
 
-import builtins
-import contextlib
-import errno
 import faulthandler
 import json
 import os
 import socket
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-STEP, LOAD = "step", "load"
+from fault_injection.interposed import Disk
+
+STEP, LOAD, BAD = "step", "load", "bad"
+
+PAUSES_FASTER = 10
+"""By so much shorter are the pauses before another attempt to read; their number is that of the run."""
 
 
 class Places:
@@ -31,7 +31,8 @@ class Places:
             ``nan``: global batches in which the gradient is not a number;
             ``unreadable``: the step from which on data cannot be read, and how often (0: always);
             ``clock``: the step from which on, and hours by which ``time.time`` is off;
-            ``full``: steps from and to which nothing can be written into checkpoints.
+            ``full``: steps from and to which nothing can be written into checkpoints;
+            ``errors``: as ``interposed.Disk``.
         link: to the driver.
     """
 
@@ -39,6 +40,9 @@ class Places:
         self._spec, self._link = spec, link
         self._holds: list[list[Any]] = spec.get("holds", [])
         self._unread = 0
+        self._disk = Disk(
+            spec.get("errors", []), spec.get("full", (0, -1)), self.tell, self.reach, self._holds_at
+        )
 
     def tell(self, **event: Any) -> None:
         """One message to the driver."""
@@ -46,16 +50,24 @@ class Places:
 
     def reach(self, place: str, step: int) -> None:
         """Stand still here, if told to, until the driver says go or ends the process."""
-        for hold in [h for h in self._holds if h[1] == place and step >= h[2]]:
+        for hold in self._due(place, step):
             self._holds.remove(hold)
             self.tell(event="hold", id=hold[0], place=place, step=step)
             self._link.recv(1)
+
+    def _due(self, place: str, step: int) -> list[list[Any]]:
+        return [hold for hold in self._holds if hold[1] == place and step >= hold[2]]
+
+    def _holds_at(self, place: str, step: int) -> bool:
+        return bool(self._due(place, step))
 
     def wrap(self) -> None:
         """Put all wrappers into place."""
         self._wrap_steps()
         self._wrap_saves()
         self._wrap_load()
+        self._disk.wrap()
+        _shorten_pauses()
 
     def _wrap_steps(self) -> None:
         from megatron_lpa.engine.build import Engine
@@ -77,12 +89,13 @@ class Places:
             if at_step >= since and (times == 0 or self._unread < times):
                 self._unread += 1
                 self.tell(event="unreadable", step=at_step)
-                with _cut_short(samples):
+                with self._disk.cut_short(r"\.bin$"):
                     return load(samples, *arguments)
             return load(samples, *arguments)
 
         def with_nan(engine: Any, batches: Any, first_samples: Any, lr: float) -> Any:
-            if first_samples[0] // engine.config.train.global_batch_size not in self._spec.get("nan", ()):
+            batch = first_samples[0] // engine.config.train.global_batch_size
+            if batch not in self._spec.get("nan", ()):
                 return train_step(engine, batches, first_samples, lr)
 
             def spoil(module: Any, inputs: Any, output: Any) -> None:
@@ -94,6 +107,7 @@ class Places:
                 return train_step(engine, batches, first_samples, lr)
             finally:
                 hook.remove()
+                self.reach(BAD, batch)
 
         _put(loop, _read_batches=read_batches, load_batch=load_batch)
         _put(Engine, train_step=with_nan)
@@ -118,33 +132,7 @@ class Places:
         _put(resume, _restore=held_restore)
 
     def _wrap_saves(self) -> None:
-        from megatron_lpa.engine import checkpoint, store, tensor_file
-
-        write_tensors, write_durably, rename = checkpoint.write_tensors, store.write_durably, os.rename
-
-        def held_tensors(folder: Path, *arguments: Any) -> Any:
-            step = _step_in(str(folder))
-            self.reach("before-state", step)
-            first, last = self._spec.get("full", (0, -1))
-            if first <= step <= last:
-                self.tell(event="full", step=step)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-            return write_tensors(folder, *arguments)
-
-        def held_open(path: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-            file = builtins.open(path, mode, *arguments, **options)  # noqa: SIM115 - closed by whoever opens it
-            place = "weights-torn" if "/weights" in str(path) else "state-torn"
-            return _HeldFile(file, lambda: self.reach(place, _step_in(str(path))))
-
-        def held_durably(path: Path, text: str) -> None:
-            if path.name != "manifest.json":
-                return write_durably(path, text)
-            step = _step_in(str(path))
-            self.reach("manifest", step)
-            if any(hold[1] == "manifest-torn" and step >= hold[2] for hold in self._holds):
-                path.write_text(text[: len(text) // 2])
-                self.reach("manifest-torn", step)
-            return write_durably(path, text)
+        rename = os.rename
 
         def held_rename(source: Any, target: Any, **options: Any) -> None:
             name = Path(source).name
@@ -157,54 +145,15 @@ class Places:
             if Path(target).name.endswith(".removed"):
                 self.reach("removing", _step_in(name))
 
-        _put(checkpoint, write_tensors=held_tensors)
-        _put(store, write_durably=held_durably)
         _put(os, rename=held_rename)
-        _put(tensor_file, open=held_open)
 
 
-@contextlib.contextmanager
-def _cut_short(samples: Any) -> Iterator[None]:
-    """For this process alone, the files of tokens end before their first token."""
-    readers = {
-        id(dataset.indexed): dataset.indexed._reader for dataset, _ in samples.giving(samples.num_samples)
-    }
-    kept = {reader: (reader._path, reader._file) for reader in readers.values()}
-    with tempfile.NamedTemporaryFile(suffix=".bin") as empty:
-        try:
-            for reader in kept:
-                reader._path, reader._file = Path(empty.name), open(empty.name, "rb", buffering=0)  # noqa: SIM115
-            yield
-        finally:
-            for reader, (path, file) in kept.items():
-                reader._file.close()
-                reader._path, reader._file = path, file
-
-
-class _HeldFile:
-    """A file that stands still in the middle of its third write: behind the header, inside a tensor."""
-
-    def __init__(self, file: Any, reach: Any) -> None:
-        self._file, self._reach, self._writes = file, reach, 0
-
-    def write(self, data: Any) -> None:
-        self._writes += 1
-        if self._writes == 3:
-            half = len(data) // 2
-            self._file.write(data[:half])
-            self._file.flush()
-            self._reach()
-            data = data[half:]
-        self._file.write(data)
-
-    def __enter__(self) -> _HeldFile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+def _shorten_pauses() -> None:
+    """Attempts to read come sooner one after another, so that faults take less time."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron_lpa.") and hasattr(module, "PAUSES_S"):
+            pauses_s: tuple[float, ...] = module.PAUSES_S
+            _put(module, PAUSES_S=tuple(pause_s / PAUSES_FASTER for pause_s in pauses_s))
 
 
 def _put(owner: Any, **functions: Any) -> None:

@@ -8,13 +8,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fault_injection import checks, judge
+from fault_injection import checks, judge, refusals
 from fault_injection.disk import SmallDisk, damage
-from fault_injection.plan import BETWEEN, ENDING, MOVES, Fault, Scenario
+from fault_injection.kinds import BEFORE_TRAINING, BETWEEN, ENDING, OF_CHECKPOINT
+from fault_injection.plan import MOVES, Fault, Layout, Scenario
+from fault_injection.planting import Planted, of_planted, refusal
 from fault_injection.processes import remove_compile_locks
 from fault_injection.runs import References, arguments
 from fault_injection.start import Result, Start
-from megatron_lpa.errors import EXIT_REFUSED
+
+PIPED_OPTIONS = ("config", "data-manifest")
+"""Pipes that the command is given; others lie in the run folder."""
 
 Say = Callable[[Result], None]
 
@@ -83,7 +87,11 @@ class Going:
         self._waiting: list[Result] = []
         """Whose end is not known yet."""
         self._skipped: list[Path] = []
+        self._set_aside = 0
+        """Checkpoints that were damaged and have to have been set aside by now."""
         self._lasting: Fault | None = None
+        self._planted: Planted | None = None
+        self._planted_result: Result | None = None
         while not self._one_start():
             pass
         reference = self._references.of(self.scenario)
@@ -102,16 +110,55 @@ class Going:
         faults: list[Fault] = [] if self._lasting else self._next_faults()
         unreadable = self._lasting.rank if self._lasting else None
         start = Start(
-            self._start_number, self.scenario, self._layout, faults, self._base, self._disk, unreadable
+            self._start_number,
+            self.scenario,
+            self._layout,
+            faults,
+            self._base,
+            self._disk,
+            unreadable,
+            refusable=self._planted is not None,
         )
         logs = self._folder / "logs" / f"run_{self.runs}_start_{self._start_number:03d}"
-        options = arguments(self.scenario, self._layout, self._references.data, self._run_dir, self._run.name)
+        options = self._arguments(self._layout, {fault.kind for fault in faults})
+        began_s = time.monotonic()
         try:
             start.run(options, self._references.data, logs, self._fresh, self._saw_step)
         finally:
             start.close()
             self.compile_locks += remove_compile_locks()
+        if self._planted is not None and self._was_refused(start, time.monotonic() - began_s):
+            return False
         return self._look_at(start)
+
+    def _arguments(self, layout: Layout, kinds: set[str] | None = None) -> list[str]:
+        return arguments(
+            self.scenario, layout, self._references.data, self._run_dir, self._run.name, kinds or ()
+        )
+
+    def _was_refused(self, start: Start, seconds: float) -> bool:
+        """Look at what was planted, take it away, and tell whether the start has to come again without it."""
+        planted, result = self._planted, self._planted_result
+        assert planted is not None and result is not None
+        self._planted = None
+        if changed := planted.changed_outside():
+            result.violations.append(f"files outside the run folder have changed: {', '.join(changed)}")
+        refused = not start.trained
+        if refused:
+            codes, errors = [code for _, code in sorted(start.ranks.codes.items())], start.ranks.text("err")
+            result.codes = codes
+            result.violations += refusal(codes, errors, seconds, refusals.LIMIT_S)
+            result.violations += of_planted(errors, planted.name)
+            self._queue[0:0] = [fault for fault in start.faults.values() if fault.number]
+            self._skipped = [folder for folder in self._skipped if folder not in planted.path.parents]
+        planted.remove()
+        for path in self._run.glob("checkpoints/damaged_*/**/*"):
+            if path.is_fifo():
+                path.unlink()
+        if refused:
+            self._base = self._newest()
+            result.steps_lost = 0
+        return refused
 
     def _saw_step(self, step: int, seconds: float) -> None:
         for result in self._waiting:
@@ -132,7 +179,9 @@ class Going:
         ]
         found += [f"has the name of a checkpoint but is none: {line}" for line in unsound]
         if start.trained:
+            self._set_aside += len(self._skipped)
             self._skipped = []
+            found += self._of_set_aside()
         newest = self._newest()
         found += judge.of_progress(start, newest, self._failures)
         self._failures = start.failed_saves() + self._failures if newest == self._base else 0
@@ -143,7 +192,7 @@ class Going:
         self._take_note_of_nan(start, struck)
         complete = set(start.ranks.codes.values()) == {0}
         self._idle = 0 if struck or newest > self._base or start.unreadable is not None else self._idle + 1
-        if self._idle > 4 and not complete:
+        if self._idle > 8 and not complete:
             raise RuntimeError(
                 f"run {self.runs} ended {self._idle} times without a fault or progress: {found}"
             )
@@ -172,8 +221,19 @@ class Going:
         self._base = newest
         return complete
 
+    def _of_set_aside(self) -> list[str]:
+        number = len(list(self._run.glob("checkpoints/damaged_*")))
+        if number == self._set_aside:
+            return []
+        expected, self._set_aside = self._set_aside, number
+        return [f"{number} checkpoints have been set aside, where {expected} were damaged"]
+
+    def _sound(self) -> list[Path]:
+        folders = checks.checkpoint_folders(self._run)
+        return [folder for folder in folders if folder not in self._skipped and not checks.unsound(folder)]
+
     def _newest(self) -> int:
-        sound = [folder for folder in checks.checkpoint_folders(self._run) if not checks.unsound(folder)]
+        sound = self._sound()
         return checks.step_of(sound[-1]) if sound else 0
 
     def _take_note_of_nan(self, start: Start, struck: list[Result]) -> None:
@@ -217,30 +277,46 @@ class Going:
 
     def _next_faults(self) -> list[Fault]:
         """Strike what strikes between starts, and choose what strikes the next start."""
-        while self._queue and self._queue[0].kind in (*BETWEEN, "kill-in-load"):
+        while self._queue and self._planted is None and _is_between(self._queue[0]):
             fault = self._queue[0]
-            if fault.kind == "kill-in-load" and self._base:
+            if fault.kind not in BETWEEN and self._base:
                 break
             if fault.kind in BETWEEN and self._strike_between(fault):
                 self._queue.pop(0)
                 continue
-            later = [i for i, f in enumerate(self._queue) if f.kind in ENDING and f.kind != "kill-in-load"]
+            later = [i for i, f in enumerate(self._queue) if f.kind in ENDING and not _is_between(f)]
             if later:
                 self._queue.insert(later[0], self._queue.pop(0))
             else:  # something has to end the run first, and does not count
                 self._queue.insert(0, Fault(0, "kill-all", after=8, all_ranks=True))
+        if self._planted is not None:
+            late = [f for f in self._queue if f.kind in ENDING and f.kind not in BEFORE_TRAINING]
+            if late:
+                self._queue.remove(late[0])
+            return [late[0] if late else Fault(0, "kill-all", after=4, all_ranks=True)]
         chosen: list[Fault] = []
         while self._queue and self._queue[0].kind not in BETWEEN:
-            if chosen and self._queue[0].kind == "kill-in-load":
+            if chosen and _is_between(self._queue[0]):
                 break
             chosen.append(self._queue.pop(0))
             alone = self._tries.get(chosen[-1].number, 0) > 1
-            if chosen[-1].kind in ENDING or chosen[-1].kind == "disk-full" or alone or len(chosen) == 4:
+            if chosen[-1].kind in ENDING or chosen[-1].kind == "disk-full" or alone or len(chosen) == 6:
                 break
         return chosen
 
     def _strike_between(self, fault: Fault) -> bool:
         """Whether it could be done with what is there."""
+        in_checkpoint = fault.kind == "pipe" and fault.variant in OF_CHECKPOINT
+        if fault.kind == "rank-mismatch" or (fault.kind == "pipe" and fault.variant in PIPED_OPTIONS):
+            return self._try_refused(fault)
+        if fault.kind in ("link", "pipe") and not in_checkpoint:
+            sort, _, name = (
+                f"pipe {fault.variant}".partition(" ")
+                if fault.kind == "pipe"
+                else fault.variant.partition(" ")
+            )
+            self._plant(fault, sort, name)
+            return True
         if self._start_number == 1:
             return False
         if fault.kind == "layout":
@@ -248,18 +324,29 @@ class Going:
             self._layout = MOVES[self._moves % len(MOVES)]
             self._wait_for(fault)
             return True
-        sound = [folder for folder in checks.checkpoint_folders(self._run) if not checks.unsound(folder)]
+        sound = self._sound()
         if fault.kind == "all-damaged":
-            return bool(sound) and not self._skipped and self._refused(fault)
+            return bool(sound) and not self._skipped and self._try_refused(fault)
         if len(sound) < 2:
             return False
         before = self._base
-        skipped = damage(self._run / "checkpoints", sound[-1], fault.variant, fault.rank)
+        skipped: Path | None = sound[-1]
+        if in_checkpoint:
+            file = "manifest.json" if fault.variant == "manifest" else f"{fault.variant}/*.safetensors"
+            victim = sorted(sound[-1].glob(file))[0]
+            self._plant(fault, "pipe", str(victim.relative_to(self._run)))
+        else:
+            skipped = damage(self._run / "checkpoints", sound[-1], fault.variant, fault.rank)
+            self._wait_for(fault)
         if skipped is not None:
             self._skipped.append(skipped)
         self._base = self._newest()
-        self._wait_for(fault).steps_lost = before - self._base
+        self._waiting[-1].steps_lost = before - self._base
         return True
+
+    def _plant(self, fault: Fault, sort: str, name: str) -> None:
+        self._planted = Planted(self._run, sort, name, self._run_dir / f"aside_{fault.number}")
+        self._planted_result = self._wait_for(fault)
 
     def _wait_for(self, fault: Fault) -> Result:
         result = Result(
@@ -268,37 +355,20 @@ class Going:
         self._waiting.append(result)
         return result
 
-    def _refused(self, fault: Fault) -> bool:
-        """With every checkpoint damaged, a start has to refuse, and to change nothing."""
+    def _try_refused(self, fault: Fault) -> bool:
+        """A whole start that has to be refused."""
         result = self._wait_for(fault)
-        copy = self._folder / "copy_of_checkpoints"
-        shutil.copytree(self._run / "checkpoints", copy)
-        folders = checks.checkpoint_folders(self._run)
-        for number, folder in enumerate(folders):
-            damage(
-                self._run / "checkpoints",
-                folder,
-                ("truncated", "missing", "manifest-empty")[number % 3],
-                fault.rank,
-            )
-        start = Start(self._start_number, self.scenario, self._layout, [], self._base, None)
-        logs = self._folder / "logs" / f"run_{self.runs}_refused_{fault.number}"
-        options = arguments(self.scenario, self._layout, self._references.data, self._run_dir, self._run.name)
-        start.run(options, self._references.data, logs, self._fresh, lambda step, seconds: None)
+        layout = self._layout
+        if fault.kind == "rank-mismatch" and layout.processes == 1:
+            layout = MOVES[0]
         self.starts += 1
-        result.codes = [start.ranks.codes[rank] for rank in range(self._layout.processes)]
-        said = "".join(start.ranks.text("err"))
-        if (
-            set(result.codes) != {EXIT_REFUSED}
-            or said.count("error: ") != 1
-            or "holds no checkpoint that is intact" not in said
-        ):
-            result.violations.append(
-                f"with all checkpoints damaged: exit codes {result.codes}, {said[:300]!r}"
-            )
-        if checks.checkpoint_folders(self._run) != folders:
-            result.violations.append("with all checkpoints damaged, something was renamed or removed")
-        shutil.rmtree(self._run / "checkpoints")
-        shutil.copytree(copy, self._run / "checkpoints")
-        shutil.rmtree(copy)
+        refusals.RefusedStart(
+            self._run, layout, self._arguments(layout), self._references.data, self._folder, self._fresh
+        ).go(result, f"run_{self.runs}_refused_{fault.number}")
         return True
+
+
+def _is_between(fault: Fault) -> bool:
+    """Whether it strikes between two starts, or needs a checkpoint that is loaded by the next."""
+    of_checkpoint = fault.kind.startswith("open-error") and fault.variant.startswith(OF_CHECKPOINT)
+    return fault.kind in BETWEEN or fault.kind == "kill-in-load" or of_checkpoint

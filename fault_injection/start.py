@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from fault_injection.disk import SmallDisk
-from fault_injection.plan import ENDING, INTERVAL, Fault, Layout, Scenario
+from fault_injection.kinds import ENDING, OF_CHECKPOINT
+from fault_injection.plan import INTERVAL, Fault, Layout, Scenario
 from fault_injection.processes import GRACE_S, Event, Ranks
-from fault_injection.runs import nan_spec
+from fault_injection.runs import START_LIMIT_S, nan_spec
 
 LONGEST_S = 150.0
 """A start takes three seconds; one that takes so long hangs."""
+
+LONGEST_HANG_S = START_LIMIT_S + 20.0
+"""From a start on: the limit, the time for last words (15 s), and a few seconds before and behind them."""
 
 STARTING_GRACE_S = 3.0
 """Processes that have not met yet wait for each other for half an hour; ended as a launcher does."""
@@ -35,7 +39,8 @@ class Result:
         step: optimizer steps done then.
         codes: exit codes of the start that it struck, by rank.
         steps_lost: done and to be done again.
-        recovered_s: seconds from the fault to the first step behind it, or after the next start.
+        recovered_s: seconds from the fault to the first step behind it, or after the next start; of a start that had to be
+            refused, the seconds that it took.
         violations: of promises, in words.
     """
 
@@ -62,6 +67,7 @@ class Start:
         base: step of the checkpoint that the run has to go on from; 0 without one.
         disk: that ``disk-full`` fills.
         unreadable: data cannot be read from the first step on, by this rank.
+        refusable: something lies in the run folder for which a start may be refused, at once.
     """
 
     def __init__(
@@ -73,6 +79,7 @@ class Start:
         base: int,
         disk: SmallDisk | None,
         unreadable: int | None = None,
+        refusable: bool = False,
     ) -> None:
         self.number, self.scenario, self.layout, self.base = number, scenario, layout, base
         self.faults = {fault.number: fault for fault in faults}
@@ -84,6 +91,9 @@ class Start:
         self.nan_steps: list[int] = []
         self.killed: set[int] = set()
         self.ranks: Ranks
+        self.folder = Path()
+        """For what the processes print."""
+        self.refusable = refusable
         self._disk, self.unreadable = disk, unreadable
         self._full_until = -1
         self._continue: dict[int, float] = {}
@@ -110,11 +120,33 @@ class Start:
                 spec["clock"] = (step, fault.amount)
             elif fault.kind == "disk-full":
                 self._hold_for_full_disk(fault, specs, step)
+            elif fault.kind.startswith("open-error") or fault.kind == "hang-start":
+                self._disk_error(fault, specs)
+            elif fault.kind == "stop-between-bad":
+                bad = specs[self.scenario.nan_batches[fault.batch]]
+                bad["holds"].append([fault.number, "bad", fault.batch])
             elif fault.kind != "kill-random":
                 spec["holds"].append([fault.number, "step", step])
             if fault.kind == "signal-twice":
                 spec["holds"].append([fault.number, "before-state", step])
         return specs
+
+    def _disk_error(self, fault: Fault, specs: list[dict[str, Any]]) -> None:
+        """What ``interposed.Disk`` takes. Which process reads a checkpoint's file is for the run to decide: the first one."""
+        what, _, error = (fault.variant or "idx").partition(" ")
+        rule = {
+            "id": fault.number, "path": path_pattern(what, self.base), "nth": fault.after,
+            "times": int(fault.amount), "error": error,
+        }  # fmt: skip
+        if fault.kind == "hang-start":
+            specs[self._target(fault.rank)]["holds"].append([fault.number, "disk", 0])
+            rule |= {"hold": True, "nth": 1, "times": 1}
+        if what in ("state", "weights"):
+            rule["once"] = str(self.folder / f"fault_{fault.number}")
+            for spec in specs:
+                spec.setdefault("errors", []).append(rule)
+        else:
+            specs[self._target(fault.rank)].setdefault("errors", []).append(rule)
 
     def _hold_for_full_disk(self, fault: Fault, specs: list[dict[str, Any]], step: int) -> None:
         if self._disk is None or not self._disk.mounted:
@@ -146,19 +178,25 @@ class Start:
             on_step: called with a step and a time in seconds whenever a process tells of a step.
         """
         began = time.monotonic()
+        self.folder = logs
         self.ranks = Ranks(arguments, self.specs(), cwd, logs, fresh)
         self._plan_random(began, "starting")
         try:
             while self.ranks.alive:
                 for event in self.ranks.events(0.02):
                     self._handle(event, on_step)
-                self._look_at_the_time(time.monotonic() - began > LONGEST_S)
+                self._look_at_the_time(time.monotonic() - began > self._longest_s)
         finally:
             self.ranks.close()
             if self._disk is not None:
                 self._disk.empty()
         for result in self.struck.values():
             result.codes = [self.ranks.codes[rank] for rank in range(self.layout.processes)]
+
+    @property
+    def _longest_s(self) -> float:
+        hanging = any(result.fault.kind == "hang-start" for result in self.struck.values())
+        return LONGEST_HANG_S if hanging or (self.refusable and not self.trained) else LONGEST_S
 
     def _plan_random(self, now_s: float, when: str) -> None:
         for fault in self.faults.values():
@@ -183,11 +221,13 @@ class Start:
             if self._disk is not None and 0 <= self._full_until <= content["step"]:
                 self._disk.empty()
         elif content["event"] == "hold":
-            if content["place"] != "load":  # inside the save of a step that is done
+            if content["place"] not in ("load", "bad", "disk"):  # inside the save of a step that is done
                 self.reached = max(self.reached, content["step"])
             self._strike(self.faults[content["id"]], event)
         elif content["event"] == "nan":
             self.nan_steps.append(content["step"])
+        elif content["event"] == "open-error":
+            self._note(self.faults[content["id"]])
         else:
             kind = {"unreadable": "read-error", "clock": "clock", "full": "disk-full"}[content["event"]]
             for fault in self.faults.values():
@@ -208,7 +248,9 @@ class Start:
             self._kill(fault, rank)
             return
         self._note(fault)
-        if fault.kind == "signal" or (fault.kind == "signal-twice" and not again):
+        if fault.kind == "hang-start":  # it goes on standing still
+            return
+        if fault.kind in ("signal", "stop-between-bad") or (fault.kind == "signal-twice" and not again):
             ranks.signal(rank, getattr(signal, fault.variant))
         elif fault.kind == "signal-twice":
             ranks.signal(rank, signal.SIGINT if fault.number % 2 else signal.SIGTERM)
@@ -219,8 +261,8 @@ class Start:
             ranks.signal(rank, signal.SIGSTOP)
             self.killed.add(rank)
         elif fault.kind == "disk-full" and self._disk is not None:
-            # Records of a few hundred bytes fit, a checkpoint of half a million does not.
-            self._disk.fill(0 if fault.variant == "last-byte" else 100_000)
+            # Records of a few hundred bytes fit, a checkpoint of two hundred thousand does not.
+            self._disk.fill(0 if fault.variant == "last-byte" else 60_000)
             self._full_until = event.content["step"] + 2 * INTERVAL
         ranks.go(rank)
 
@@ -241,10 +283,11 @@ class Start:
                 del self._random_s[number]
                 fault = self.faults[number]
                 self._kill(fault, self._target(fault.rank))
+        kinds = {result.fault.kind for result in self.struck.values()}
         stopped = [r.fault for r in self.struck.values() if r.fault.kind == "stop-for-ever"]
         if stopped and self.ranks.alive == [self._target(stopped[0].rank)]:
             self.ranks.signal(self.ranks.alive[0], signal.SIGKILL)
-        elif not stopped:
+        elif not stopped and "hang-start" not in kinds:
             self.ranks.end_survivors(GRACE_S if self.trained else STARTING_GRACE_S)
         if too_long:
             self.hung = True
@@ -265,3 +308,17 @@ class Start:
         """Kill what is left, after an error of the driver's own."""
         with contextlib.suppress(AttributeError):
             self.ranks.close()
+
+
+def path_pattern(what: str, base: int) -> str:
+    """Paths of what a disk does not give, as a regular expression.
+
+    Args:
+        what: of ``kinds.OPENED``.
+        base: step of the newest checkpoint.
+    """
+    if what in OF_CHECKPOINT:
+        folder = rf"/checkpoints/step_{base:08d}/"
+        return folder + (r"manifest\.json$" if what == "manifest" else f"{what}/")
+    names = {"idx": "data.idx", "bin": "data.bin", "data-manifest": "data.json", "config": "model.yaml"}
+    return "/" + re.escape(names[what]) + "$"
