@@ -18,7 +18,7 @@ from megatron_lpa.engine.ds_config import read_zero_knobs
 from megatron_lpa.engine.manifest import SampleOrder
 from megatron_lpa.files import tree_digest
 from megatron_lpa.ops.dispatch import ENVIRONMENT_VARIABLE
-from megatron_lpa.parallel.meeting import flat
+from megatron_lpa.parallel.disagreement import flat
 
 PACKAGES = ("torch", "deepspeed", "triton", "numpy", "safetensors", "liger-kernel")
 CODE = ("*.py", "*.yaml", "*.json")

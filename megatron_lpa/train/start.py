@@ -27,8 +27,9 @@ from megatron_lpa.errors import RankError, TryAgain, UserError
 from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
 from megatron_lpa.ops.dispatch import requested_path
 from megatron_lpa.parallel.agreement import from_first, gather_json, largest_of_all, together
+from megatron_lpa.parallel.disagreement import disagreement
 from megatron_lpa.parallel.groups import ParallelGroups
-from megatron_lpa.parallel.meeting import Meeting, disagreement, meet, place_from_environment
+from megatron_lpa.parallel.meeting import Meeting, meet, place_from_environment
 from megatron_lpa.run_folder import TOKENIZER, refuse_links
 from megatron_lpa.train.alike import data_facts, sample_order, start_facts
 from megatron_lpa.train.callbacks.base import Callback, Sink

@@ -13,7 +13,8 @@ from support.world import free_port
 
 from megatron_lpa.errors import RankError, RankHang, UserError
 from megatron_lpa.parallel import meeting
-from megatron_lpa.parallel.meeting import Meeting, Place, disagreement, flat, meet, place_from_environment
+from megatron_lpa.parallel.disagreement import disagreement, flat
+from megatron_lpa.parallel.meeting import Meeting, Place, meet, place_from_environment
 
 HOST = socket.gethostname()
 REAL_RANK = "RANK_OF_TEST"

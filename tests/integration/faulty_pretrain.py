@@ -3,7 +3,7 @@
 ``nan``: what the last rank's final norm gives is not a number. ``spike``: what all ranks' gives is far off.
 ``hang``: the last rank reads its data for ever. ``die``: all ranks are gone before they read theirs. ``unreadable``: the last
 rank cannot read its data. ``stop``: the last rank is sent SIGTERM before the step. As ``{"start": "hang"}``: the last rank
-opens its data for ever; ``{"start": "die"}``: it is gone then.
+opens its data for ever; ``{"start": "die"}``: it is gone then. ``{"write": "hang"}``: it writes its first checkpoint for ever.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import time
 from typing import Any
 
+from megatron_lpa.engine import checkpoint
 from megatron_lpa.engine.build import Engine, StepResult
 from megatron_lpa.pretrain import leave, main
 from megatron_lpa.train import loop, start
@@ -60,6 +61,13 @@ def open_data(config: Any) -> Any:
     return original_open(config)
 
 
+def write_tensors(*arguments: Any) -> Any:
+    if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1) and FAULTS.get("write"):
+        time.sleep(1000)
+    return original_write(*arguments)
+
+
+original_write, checkpoint.write_tensors = checkpoint.write_tensors, write_tensors
 original_open, start.open_data = start.open_data, open_data
 Engine.train_step = train_step  # type: ignore[method-assign]
 original_read, loop._read_batches = loop._read_batches, read_batches

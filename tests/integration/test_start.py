@@ -82,6 +82,21 @@ def test_a_rank_that_hangs_while_it_opens_data_is_named_and_no_other(folder: Pat
     assert not (folder / "runs" / "hangs").exists()
 
 
+@pytest.mark.parametrize("overlap", ["true", "false"])
+def test_a_rank_whose_checkpoint_hangs_is_named_and_no_other(folder: Path, overlap: str) -> None:
+    """Also where a thread writes it."""
+    finished = launch(
+        [*SMALL, *DATA, "--train.steps", "6", "--logging.name", f"writes-{overlap}", "--train.checkpoint_interval", "2",
+         "--train.checkpoint_overlap", overlap, "--train.step_timeout_s", "8"], 2, folder,
+        faults={"write": "hang"},  # type: ignore[dict-item]
+    )  # fmt: skip
+    assert finished.codes == [75, 75], finished.stderr
+    for text in finished.stderr:
+        assert "error: rank 1 is writing a checkpoint after" in text and text.count("look at it first") == 1
+    stacks = (folder / "runs" / f"writes-{overlap}" / "logs" / "hang" / "rank_00001.txt").read_text()
+    assert "write_tensors" in stacks
+
+
 def test_a_rank_that_is_killed_while_it_opens_data_ends_the_others(folder: Path) -> None:
     finished = launch([*SMALL, *DATA, "--logging.name", "dies"], 2, folder, faults={"start": "die"})  # type: ignore[dict-item]
     assert finished.codes[1] == 9 and finished.codes[0] == 1, finished.stderr

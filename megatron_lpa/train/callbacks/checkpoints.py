@@ -142,6 +142,7 @@ class Checkpoints(Callback):
             return
         if largest_of_all(not state_is_finite(run.engine), run.engine.groups):
             raise RollBack("the weights or AdamW's moments are not finite")
+        run.enter("writing a checkpoint")
         train, step = run.config.train, run.progress.step
         self._saving = Saving(
             run.engine,
@@ -161,6 +162,7 @@ class Checkpoints(Callback):
         assert saving is not None
         if run.has_lost_folder():  # another run may be writing there
             return
+        run.enter("writing a checkpoint")
         path = saving.complete()
         run.saved_step = saving.progress.step
         self._record(run, f"checkpoint {path}", blocked_s=round(saving.blocked_s, 3))
