@@ -18,8 +18,9 @@ from megatron_lpa.engine.manifest import Progress
 from megatron_lpa.engine.resume import Resumed
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.run_folder import PASSED_OVER
 from megatron_lpa.train import rollback
-from megatron_lpa.train.rollback import MEMORY, recall, roll_back
+from megatron_lpa.train.rollback import recall, roll_back
 
 SAVED, THEN = Decisions(2, (3.5, 0.1 + 0.2), 1), Decisions(0, (3.5, 3.25), 2)
 
@@ -36,7 +37,7 @@ def run_at(folder: Path, step: int, seal: str = "s", decisions: Decisions | None
 
 def remember(folder: Path, **changed: Any) -> None:
     content = {"step": 4, "checkpoint": "s", "skipped_samples": 24, "decisions": asdict(THEN), **changed}
-    (folder / MEMORY).write_text(json.dumps(content))
+    (folder / PASSED_OVER).write_text(json.dumps(content))
 
 
 def recalled(run: Any) -> tuple[int, Decisions]:
@@ -59,7 +60,9 @@ def test_it_counts_for_the_checkpoint_that_it_names_and_no_other(tmp_path: Path)
 
 def test_checkpoints_and_memories_of_earlier_versions_are_understood(tmp_path: Path) -> None:
     assert recalled(run_at(tmp_path, 4, decisions=None)) == (16, AT_START)
-    (tmp_path / MEMORY).write_text('{"step": 4, "checkpoint": "s", "skipped_samples": 24, "rollbacks": 2}')
+    (tmp_path / PASSED_OVER).write_text(
+        '{"step": 4, "checkpoint": "s", "skipped_samples": 24, "rollbacks": 2}'
+    )
     assert recalled(run_at(tmp_path, 4, decisions=None)) == (24, Decisions(rollbacks=2))
     assert recalled(run_at(tmp_path, 8, decisions=None)) == (16, Decisions(rollbacks=2))
     assert recalled(run_at(tmp_path, 3, decisions=None)) == (16, AT_START)
@@ -76,11 +79,13 @@ def test_checkpoints_and_memories_of_earlier_versions_are_understood(tmp_path: P
     ],
 )  # fmt: skip
 def test_what_is_no_memory_is_one_short_line(tmp_path: Path, content: str) -> None:
-    (tmp_path / MEMORY).write_bytes(content.encode(errors="surrogateescape"))
+    (tmp_path / PASSED_OVER).write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match="remove it, and the data that was passed over then is read again") as caught:  # fmt: skip
         recall(run_at(tmp_path, 4))
     assert caught.value.exit_code == 78
-    assert str(tmp_path / MEMORY) in str(caught.value) and len(str(caught.value)) < len(str(tmp_path)) + 250
+    assert (
+        str(tmp_path / PASSED_OVER) in str(caught.value) and len(str(caught.value)) < len(str(tmp_path)) + 250
+    )
 
 
 def test_a_disk_that_does_not_answer_is_asked_again_and_is_no_reason_to_give_up(
@@ -91,7 +96,7 @@ def test_a_disk_that_does_not_answer_is_asked_again_and_is_no_reason_to_give_up(
     failures, opening = [errno.ESTALE, errno.EIO], os.open
 
     def fails(path: Any, *more: Any, **named: Any) -> int:
-        if str(path).endswith(MEMORY) and failures:
+        if str(path).endswith(PASSED_OVER) and failures:
             raise OSError(failures.pop(), "the disk")
         return opening(path, *more, **named)
 
