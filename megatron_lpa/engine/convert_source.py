@@ -17,6 +17,7 @@ from megatron_lpa.engine.manifest import (
     checkpoint_folders,
     read_manifest,
     step_of,
+    undamaged,
     verify_files,
 )
 from megatron_lpa.engine.reshard import MASTER, MOMENTS, StateReader, shard_box
@@ -145,9 +146,9 @@ def find_source(path: Path, step: int | None = None) -> Source:
         UserError: no such folder or step, no intact checkpoint, or one of another version.
         TryAgain: the disk does not give a file; no older checkpoint is taken for that.
     """
-    if not path.is_dir():
+    if not undamaged(path.is_dir, path):
         raise UserError(f"{path}: no such folder; give a checkpoint, or a run folder such as runs/tiny-lpa")
-    if not (path / "checkpoints").is_dir():
+    if not undamaged((path / "checkpoints").is_dir, path):
         if step is not None:
             raise UserError(f"{path} is not a run folder: leave --step out, or give the folder of the run")
         return _verified(path)

@@ -86,17 +86,6 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def checkpoint_folders(folder: Path) -> list[Path]:
-    """Folders called as checkpoints are, oldest first, whatever state they are in."""
-    found = [p for p in folder.glob("step_*") if re.fullmatch(r"step_[0-9]{8,}", p.name) and p.is_dir()]
-    return sorted(found, key=step_of)
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Folders of complete checkpoints, oldest first."""
-    return [path for path in checkpoint_folders(folder) if (path / MANIFEST).exists()]
-
-
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest with a hash of everything in it, so that damage to the manifest itself is found."""
     return {**manifest, "checksum": _checksum(manifest)}
@@ -138,6 +127,55 @@ def size_of(path: Path) -> int | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def paths_in(folder: Path, pattern: str) -> list[Path]:
+    """What a folder has under names that a regular expression fits wholly; nothing if there is no such folder.
+
+    Raises:
+        TryAgain: the disk does not say. To take that for an empty folder would start a run anew.
+        UserError: the folder must not be read.
+    """
+
+    def look() -> list[Path]:
+        try:
+            return [folder / name for name in os.listdir(folder) if re.fullmatch(pattern, name)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    return undamaged(look, folder)
+
+
+def _mode_of(path: Path) -> int:
+    """What a path leads to, as in ``st_mode``; 0 where it leads to nothing."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Folders called as checkpoints are, oldest first, whatever state they are in.
+
+    Raises:
+        TryAgain, UserError: as ``paths_in``.
+    """
+    named = paths_in(folder, r"step_[0-9]{8,}")
+    found = [path for path in named if stat.S_ISDIR(undamaged(functools.partial(_mode_of, path), path))]
+    return sorted(found, key=step_of)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Folders of complete checkpoints, oldest first.
+
+    Raises:
+        TryAgain, UserError: as ``paths_in``.
+    """
+    return [
+        path
+        for path in checkpoint_folders(folder)
+        if undamaged(functools.partial(_mode_of, path / MANIFEST), path / MANIFEST)
+    ]
 
 
 def _refuse_link(path: Path) -> None:

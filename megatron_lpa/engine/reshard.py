@@ -23,6 +23,9 @@ MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What a state holds of each parameter: the fp32 value, and AdamW's moments."""
 
+BLOCK_ELEMENTS = 1 << 18
+"""Read at a time where only some columns are wanted: 1 MiB, which stays in the processor's caches."""
+
 
 @dataclass(frozen=True)
 class Box:
@@ -141,11 +144,15 @@ class StateReader:
             if source.columns == box.columns == right - left:
                 self._fill(place, first, wanted.view(-1))
                 continue
-            found = torch.empty(bottom - top, source.columns)
-            self._fill(place, first, found.view(-1))
-            wanted[:, left - box.first_column : right - box.first_column] = found[
-                :, left - source.first_column : right - source.first_column
-            ]
+            wanted = wanted[:, left - box.first_column : right - box.first_column]
+            at_once = max(1, BLOCK_ELEMENTS // source.columns)
+            block = torch.empty(min(at_once, bottom - top), source.columns)
+            for row in range(0, bottom - top, at_once):
+                found = block[: bottom - top - row]
+                self._fill(place, first + row * source.columns, found.view(-1))
+                wanted[row : row + len(found)] = found[
+                    :, left - source.first_column : right - source.first_column
+                ]
         return rows.view(-1).narrow(0, start - (first_row - box.first_row) * box.columns, length)
 
     def shape_of(self, name: str) -> tuple[int, ...]:

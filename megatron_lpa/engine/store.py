@@ -28,12 +28,14 @@ from megatron_lpa.engine.manifest import (
     checkpoint_folders,
     complete_checkpoints,
     described,
+    paths_in,
     step_of,
 )
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import fsync_folder, new_file
 
 NOTE = "DAMAGED.txt"
+REPLACED = r"\.step_.*\.replaced"
 
 
 @dataclass(frozen=True)
@@ -143,28 +145,28 @@ def tidy(folder: Path) -> None:
 
     Raises:
         OSError: a checkpoint cannot be given its name back, or the folder is a link.
+        TryAgain: the disk does not say what is there.
     """
     _refuse_link(folder)
-    for path in folder.glob(".step_*.replaced"):
+    for path in paths_in(folder, REPLACED):
         final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
         if not os.path.lexists(final):
             os.rename(path, final)
-    for ending in ("partial", "removed", "replaced"):
-        for path in folder.glob(f".step_*.{ending}"):
-            try:
-                remove(path)
-            except OSError as error:
-                _warn(f"what a killed process left cannot be removed: {error}")
+    for path in paths_in(folder, r"\.step_.*\.(partial|removed|replaced)"):
+        try:
+            remove(path)
+        except OSError as error:
+            _warn(f"what a killed process left cannot be removed: {error}")
 
 
 def has_checkpoints(folder: Path) -> bool:
     """Whether there is anything to continue from, damaged or not."""
-    return bool(checkpoint_folders(folder) or damaged_folders(folder) or [*folder.glob(".step_*.replaced")])
+    return bool(checkpoint_folders(folder) or damaged_folders(folder) or paths_in(folder, REPLACED))
 
 
 def damaged_folders(folder: Path) -> list[Path]:
     """Checkpoints that were found damaged and set aside."""
-    return sorted(folder.glob("damaged_step_*"))
+    return sorted(paths_in(folder, "damaged_step_.*"))
 
 
 def set_aside(checkpoint: Path, reason: str) -> Path:
@@ -226,7 +228,7 @@ def prune(folder: Path, retention: Retention) -> None:
     try:
         _refuse_link(folder)
         found = expendable(folder, retention)
-    except OSError as error:
+    except (OSError, UserError) as error:
         _warn(f"old checkpoints are not removed: {error}")
         return
     remove_checkpoints(found)

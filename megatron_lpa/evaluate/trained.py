@@ -11,7 +11,13 @@ import torch
 from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.config.kernels import anywhere
 from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
-from megatron_lpa.engine.manifest import MANIFEST, complete_checkpoints, read_manifest, verify_files
+from megatron_lpa.engine.manifest import (
+    MANIFEST,
+    complete_checkpoints,
+    read_manifest,
+    undamaged,
+    verify_files,
+)
 from megatron_lpa.engine.weights_reader import load_decoder
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.transformer import Decoder
@@ -80,9 +86,9 @@ def find_checkpoint(path: Path, step: int | None = None) -> tuple[Path, Path]:
     Raises:
         UserError: as :func:`load_run`.
     """
-    if not path.is_dir():
+    if not undamaged(path.is_dir, path):
         raise UserError(f"{path}: no such folder; give a run folder such as runs/tiny-lpa")
-    if (path / MANIFEST).is_file():
+    if undamaged((path / MANIFEST).is_file, path / MANIFEST):
         if step is not None:
             raise UserError(f"{path} is one checkpoint already; leave --step out, or give the run folder")
         return path.resolve().parents[1], path

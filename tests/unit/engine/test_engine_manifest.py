@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ from support.manifests import small_checkpoint
 
 from megatron_lpa import files
 from megatron_lpa.engine import manifest as module
-from megatron_lpa.engine.manifest import MANIFEST, DamagedCheckpoint, read_manifest, verify_files
+from megatron_lpa.engine.manifest import (
+    MANIFEST,
+    DamagedCheckpoint,
+    checkpoint_folders,
+    complete_checkpoints,
+    read_manifest,
+    verify_files,
+)
 from megatron_lpa.errors import EXIT_FAILED, TryAgain
 
 CONTENT = b"0123456789"
@@ -78,3 +86,20 @@ def test_what_is_not_there_is_damage_at_once(checkpoint: Path, pauses: list[floa
     with pytest.raises(DamagedCheckpoint, match="a folder, not a regular file"):
         read_manifest(checkpoint)
     assert pauses == []
+
+
+@pytest.mark.parametrize("times", [3, 4])
+@pytest.mark.parametrize("call", ["listdir", "stat"])
+def test_a_folder_that_the_disk_does_not_list_is_no_empty_folder(
+    checkpoint: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch, call: str, times: int
+) -> None:
+    """Else a run would begin anew, beside its checkpoints."""
+    monkeypatch.setattr(os, call, failing(times, getattr(os, call)))
+    for look in (checkpoint_folders, complete_checkpoints):
+        if times == 3:
+            assert look(checkpoint.parent) == [checkpoint]
+        else:
+            with pytest.raises(TryAgain, match="Input/output error"):
+                look(checkpoint.parent)
+            break
+    assert checkpoint_folders(checkpoint.parent / "nowhere") == []

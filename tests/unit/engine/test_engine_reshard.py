@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_lpa.engine import reshard
 from megatron_lpa.engine.manifest import DamagedCheckpoint
 from megatron_lpa.engine.reshard import StateReader, fragment_key, shard_box, shard_name
 from megatron_lpa.engine.tensor_file import write_tensors
@@ -45,7 +46,9 @@ def saved_in(
 
 
 @pytest.mark.parametrize(("shape", "dims"), SHAPES, ids=str)
-def test_any_range_of_any_shard_comes_back_from_any_layout(tmp_path, shape, dims):
+@pytest.mark.parametrize("block", [reshard.BLOCK_ELEMENTS, 17, 1])
+def test_any_range_of_any_shard_comes_back_from_any_layout(tmp_path, monkeypatch, shape, dims, block):
+    monkeypatch.setattr(reshard, "BLOCK_ELEMENTS", block)
     cuts = random.Random(str(shape))
     full = torch.randn(shape)
     for case, (saved_dim, saved_tp) in enumerate(itertools.product(dims, (1, 2, 4))):
