@@ -23,7 +23,7 @@ TOOL = Path(__file__).parents[3] / "tools" / "merge_datasets.py"
 # Stops where a kill hurts most, after half of the copying or just before the index gets its name.
 STOPPING = """
 import runpy, sys, time
-from megatron_lpa.data.storage import files
+from megatron_lpa.data.storage import partial_file
 name = sys.argv[1]
 def stop(original):
     calls = []
@@ -34,7 +34,7 @@ def stop(original):
             time.sleep(60)
         return original(file, *arguments)
     return method
-setattr(files.PartialFile, name, stop(getattr(files.PartialFile, name)))
+setattr(partial_file.PartialFile, name, stop(getattr(partial_file.PartialFile, name)))
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
