@@ -46,7 +46,7 @@ def trained(
     train = TrainConfig(checkpoint_interval=3, on_checkpoint_failure=on_failure)  # type: ignore[arg-type]
     run: Any = SimpleNamespace(
         config=SimpleNamespace(train=train), steps=steps, saved_step=-1, is_main=True, checkpoints=Path("x"), order=None, stopped_by=0, decisions=AT_START,
-        engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(),
+        engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(), enter=lambda stage: None,
     )  # fmt: skip
     run.has_lost_folder = lambda: run.progress.step >= lost_at
     callback = Checkpoints(SimpleNamespace(emit=lambda *_: None), SimpleNamespace(loss_at=lambda step: None))  # type: ignore[arg-type]
@@ -96,6 +96,7 @@ def test_a_stop_with_a_state_that_is_not_finite_leaves_going_back_to_the_next_st
     told: list[str] = []
     run: Any = SimpleNamespace(
         engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(step=6), saved_step=4, stopped_by=15,
+        has_lost_folder=lambda: False,
     )  # fmt: skip
     metrics: Any = SimpleNamespace(emit=lambda run, record: told.append(record["message"]))
     callback = Checkpoints(metrics, LastValidation())

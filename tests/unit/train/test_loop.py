@@ -48,7 +48,7 @@ def test_callbacks_are_told_before_a_problem_ends_the_run(
     monkeypatch.setattr(loop, "recall", lambda run: None)
     run: Any = SimpleNamespace(
         config=SimpleNamespace(train=TrainConfig(step_timeout_s=0.0)), folder=tmp_path, steps=3, progress=Progress(),
-        engine=SimpleNamespace(groups=ParallelGroups.single()), enter=lambda stage: None,
+        engine=SimpleNamespace(groups=ParallelGroups.single()), enter=lambda stage: None, watchdog=None,
     )  # fmt: skip
     first, second = Told(where), Told()
     with pytest.raises(AgreedProblem, match="rank 1: "):

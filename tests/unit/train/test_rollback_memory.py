@@ -30,7 +30,7 @@ def run_at(folder: Path, step: int, seal: str = "s", decisions: Decisions | None
     train = SimpleNamespace(max_rollbacks=3, checkpoint_interval=4)
     return SimpleNamespace(
         checkpoints=folder, progress=progress, decisions=AT_START, is_main=True, saved_step=step, order=None,
-        engine=SimpleNamespace(groups=ParallelGroups.single()), config=SimpleNamespace(train=train),
+        engine=SimpleNamespace(groups=ParallelGroups.single()), config=SimpleNamespace(train=train), lock=None,
         resumed=Resumed(folder / f"step_{step:08d}", progress, seal, decisions),
     )  # fmt: skip
 
