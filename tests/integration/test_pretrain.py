@@ -207,7 +207,9 @@ def test_the_deepspeed_launchers_exit_code_says_nothing_but_the_run_folder_does(
             process.wait(timeout=60) == 0
         )  # DeepSpeed 0.19.8; should it become another code, say so in docs/running.md
     finally:
-        process.kill()
+        if process.poll() is None:
+            for started in [*psutil.Process(process.pid).children(recursive=True), process]:
+                started.kill()
     deadline = time.monotonic() + 60
     while not complete_checkpoints(run / "checkpoints"):
         assert time.monotonic() < deadline, "training went on without its launcher"
