@@ -75,6 +75,7 @@ def random_checkpoint(
         "versions": {"megatron_lpa": "0", "torch": "0", "deepspeed": "0.19.8", "safetensors": "0"},
         "progress": dataclasses.asdict(Progress(step, 8 * step, 99 * step, 8)),
         "validation_loss": 2.5,
+        "decisions": {"skipped_in_a_row": 2, "losses": [3.5, 0.30000000000000004], "rollbacks": 1},
         "layout": {
             "tensor_parallel_size": tp_size, "data_parallel_size": 2, "lowdim_layout": lowdim, "zero_stage": 2,
             "precision": precision, "micro_batch_size": 4,
