@@ -59,6 +59,8 @@ def of_logs(errors: list[str]) -> list[str]:
             found.append(f"rank {rank}'s log has a traceback or a crash: {_around(text)}")
             continue
         for line in text.splitlines():
+            if line.endswith("go to stderr") and line.startswith("error: rank "):
+                break  # stacks follow, of a process that hangs before the run folder is its own
             if not line.startswith(KNOWN_LINES):
                 found.append(f"rank {rank} wrote a line of another kind: {line[:200]}")
                 break

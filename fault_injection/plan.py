@@ -214,28 +214,8 @@ def _series_homes(draw: random.Random, number: int, count: int) -> list[Scenario
     return homes
 
 
-SHORT_PLAN_HAS_ALL = False
-"""Whether ``short_plan`` has the kinds of ``LATER`` as well."""
-
-LATER = [
-    Fault(0, "rank-mismatch", rank=1, variant="seed"),
-    Fault(0, "open-error", 1, rank=1, variant="idx ESTALE", amount=1),
-    Fault(0, "link", variant="symbolic metrics.jsonl"),
-    Fault(0, "malformed", variant="files-null"),
-    Fault(0, "open-error-lasting", 1, rank=0, variant="manifest EIO"),
-    Fault(0, "pipe", variant="state"),
-    Fault(0, "hang-start", rank=1),
-]
-"""Ready for the short plan; so is a run with ``stop-between-bad``."""
-
-
-def short_plan(seed: int, every_kind: bool = SHORT_PLAN_HAS_ALL) -> list[Scenario]:
-    """One fault of every important kind, in a minute.
-
-    Args:
-        seed: for the instants of random kills.
-        every_kind: with ``LATER``, and a run that goes back.
-    """
+def short_plan(seed: int) -> list[Scenario]:
+    """One fault of every important kind, in a minute; ``seed`` is for the instants of random kills."""
     draw = random.Random(seed)
     beside = Scenario(1, LAYOUTS[0], True, "continue", 24, nan_batches={4: 1})
     between = Scenario(2, LAYOUTS[1], False, "continue", 24)
@@ -254,12 +234,16 @@ def short_plan(seed: int, every_kind: bool = SHORT_PLAN_HAS_ALL) -> list[Scenari
         Fault(0, "signal", 2, rank=1, variant="SIGTERM"),
         Fault(0, "kill-in-save", 1, site="state-torn", rank=1),
         Fault(0, "signal-twice", 4, rank=0, variant="SIGINT"),
+        Fault(0, "rank-mismatch", rank=1, variant="seed"),
+        Fault(0, "open-error", 1, rank=1, variant="idx ESTALE", amount=1),
+        Fault(0, "link", variant="symbolic metrics.jsonl"),
+        Fault(0, "malformed", variant="files-null"),
+        Fault(0, "open-error-lasting", 1, rank=0, variant="manifest EIO"),
+        Fault(0, "pipe", variant="state"),
+        Fault(0, "hang-start", rank=1),
         Fault(0, "damage", variant="manifest-missing"),
         Fault(0, "stop-for-ever", 2, rank=1),
     ]
-    if not every_kind:
-        return _numbered([beside, between])
-    between.faults[3:3] = LATER
     goes_back = _series_homes(draw, 2, 1)[0]
     goes_back.faults = [
         Fault(0, "stop-between-bad", variant="SIGTERM", batch=SERIES[0][0]),

@@ -49,8 +49,8 @@ def test_a_stop_comes_behind_a_bad_batch_and_before_the_one_that_makes_the_run_g
         assert any((batch + 1) % INTERVAL == 0 for batch in SERIES[0])
 
 
-def test_the_short_plan_is_ready_for_every_kind() -> None:
-    kinds = {fault.kind for scenario in short_plan(1, every_kind=True) for fault in scenario.faults}
+def test_the_short_plan_has_every_kind() -> None:
+    kinds = {fault.kind for scenario in short_plan(1) for fault in scenario.faults}
     assert {
         "rank-mismatch", "open-error", "open-error-lasting", "stop-between-bad", "link", "pipe", "malformed", "hang-start",
     } <= kinds  # fmt: skip

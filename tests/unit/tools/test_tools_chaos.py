@@ -32,7 +32,7 @@ def test_a_plan_follows_from_its_seed_and_leaves_nothing_out() -> None:
     assert {scenario.layout.zero for scenario in plan} == {1, 2, 3}
     assert {scenario.layout.tp for scenario in plan} == {1, 2}
     assert {scenario.overlap for scenario in plan} == {True, False}
-    assert len([fault for scenario in short_plan(1) for fault in scenario.faults]) == 14
+    assert len([fault for scenario in short_plan(1) for fault in scenario.faults]) == 23
 
 
 @pytest.mark.parametrize("count", [1, 17, 60, 500])
