@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from megatron_lpa.config import TrainConfig, fitted_to_world, load_config, validate_config
 from megatron_lpa.errors import EXIT_FAILED, EXIT_REFUSED, RankError, UserError
+from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.watchdog import Watchdog
 
 AGAIN = "the same command would end like this again; change what the message names first"
@@ -33,6 +34,7 @@ ALONE_S = 2.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; the process's exit code."""
+    stop = StopRequest()  # first, so that a launcher that ends during the start is missed
     watchdog = Watchdog(_number("RANK", 0))
     watchdog.start(TrainConfig.start_timeout_s)  # until the config says how long
     try:
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Seconds of imports, only once the config is known to be good.
         from megatron_lpa.train.start import run_training
 
-        signum = run_training(config, watchdog)
+        signum = run_training(config, watchdog, stop)
     except UserError as error:
         watchdog.finish()
         _tell(error)

@@ -19,7 +19,8 @@ class StopRequest:
     The exit code of a run stopped by a signal is ``128 + signum``, as shells have it.
 
     The ``deepspeed`` command does not pass SIGTERM on: it dies, and its processes would train on without
-    it. So a launcher that is gone counts as SIGTERM too.
+    it. So a launcher that is gone counts as SIGTERM too. Make this object at the first line of a process, before the
+    launcher can be gone.
     """
 
     def __init__(self) -> None:

@@ -42,16 +42,18 @@ from megatron_lpa.train.data import check_tokenizer, open_data
 from megatron_lpa.train.loop import train
 from megatron_lpa.train.run_lock import RunLock, lock_run
 from megatron_lpa.train.schedule import total_steps
+from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.state import Run
 from megatron_lpa.train.watchdog import Watchdog
 
 
-def run_training(config: RunConfig, watchdog: Watchdog | None = None) -> int:
+def run_training(config: RunConfig, watchdog: Watchdog | None = None, stop: StopRequest | None = None) -> int:
     """Train as ``config`` says in all processes of this launch.
 
     Args:
         config: validated for the number of processes.
         watchdog: that watches this process already; None watches nothing.
+        stop: made at the first line of the process; None makes one.
 
     Returns:
         0 when complete, the signal's number when stopped by one.
@@ -68,7 +70,7 @@ def run_training(config: RunConfig, watchdog: Watchdog | None = None) -> int:
     meeting = meet(place, facts, config.train.start_timeout_s, watchdog.enter, _note)
     watchdog.join_board(meeting.connection(), place.world_size)
     try:
-        return _train_together(config, meeting, watchdog)
+        return _train_together(config, meeting, watchdog, stop or StopRequest())
     except RankError:
         raise
     except UserError as error:
@@ -83,14 +85,14 @@ def _note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr, flush=True)
 
 
-def _train_together(config: RunConfig, meeting: Meeting, watchdog: Watchdog) -> int:
+def _train_together(config: RunConfig, meeting: Meeting, watchdog: Watchdog, stop: StopRequest) -> int:
     with explained_losses():
         timeout = collective_timeout(max(config.train.step_timeout_s, config.train.start_timeout_s))
         watchdog.enter("joining the process group")
         groups = start_distributed(config.parallel.tensor_parallel_size, timeout, meeting, watchdog.wait)
         run = _prepare(config, groups, watchdog)
         # Until here a signal ends the process at once: there is nothing to save.
-        run.stop.install()
+        run.stop = stop.install()
         try:
             signum = train(run, _callbacks(run))
         except CheckpointNotWritten as error:

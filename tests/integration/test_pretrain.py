@@ -227,6 +227,40 @@ def test_the_deepspeed_launchers_exit_code_says_nothing_but_the_run_folder_does(
     assert complete.returncode == 0 and complete.stdout.startswith("complete: 8 of 8 steps"), complete.stderr
 
 
+def test_a_launcher_that_is_killed_while_training_starts_leaves_nothing_that_trains(folder):
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2",
+        "--master_port", str(free_port()), "--module", "megatron_lpa.pretrain",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [*command, *arguments("orphaned", "--train.steps", "100000")],
+        cwd=folder, env=os.environ | {"DS_ACCELERATOR": "cpu"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    trainers: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 60
+        while len(trainers) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            below = psutil.Process(process.pid).children(recursive=True)
+            # The watchdog's thread is there: the first lines have run, and training is seconds away.
+            trainers = [p for p in below if p.num_threads() > 1 and _is_training(p.cmdline())]
+        (per_node,) = psutil.Process(process.pid).children()
+        assert len(trainers) == 2 and not (folder / "runs" / "orphaned").exists()
+        per_node.kill()
+        _, alive = psutil.wait_procs(trainers, timeout=120)
+        assert not alive, "training goes on without its launcher"
+    finally:
+        for trainer in trainers:
+            if trainer.is_running():
+                trainer.kill()
+        process.kill()
+        process.wait()
+
+
+def _is_training(command: list[str]) -> bool:
+    return "megatron_lpa.pretrain" in command and not any("deepspeed" in word for word in command[:4])
+
+
 def test_wandb_offline_and_tensorboard(folder):
     more = ["--logging.wandb", "offline", "--logging.tensorboard", "true", "--train.steps", "2"]
     finished = launch(arguments("views", *more), 1, folder)
