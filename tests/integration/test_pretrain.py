@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -164,18 +165,24 @@ def test_resume_never_and_must(folder, undisturbed):
     assert len(missing.errors) == 1 and "nothing-here" in missing.errors[0]
 
 
-def test_the_deepspeed_launcher_runs_and_stops_with_it(folder):
-    """SIGTERM to the ``deepspeed`` command, which does not pass it on, still stops with a checkpoint."""
-    run = folder / "runs" / "launcher"
+def deepspeed_command(folder: Path, name: str, **output: Any) -> subprocess.Popen:
+    """A long run under DeepSpeed's launcher; ``output`` is for ``Popen``."""
     command = [
         str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2",
         "--master_port", str(free_port()), "--module", "megatron_lpa.pretrain",
     ]  # fmt: skip
-    process = subprocess.Popen(
-        [*command, *arguments("launcher", "--train.steps", "5000")],
-        cwd=folder, env=os.environ | {"DS_ACCELERATOR": "cpu"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    return subprocess.Popen(
+        [*command, *arguments(name, "--train.steps", "100000")],
+        cwd=folder, env=os.environ | {"DS_ACCELERATOR": "cpu"}, **output,
     )  # fmt: skip
+
+
+def test_the_deepspeed_launcher_runs_and_stops_with_it(folder):
+    """SIGTERM to the ``deepspeed`` command, which does not pass it on, still stops with a checkpoint."""
+    run = folder / "runs" / "launcher"
+    process = deepspeed_command(
+        folder, "launcher", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         wait_for_step(run, 3, process)
     finally:
@@ -191,14 +198,9 @@ def test_the_deepspeed_launcher_runs_and_stops_with_it(folder):
 def test_the_deepspeed_launchers_exit_code_says_nothing_but_the_run_folder_does(folder, undisturbed):
     """Its per-node launcher killed, the command ends with 0; the processes stop with a checkpoint all the same."""
     run = folder / "runs" / "killed-launcher"
-    command = [
-        str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2",
-        "--master_port", str(free_port()), "--module", "megatron_lpa.pretrain",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        [*command, *arguments("killed-launcher", "--train.steps", "5000")],
-        cwd=folder, env=os.environ | {"DS_ACCELERATOR": "cpu"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = deepspeed_command(
+        folder, "killed-launcher", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         wait_for_step(run, 3, process)
         (per_node,) = psutil.Process(process.pid).children()
@@ -222,20 +224,13 @@ def test_the_deepspeed_launchers_exit_code_says_nothing_but_the_run_folder_does(
         )
 
     stopped = status("killed-launcher")
-    assert stopped.returncode == 1 and "of 5,000 steps" in stopped.stdout, stopped.stderr
+    assert stopped.returncode == 1 and "of 100,000 steps" in stopped.stdout, stopped.stderr
     complete = status(undisturbed.name)
     assert complete.returncode == 0 and complete.stdout.startswith("complete: 8 of 8 steps"), complete.stderr
 
 
 def test_a_launcher_that_is_killed_while_training_starts_leaves_nothing_that_trains(folder):
-    command = [
-        str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2",
-        "--master_port", str(free_port()), "--module", "megatron_lpa.pretrain",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        [*command, *arguments("orphaned", "--train.steps", "100000")],
-        cwd=folder, env=os.environ | {"DS_ACCELERATOR": "cpu"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = deepspeed_command(folder, "orphaned", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     trainers: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + 60
