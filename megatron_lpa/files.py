@@ -44,12 +44,13 @@ class UnusableFile(UserError):
     """A file that is not of the kind that was asked for, whatever the disk does: a device, too long, not JSON."""
 
 
-def patiently(read: Callable[[], Result], path: str | os.PathLike[str]) -> Result:
+def patiently(read: Callable[[], Result], path: str | os.PathLike[str], done: str = "read") -> Result:
     """What ``read`` gives, with further attempts where the disk does not answer. That is no damage.
 
     Args:
         read: opens and reads ``path``, anew at each attempt.
         path: for the message.
+        done: what is done with it, for the message.
 
     Raises:
         OSError: one of ``LASTING``, at once.
@@ -63,7 +64,7 @@ def patiently(read: Callable[[], Result], path: str | os.PathLike[str]) -> Resul
                 raise
             if pause_s is None:
                 raise TryAgain(
-                    f"{path}: cannot be read ({error.strerror or error}), at {len(PAUSES_S) + 1} attempts; this need not "
+                    f"{path}: cannot be {done} ({error.strerror or error}), at {len(PAUSES_S) + 1} attempts; this need not "
                     "mean damage: start again when the disk answers"
                 ) from error
             time.sleep(pause_s)
@@ -227,8 +228,8 @@ def fsync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file that did not exist, open for writing and brought to disk at the end.
+def new_file(path: str | os.PathLike[str], durable: bool = True) -> Iterator[BinaryIO]:
+    """A file that did not exist, open for writing and, if ``durable``, brought to disk at the end.
 
     Whatever has the name goes first: a link is removed, not followed, and a file that another name leads to as well
     (a hard link) keeps its contents there. Permissions are those that the umask gives.
@@ -242,7 +243,8 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     with os.fdopen(descriptor, "wb") as file:
         yield file
         file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            os.fsync(file.fileno())
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:

@@ -34,6 +34,8 @@ ALONE_S = 2.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; the process's exit code."""
+    # Where a rank is lost, PyTorch's store writes a page of C++ frames before our line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     stop = StopRequest()  # first, so that a launcher that ends during the start is missed
     watchdog = Watchdog(_number("RANK", 0))
     watchdog.start(TrainConfig.start_timeout_s)  # until the config says how long

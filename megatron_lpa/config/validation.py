@@ -209,7 +209,14 @@ def _check_train(train: TrainConfig) -> None:
     for name in ("global_batch_size", "micro_batch_size"):
         at_least(f"train.{name}", getattr(train, name), 1)
         at_most(f"train.{name}", getattr(train, name), MOST_SIZE)
-    at_most("train.step_timeout_s", train.step_timeout_s, MOST_TIMEOUT_S, "0 waits for ever")
+    for name in ("start_timeout_s", "step_timeout_s"):
+        seconds = getattr(train, name)
+        at_least(f"train.{name}", seconds, 0)
+        at_most(f"train.{name}", seconds, MOST_TIMEOUT_S, "0 waits for ever")
+        if 0 < seconds < 1:
+            raise UserError(
+                f"train.{name} is {seconds}, less than a second; give seconds, or 0 to wait for ever"
+            )
     check_path("train.deepspeed_config", train.deepspeed_config)
     for name in (
         "seed",
@@ -221,7 +228,6 @@ def _check_train(train: TrainConfig) -> None:
         "max_skipped_steps",
         "max_rollbacks",
         "loss_spike",
-        "step_timeout_s",
     ):
         at_least(f"train.{name}", getattr(train, name), 0)
     if train.keep_best and not train.eval_interval:

@@ -31,7 +31,7 @@ import numpy as np
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, explained_write_errors
 from megatron_lpa.data.storage.reading import exists, is_dir
 from megatron_lpa.errors import TryAgain, UserError
-from megatron_lpa.files import LASTING, UnusableFile, open_regular, patiently
+from megatron_lpa.files import LASTING, UnusableFile, new_file, open_regular, patiently
 
 FORMAT = 1  # of the file and of what it holds: another document order or another packing is another format
 Report = Callable[[str], None]
@@ -97,7 +97,7 @@ class IndexCache:
             if waited_s >= self.timeout_s:
                 raise TryAgain(
                     f"{path}: not there after {self.timeout_s:g} s, and another process, which holds the lock "
-                    "beside it, is still making it; raise data.index_timeout_s if it only needs more time, else "
+                    "beside it, is still making it; raise data.index_timeout_s and train.start_timeout_s if it only needs more time, else "
                     "end it, or set data.cache_dir to a folder of this machine"
                 )
             if waited_s >= _QUIET_WAIT_S and not told:
@@ -201,7 +201,7 @@ def _write(path: Path, digest: bytes, index: SampleIndex) -> None:
         with explained_write_errors(path):
             # Not synchronised with the disk, unlike what cannot be made again: the checksum finds what a power
             # cut leaves.
-            with partial.open("wb") as stream:
+            with new_file(partial, durable=False) as stream:
                 with contextlib.suppress(OSError):
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells that this process lives
                 stream.write(header)
@@ -238,7 +238,7 @@ def _claimed(path: Path) -> Iterator[bool]:
 
 
 def _open_lock(path: Path) -> int:
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with explained_write_errors(path):
         try:
             return patiently(lambda: os.open(path, flags, 0o666), path)
@@ -249,7 +249,7 @@ def _open_lock(path: Path) -> int:
 def _remove_if_abandoned(path: Path) -> None:
     """Removes what a killed process left; a living one holds a lock on its unfinished file."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)

@@ -20,10 +20,11 @@ if not torch.cuda.is_available():
 import deepspeed
 
 from megatron_lpa.engine.compile_lock import wait_for_compilers
-from megatron_lpa.errors import RankError, RankHang
+from megatron_lpa.errors import EXIT_REFUSED, RankError, RankHang
 from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
 from megatron_lpa.parallel.groups import ParallelGroups
-from megatron_lpa.parallel.meeting import Meeting, meet, place_from_environment
+from megatron_lpa.parallel.meeting import Meeting, meet
+from megatron_lpa.parallel.place import place_from_environment
 
 TIMEOUT = datetime.timedelta(minutes=30)
 AFTER_WATCHDOG = datetime.timedelta(minutes=5)
@@ -50,6 +51,7 @@ def start_distributed(
     timeout: datetime.timedelta = TIMEOUT,
     meeting: Meeting | None = None,
     on_wait: Callable[[bool], None] = lambda waits: None,
+    enter: Callable[[str], None] = lambda stage: None,
 ) -> ParallelGroups:
     """Initialise ``torch.distributed`` (nccl on GPUs, gloo on CPUs) and build all groups.
 
@@ -60,6 +62,7 @@ def start_distributed(
         timeout: of every collective.
         meeting: where all processes of the launch have met; None meets them now, and compares nothing.
         on_wait: as for ``ParallelGroups``.
+        enter: takes where this process is, in words that follow "rank 3 is".
 
     Raises:
         UserError: a rank without a GPU of its own, or a world that TP does not divide.
@@ -79,15 +82,20 @@ def start_distributed(
         if place.local_rank >= torch.cuda.device_count():
             raise RankError(
                 f"local rank {place.local_rank} has no GPU: {torch.cuda.device_count()} visible; "
-                "start at most one process per GPU"
+                "start at most one process per GPU",
+                EXIT_REFUSED,
             )
         torch.cuda.set_device(place.local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
     if place.local_rank == 0:
+        enter("waiting for a compiler")
         wait_for_compilers()
+    enter("joining the process group")
     if not torch.distributed.is_initialized():
+        on_wait(True)
         _join_process_group(meeting, timeout)
+        on_wait(False)
     with redirect_stdout(io.StringIO()):  # the name of an extension it builds
         deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timeout, verbose=False)
     return ParallelGroups.create(tensor_parallel_size, timeout, on_wait)
@@ -95,6 +103,8 @@ def start_distributed(
 
 def _join_process_group(meeting: Meeting, timeout: datetime.timedelta) -> None:
     place = meeting.place
+    # NCCL fetches its ids from the store with the store's own time-out.
+    meeting.store.set_timeout(timeout)
     several_gpus = torch.cuda.is_available() and place.world_size > 1
     torch.distributed.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import LASTING
 from megatron_lpa.parallel.groups import ParallelGroups
 
 Result = TypeVar("Result")
@@ -21,8 +24,19 @@ FINE, OUTSIDE, REFUSED = 0, 1, 2
 
 
 def severity_of(error: Exception) -> int:
-    """``REFUSED`` for bad input, which stays bad; ``OUTSIDE`` for what may be gone at the next attempt, or nobody foresaw."""
+    """``REFUSED`` for bad input, which stays bad, and for names and permissions; ``OUTSIDE`` for what may be gone at the
+    next attempt, or nobody foresaw.
+    """
+    if isinstance(error, OSError):
+        return REFUSED if error.errno in (*LASTING, errno.EROFS) else OUTSIDE
     return REFUSED if isinstance(error, UserError) and not isinstance(error, TryAgain) else OUTSIDE
+
+
+def in_words(error: Exception) -> str:
+    """An error for the user: the file before what the system says of it."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 def worst_error(severity: int) -> type[UserError]:
@@ -33,8 +47,10 @@ def worst_error(severity: int) -> type[UserError]:
 @contextlib.contextmanager
 def _waiting(groups: ParallelGroups) -> Iterator[None]:
     groups.on_wait(True)
-    yield
-    groups.on_wait(False)
+    try:
+        yield
+    finally:
+        groups.on_wait(False)
 
 
 def largest_of_all(value: int, groups: ParallelGroups) -> int:
@@ -125,7 +141,7 @@ def together(work: Callable[[], Result], groups: ParallelGroups) -> Result:
     try:
         result = work()
     except (UserError, OSError) as error:
-        problem, severity = str(error), severity_of(error)
+        problem, severity = in_words(error), severity_of(error)
     except Exception as error:
         traceback.print_exc()
         problem, severity = f"{type(error).__name__}: {error}", severity_of(error)

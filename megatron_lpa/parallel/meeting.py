@@ -13,95 +13,47 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_lpa.errors import RankError, RankHang, UserError
+from megatron_lpa.errors import RankError, RankHang, TryAgain, UserError
 from megatron_lpa.parallel.disagreement import disagreement, named
+from megatron_lpa.parallel.place import Place
 
 Say = Callable[[str], None]
 
 NOTE_AFTER_S = 10.0
 """Of waiting in silence for others; from then on, a line each minute."""
 
-NAME_S = 60.0
-"""For the name of the first machine to resolve."""
+CALL = "megatron_lpa/call"
+"""Where rank 0 calls."""
 
 VERDICT_S = 10.0
 """For the other processes to read what rank 0 found, before it ends."""
+
+OF_ONE_RUN = ("logging.name", "logging.run_dir")
+"""Where these differ, two runs have met."""
 
 _FOREVER_S = 10 * 365 * 86_400.0
 _POLL_S = 0.05
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a process stands in its launch, as ``deepspeed``, ``torchrun`` or ``srun`` tell it.
-
-    Args:
-        rank: from 0.
-        world_size: processes in all.
-        local_rank: from 0, on this machine.
-        local_size: processes on this machine; all, where nothing says so.
-        host: this machine's name.
-    """
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_size: int
-    host: str
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} ({self.host})"
-
-
-def place_from_environment() -> Place:
-    """From ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, and ``LOCAL_WORLD_SIZE`` or ``LOCAL_SIZE``.
-
-    Raises:
-        UserError: one of them is no number, or they do not fit together.
-    """
-
-    def number(default: str, *names: str) -> int:
-        for name in names:
-            if text := os.environ.get(name):
-                try:
-                    return int(text)
-                except ValueError:
-                    raise UserError(f"{name} is {text[:40]!r}, but must be a whole number") from None
-        return int(default)
-
-    world_size = number("1", "WORLD_SIZE")
-    place = Place(
-        number("0", "RANK"),
-        world_size,
-        number("0", "LOCAL_RANK"),
-        number(str(world_size), "LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
-        socket.gethostname(),
-    )
-    if not 0 <= place.rank < world_size or place.local_rank < 0:
-        raise UserError(
-            f"RANK={place.rank}, WORLD_SIZE={world_size} and LOCAL_RANK={place.local_rank} do not fit together; start "
-            "through a launcher"
-        )
-    return place
-
-
 class Meeting:
-    """The store at which the processes have met.
+    """Where the processes of one launch have met.
 
     Args:
         place: of this process.
-        shared: the store that all are joined to.
+        shared: the store that all are joined to; it may have been used by earlier starts.
+        prefix: of this start's keys, chosen by rank 0.
     """
 
-    def __init__(self, place: Place, shared: dist.Store) -> None:
-        self.place, self._shared = place, shared
-        self.store = _prefixed(shared)
+    def __init__(self, place: Place, shared: dist.Store, prefix: str = "start") -> None:
+        self.place, self._shared, self._prefix = place, shared, prefix
+        self.store = dist.PrefixStore(prefix, shared)
         """For the process group, and for what is said here."""
 
     def connection(self) -> dist.Store | None:
@@ -109,7 +61,7 @@ class Meeting:
         if not isinstance(self._shared, dist.TCPStore):
             return None
         shared: Any = self._shared  # PyTorch's stubs do not know clone()
-        return _prefixed(shared.clone())
+        return dist.PrefixStore(self._prefix, shared.clone())
 
     def told_by_first(self, message: str, within_s: float = 2.0) -> bool:
         """Whether rank 0 ends with this very error, and so prints it. Every process asks that ends with one.
@@ -148,6 +100,10 @@ def meet(
 ) -> Meeting:
     """Wait for all processes of the launch, and compare what each was started with.
 
+    A store may outlive a start (torchrun's agent keeps its own), and another run may use the same port. So rank 0 calls
+    with a word of its own, each process answers that call with a word of its own, and a verdict counts for a process
+    only if it repeats its word.
+
     Args:
         place: of this process.
         facts: what has to be equal on all, by the name that the user knows it by; JSON values.
@@ -156,39 +112,34 @@ def meet(
         say: takes a line for the user when the wait is long.
 
     Raises:
-        UserError: on all processes, with the ranks, hosts and names of what differs; or two say that they are one rank.
+        UserError: on all processes, with the ranks, hosts and names of what differs.
+        TryAgain: on all processes: another run seems to use the port, or two processes say that they are one rank.
         RankHang: on all that are there: some process did not come within ``limit_s``.
-        RankError: rank 0's machine has no such name or address, or another program has its port.
+        RankError: rank 0's machine has no such name or address, or another program or run has its port.
     """
     if place.world_size == 1:
         return Meeting(place, dist.HashStore())
     waiting = _Patience(limit_s or _FOREVER_S, enter, say or (lambda line: None))
-    meeting = Meeting(place, _serve(place, waiting) if _serves(place) else _join(place, waiting))
-    store = meeting.store
-    key = f"came/{place.rank}"
-    if store.add(f"{key}/times", 1) > 1:
-        raise _refuse(store, f"two processes say that they are rank {place.rank}, one of them on {place.host}; look at what "
-                      "the launcher sets as RANK, and whether another run uses this port")  # fmt: skip
-    store.set(key, json.dumps({"host": place.host, "facts": {"WORLD_SIZE": place.world_size, **facts}}))
-    store.add("came", 1)
-    if place.rank == 0:
-        verdict = _verdict(store, place, waiting)
-        store.set("verdict", json.dumps(verdict))
-        _wait_until(lambda: store.add("verdict/read", 0) >= store.add("came", 0) - 1, VERDICT_S)
-    else:
-        verdict = _read_verdict(store, place, waiting)
-        if place.rank >= verdict["world_size"]:
-            raise RankError(
-                f"{place} was started with WORLD_SIZE={place.world_size}, but rank 0 with {verdict['world_size']}; start all "
-                "processes by one command"
-            )
+    shared = _serve(place, waiting) if _serves(place) else _join(place, waiting)
+    own = {"word": uuid.uuid4().hex, "host": place.host, "facts": {"WORLD_SIZE": place.world_size, **facts}}
+    try:
+        if place.rank == 0:
+            word, verdict = own["word"], _call(shared, place, own, waiting)
+        else:
+            word, verdict = _answer(shared, place, own, waiting)
+    except dist.DistError as error:
+        raise RankError(
+            f"{place}: rank 0 has ended, or was killed, while the processes met; look at its log"
+        ) from error
     if verdict["kind"] == "missing":
         raise RankHang(verdict["message"])
-    if verdict["kind"] == "refused":
-        refused = UserError(verdict["message"])
-        refused.known_to_all = True
-        raise refused
-    return meeting
+    if verdict["kind"] != "fine":
+        problem = (
+            UserError(verdict["message"]) if verdict["kind"] == "unlike" else TryAgain(verdict["message"])
+        )
+        problem.known_to_all = True
+        raise problem
+    return Meeting(place, shared, f"megatron_lpa/{word}")
 
 
 class _Patience:
@@ -245,10 +196,9 @@ def _serves(place: Place) -> bool:
     return place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
-def _prefixed(store: dist.Store) -> dist.Store:
-    """A start of its own keys: torchrun's agent keeps its store when it starts processes again."""
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    return store if attempt is None else dist.PrefixStore(f"megatron_lpa/attempt_{attempt}", store)
+def _launch_of() -> list[str | None]:
+    """What tells this launch from others, where something does."""
+    return [os.environ.get(name) for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")]
 
 
 def _serve(place: Place, waiting: _Patience) -> dist.Store:
@@ -283,11 +233,7 @@ def _serve(place: Place, waiting: _Patience) -> dist.Store:
 
 
 def _is_loopback(host: str) -> bool:
-    try:
-        found = socket.getaddrinfo(host, None, socket.AF_INET)
-    except OSError:
-        return False
-    return all(address[4][0] == "127.0.0.1" for address in found)
+    return host in ("127.0.0.1", "localhost")
 
 
 def _join(place: Place, waiting: _Patience) -> dist.Store:
@@ -296,79 +242,124 @@ def _join(place: Place, waiting: _Patience) -> dist.Store:
         try:
             # PyTorch's client tries again by itself, but says so in many lines.
             socket.create_connection((host, port), timeout=min(10.0, waiting.left_s)).close()
-            break
+            return dist.TCPStore(
+                "127.0.0.1" if _is_loopback(host) else host,
+                port,
+                is_master=False,
+                wait_for_workers=False,
+                timeout=datetime.timedelta(seconds=min(10.0, waiting.left_s)),
+            )
         except socket.gaierror as error:
-            if waiting.over or waiting.waited_s > NAME_S:
+            if waiting.over:
                 raise RankError(
                     f"{place}: MASTER_ADDR={host} is no name that this machine knows ({error.strerror}); set it to rank 0's "
                     "address"
                 ) from error
             waiting.pause(lambda: f"the name {host} (MASTER_ADDR) to resolve on {place.host}")
-        except OSError as error:
+        except (OSError, dist.DistError) as error:
             if waiting.over:
                 raise RankHang(
                     f"{place}: rank 0 does not answer at {host}:{port} after {waiting.waited_s:.0f} s "
-                    f"(train.start_timeout_s): {error}; look at rank 0's log, and whether this machine reaches that address"
+                    f"(train.start_timeout_s): {str(error)[:200]}; look at rank 0's log, whether this machine reaches that "
+                    "address, and whether another program has that port"
                 ) from error
             waiting.pause(lambda: f"rank 0 to answer {place} at {host}:{port}")
-    try:
-        return dist.TCPStore(
-            "127.0.0.1" if _is_loopback(host) else host,
-            port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=datetime.timedelta(seconds=waiting.left_s),
-        )
-    except dist.DistError as error:
-        raise RankError(
-            f"{place}: what answers at {host}:{port} is not rank 0 of this launch; give the launcher another --master_port"
-        ) from error
 
 
-def _verdict(store: dist.Store, place: Place, waiting: _Patience) -> dict[str, Any]:
-    """What rank 0 finds, once all are there or time is up."""
-    size = place.world_size
-
-    def missing() -> list[int]:
-        return [rank for rank in range(size) if not store.check([f"came/{rank}"])]
-
-    while store.add("came", 0) < size or missing():
-        if store.check(["refused"]):
-            break
-        if waiting.over:
-            absent = missing()
-            return {
-                "kind": "missing",
-                "world_size": size,
-                "message": f"{len(absent)} of {size} processes have not come after {waiting.waited_s:.0f} s "
-                f"(train.start_timeout_s): rank {named(absent)}; look at their logs and machines",
-            }
-        waiting.pause(lambda: f"{len(missing())} of {size} processes to start: rank {named(missing())}")
-    if store.check(["refused"]):
-        return {"kind": "refused", "message": store.get("refused").decode(), "world_size": size}
-    came = [json.loads(store.get(f"came/{rank}")) for rank in range(size)]
-    message = disagreement([c["facts"] for c in came], [c["host"] for c in came])
-    return {"kind": "refused" if message else "fine", "message": message, "world_size": size}
-
-
-def _read_verdict(store: dist.Store, place: Place, waiting: _Patience) -> dict[str, Any]:
-    try:
-        while not store.check(["verdict"]):
-            if waiting.long_over:
-                raise RankHang(
-                    f"{place}: rank 0 has not seen all processes after {waiting.waited_s:.0f} s (train.start_timeout_s); look "
-                    "at its log for those that are missing"
-                )
-            waiting.pause(lambda: "rank 0 to compare all processes")
-        verdict: dict[str, Any] = json.loads(store.get("verdict"))
-        store.add("verdict/read", 1)
-    except dist.DistError as error:
-        raise RankError(
-            f"{place}: rank 0 has ended, or was killed, while the processes met; look at its log"
-        ) from error
+def _call(shared: dist.Store, place: Place, own: Mapping[str, Any], waiting: _Patience) -> dict[str, Any]:
+    """Rank 0: call all, wait for their answers, and tell them what has been found."""
+    store = dist.PrefixStore(f"megatron_lpa/{own['word']}", shared)
+    call = {"word": own["word"], "launch": _launch_of(), "world_size": place.world_size}
+    shared.set(CALL, json.dumps(call))
+    answers, verdict = _gather(store, place, own, waiting)
+    verdict |= {"words": {rank: answer["word"] for rank, answer in answers.items()}}
+    store.set("verdict", json.dumps(verdict))
+    _wait_until(lambda: store.add("verdict/read", 0) >= len(answers) - 1, VERDICT_S)
     return verdict
 
 
-def _refuse(store: dist.Store, message: str) -> UserError:
-    store.set("refused", message)
-    return RankError(message)
+def _gather(
+    store: dist.Store, place: Place, own: Mapping[str, Any], waiting: _Patience
+) -> tuple[dict[int, Any], dict[str, Any]]:
+    answers: dict[int, Any] = {0: own}
+    while len(answers) < place.world_size:
+        for rank in range(place.world_size):
+            if rank not in answers and store.check([f"answer/{rank}"]):
+                answers[rank] = json.loads(store.get(f"answer/{rank}"))
+        missing = [rank for rank in range(place.world_size) if rank not in answers]
+        if store.check(["twice"]):
+            break
+        if missing and waiting.over:
+            return answers, {
+                "kind": "missing",
+                "message": f"{len(missing)} of {place.world_size} processes have not come after {waiting.waited_s:.0f} s "
+                f"(train.start_timeout_s): rank {named(missing)}; look at their logs and machines",
+            }
+        if missing:
+            waiting.pause(partial(_to_start, missing, place.world_size))
+    if store.check(["twice"]):
+        return answers, {"kind": "twice", "message": store.get("twice").decode()}
+    ranks = range(place.world_size)
+    facts, hosts = [answers[rank]["facts"] for rank in ranks], [answers[rank]["host"] for rank in ranks]
+    message = disagreement(facts, hosts)
+    foreign = any(len({json.dumps(f.get(name)) for f in facts}) > 1 for name in OF_ONE_RUN)
+    if foreign:
+        message += f". Or another run uses port {_address()[1]}: give the launcher another --master_port"
+    return answers, {
+        "kind": "fine" if not message else "foreign" if foreign else "unlike",
+        "message": message,
+    }
+
+
+def _to_start(missing: Sequence[int], world_size: int) -> str:
+    return f"{len(missing)} of {world_size} processes to start: rank {named(missing)}"
+
+
+def _answer(
+    shared: dist.Store, place: Place, own: Mapping[str, Any], waiting: _Patience
+) -> tuple[str, dict[str, Any]]:
+    """Another rank: answer rank 0's call, and the next one if that was of an earlier start; what rank 0 has found."""
+    answered = ""
+    while True:
+        call = json.loads(shared.get(CALL)) if shared.check([CALL]) else {"word": ""}
+        store = dist.PrefixStore(f"megatron_lpa/{call['word']}", shared)
+        told = bool(call["word"]) and store.check(["verdict"])
+        if call["word"] != answered and not told:  # one with a verdict is of an earlier start
+            _check_call(call, place)
+            answered = call["word"]
+            if store.add(f"answer/{place.rank}/times", 1) > 1:
+                store.set("twice", _twice(place))
+            else:
+                store.set(f"answer/{place.rank}", json.dumps(own))
+        elif told and call["word"] == answered:
+            verdict: dict[str, Any] = json.loads(store.get("verdict"))
+            if verdict["kind"] == "twice" or verdict["words"].get(str(place.rank)) == own["word"]:
+                store.add("verdict/read", 1)
+                return answered, verdict
+        if waiting.long_over:
+            raise RankHang(
+                f"{place}: rank 0 has not seen all processes after {waiting.waited_s:.0f} s (train.start_timeout_s); look "
+                "at its log for those that are missing"
+            )
+        waiting.pause(lambda: "rank 0 to compare all processes")
+
+
+def _check_call(call: Mapping[str, Any], place: Place) -> None:
+    if any(
+        theirs and ours and theirs != ours for theirs, ours in zip(call["launch"], _launch_of(), strict=True)
+    ):
+        raise RankError(
+            f"{place}: another run's rank 0 answers at port {_address()[1]}; give the launcher another --master_port"
+        )
+    if place.rank >= call["world_size"]:
+        raise RankError(
+            f"{place} was started with WORLD_SIZE={place.world_size}, but rank 0 with {call['world_size']}; start all "
+            "processes by one command"
+        )
+
+
+def _twice(place: Place) -> str:
+    return (
+        f"two processes say that they are rank {place.rank}, one of them on {place.host}; look at what the launcher sets as "
+        "RANK, and whether another run uses this port"
+    )

@@ -21,6 +21,13 @@ from megatron_lpa.ops.dispatch import ENVIRONMENT_VARIABLE
 from megatron_lpa.parallel.disagreement import flat
 
 PACKAGES = ("torch", "deepspeed", "triton", "numpy", "safetensors", "liger-kernel")
+VARIABLES = (
+    ENVIRONMENT_VARIABLE, "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG",
+    "CUBLASLT_WORKSPACE_SIZE", "NCCL_ALGO", "NCCL_PROTO", "TRITON_INTERPRET", "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE",
+    "DS_ACCELERATOR", "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY",
+)  # fmt: skip
+"""Of the environment: what changes arithmetic, or how ranks add up."""
+
 CODE = ("*.py", "*.yaml", "*.json")
 
 
@@ -40,8 +47,13 @@ def start_facts(config: RunConfig) -> dict[str, Any]:
         "version of CUDA": torch.version.cuda,
         "hash of the code of megatron_lpa": tree_digest(Path(megatron_lpa.__file__).parent, CODE)[:16],
         "kind of device": "GPU" if torch.cuda.is_available() else "CPU",
-        f"environment variable {ENVIRONMENT_VARIABLE}": os.environ.get(ENVIRONMENT_VARIABLE),
+        **{f"environment variable {name}": os.environ.get(name) for name in _deciding_variables()},
     }
+
+
+def _deciding_variables() -> list[str]:
+    ours = (name for name in os.environ if name.startswith("MEGATRON_LPA_"))
+    return sorted({*VARIABLES, *ours})
 
 
 def sample_order(config: RunConfig, splits: Splits) -> SampleOrder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -17,8 +18,12 @@ from megatron_lpa.errors import UserError
 from megatron_lpa.train.schedule import total_steps
 
 
-def open_data(config: RunConfig) -> Splits:
+def open_data(config: RunConfig, most_s: float = math.inf) -> Splits:
     """The splits of a run, with notes on what will be read how often.
+
+    Args:
+        config: of the run.
+        most_s: seconds to wait for a sample index that another process makes, if less than ``data.index_timeout_s``.
 
     Raises:
         UserError: missing or damaged data, data of another tokenizer, or fewer tokens than ``train.tokens``.
@@ -26,7 +31,8 @@ def open_data(config: RunConfig) -> Splits:
     """
     # First, because it takes no time; a sample index can take minutes.
     notes = _check_manifests(_prefixes(config.data), config.model.vocab_size)
-    splits = open_splits(config.data, config.model.sequence_length, config.train.seed)
+    data = replace(config.data, index_timeout_s=min(config.data.index_timeout_s, most_s))
+    splits = open_splits(data, config.model.sequence_length, config.train.seed)
     steps = total_steps(config.train, config.model, splits.train.num_samples)
     samples = steps * config.train.global_batch_size
     if config.train.tokens is not None and not config.data.allow_repeats:

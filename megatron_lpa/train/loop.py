@@ -55,9 +55,8 @@ def train(run: Run, callbacks: Sequence[Callback]) -> int:
         if worst := largest_of_all(severity_of(run.problem) if run.problem else FINE, groups):
             raise worst_error(worst)(gather_messages(str(run.problem) if run.problem else None, groups))
     finally:
-        if run.watchdog is not None:
-            run.watchdog.stop()
         for callback in callbacks:
+            run.enter(f"closing {type(callback).__name__}")
             callback.close(run)
     return run.stopped_by
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import socket
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import LASTING, patiently
 from megatron_lpa.run_folder import LOCK, open_own, shown
 
 WAIT_S = 120.0
@@ -129,18 +131,22 @@ class RunLock:
         self.close()
 
 
-def lock_run(folder: Path) -> RunLock:
+def lock_run(folder: Path, most_s: float = math.inf) -> RunLock:
     """Keep other runs out of ``folder``, waiting a while for one that may be about to end.
+
+    Args:
+        folder: the run folder.
+        most_s: seconds to wait, if less than ``wait_s()``.
 
     On a file system without locks it warns and goes on: two runs would not be noticed, but there would be none at all
     otherwise.
 
     Raises:
         UserError: the lock file is a link, or not a file that a run can write.
-        TryAgain: another run still has it after ``wait_s()`` seconds, or the file cannot be made or locked.
+        TryAgain: another run still has it after that time, or the file cannot be made or locked.
     """
     path = folder / LOCK
-    limit_s, since_s = wait_s(), time.monotonic()
+    limit_s, since_s = min(wait_s(), most_s), time.monotonic()
     told, strange = False, 0
     while True:
         file = _opened(path)
@@ -148,7 +154,11 @@ def lock_run(folder: Path) -> RunLock:
             lock, holder = _claim(folder, file, known=strange < _MOST_STRANGE)
         except OSError as error:
             file.close()
-            raise _unwritable(folder, error) from error
+            if error.errno in LASTING or strange >= _MOST_STRANGE:
+                raise _unwritable(folder, error) from error
+            strange += 1
+            time.sleep(_LOOK_EVERY_S)
+            continue
         except BaseException:
             file.close()
             raise
@@ -202,7 +212,7 @@ def _claim(folder: Path, file: BinaryIO, known: bool) -> tuple[RunLock | None, s
 
 def _opened(path: Path) -> BinaryIO:
     try:
-        return open_own(path, other_names=True)
+        return patiently(lambda: open_own(path, other_names=True), path, "opened")
     except OSError as error:
         raise _unwritable(path.parent, error) from error
 

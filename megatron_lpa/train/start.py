@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import sys
 from dataclasses import asdict
@@ -24,13 +25,15 @@ from megatron_lpa.engine.manifest import SampleOrder, checkpoint_folders
 from megatron_lpa.engine.resume import load_newest
 from megatron_lpa.engine.store import damaged_folders, has_checkpoints, tidy
 from megatron_lpa.errors import RankError, TryAgain, UserError
+from megatron_lpa.files import patiently
 from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
 from megatron_lpa.ops.dispatch import requested_path
 from megatron_lpa.parallel.agreement import from_first, gather_json, largest_of_all, together
 from megatron_lpa.parallel.disagreement import disagreement
 from megatron_lpa.parallel.groups import ParallelGroups
-from megatron_lpa.parallel.meeting import Meeting, meet, place_from_environment
-from megatron_lpa.run_folder import TOKENIZER, refuse_links
+from megatron_lpa.parallel.meeting import Meeting, meet
+from megatron_lpa.parallel.place import place_from_environment
+from megatron_lpa.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, refuse_links
 from megatron_lpa.train.alike import data_facts, sample_order, start_facts
 from megatron_lpa.train.callbacks.base import Callback, Sink
 from megatron_lpa.train.callbacks.checkpoints import Checkpoints, LastValidation
@@ -45,6 +48,9 @@ from megatron_lpa.train.schedule import total_steps
 from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.state import Run
 from megatron_lpa.train.watchdog import Watchdog
+
+BEFORE_LIMIT = 0.9
+"""Of ``train.start_timeout_s``, for waits at the start that have words of their own when they end."""
 
 
 def run_training(config: RunConfig, watchdog: Watchdog | None = None, stop: StopRequest | None = None) -> int:
@@ -67,8 +73,9 @@ def run_training(config: RunConfig, watchdog: Watchdog | None = None, stop: Stop
     watchdog.enter("reading code and configuration")
     requested_path(config.kernels.lowdim)  # the environment may name one that does not exist
     facts = start_facts(config)
-    meeting = meet(place, facts, config.train.start_timeout_s, watchdog.enter, _note)
-    watchdog.join_board(meeting.connection(), place.world_size)
+    with explained_losses():
+        meeting = meet(place, facts, config.train.start_timeout_s, watchdog.enter, _note)
+        watchdog.join_board(meeting.connection(), place.world_size)
     try:
         return _train_together(config, meeting, watchdog, stop or StopRequest())
     except RankError:
@@ -88,8 +95,9 @@ def _note(line: str) -> None:
 def _train_together(config: RunConfig, meeting: Meeting, watchdog: Watchdog, stop: StopRequest) -> int:
     with explained_losses():
         timeout = collective_timeout(max(config.train.step_timeout_s, config.train.start_timeout_s))
-        watchdog.enter("joining the process group")
-        groups = start_distributed(config.parallel.tensor_parallel_size, timeout, meeting, watchdog.wait)
+        groups = start_distributed(
+            config.parallel.tensor_parallel_size, timeout, meeting, watchdog.wait, watchdog.enter
+        )
         run = _prepare(config, groups, watchdog)
         # Until here a signal ends the process at once: there is nothing to save.
         run.stop = stop.install()
@@ -99,6 +107,7 @@ def _train_together(config: RunConfig, meeting: Meeting, watchdog: Watchdog, sto
             if config.train.on_checkpoint_failure == "stop":
                 raise
             raise TryAgain(str(error)) from error  # as the config says: a disk may have room again
+        run.enter("ending")
         largest_of_all(0, groups)  # nobody leaves while another rank is still talking to it
         stop_distributed()
     return signum
@@ -108,7 +117,8 @@ def _prepare(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog) -> R
     assert config.logging.name is not None
     folder = Path(config.logging.run_dir) / config.logging.name
     watchdog.enter("opening data")
-    splits: Splits = together(lambda: open_data(config), groups)
+    most_s = BEFORE_LIMIT * config.train.start_timeout_s or math.inf
+    splits: Splits = together(lambda: open_data(config, most_s), groups)
     order = together(lambda: sample_order(config, splits), groups)
     _compare_data(splits, order, groups)
     watchdog.enter("looking into the run folder")
@@ -155,16 +165,17 @@ def _check_resume(config: RunConfig, folder: Path, groups: ParallelGroups) -> No
     """
     if groups.rank != 0:
         return
-    there = has_checkpoints(folder / "checkpoints")
+    checkpoints = folder / CHECKPOINTS
+    there = has_checkpoints(checkpoints)
     if config.train.resume == "never" and there:
-        newest = [*damaged_folders(folder / "checkpoints"), *checkpoint_folders(folder / "checkpoints")][-1:]
+        newest = [*damaged_folders(checkpoints), *checkpoint_folders(checkpoints)][-1:]
         raise UserError(
             f"{folder} already holds {newest[0].name if newest else 'a checkpoint'}, and train.resume=never; choose "
             "another logging.name, delete the folder, or set train.resume=auto to continue"
         )
     if config.train.resume == "must" and not there:
         raise UserError(
-            f"{folder}/checkpoints holds no complete checkpoint, and train.resume=must; check logging.run_dir and "
+            f"{checkpoints} holds no complete checkpoint, and train.resume=must; check logging.run_dir and "
             "logging.name, or set train.resume=auto to start"
         )
 
@@ -178,7 +189,7 @@ def _find_checkpoints(folder: Path, groups: ParallelGroups) -> list[Path]:
     """
     if groups.rank != 0:
         return []
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     tidy(checkpoints)
     found, damaged = checkpoint_folders(checkpoints), damaged_folders(checkpoints)
     if damaged and not found:
@@ -205,10 +216,12 @@ def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: Paralle
         check_tokenizer(load_tokenizer(config.data.tokenizer), splits, config)
     refuse_links(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        patiently(lambda: folder.mkdir(parents=True, exist_ok=True), folder, "made")
     except OSError as error:
-        raise TryAgain(f"{folder}: cannot be written: {error}; choose another logging.run_dir") from error
-    lock = lock_run(folder)
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror}); choose another logging.run_dir"
+        ) from error
+    lock = lock_run(folder, BEFORE_LIMIT * config.train.start_timeout_s or math.inf)
     if config.data.tokenizer is not None:
         save_tokenizer(config.data.tokenizer, folder / TOKENIZER)
     return lock
@@ -218,12 +231,13 @@ def _write_folder(run: Run) -> list[str]:
     """Make the run folder and write its config; what changed in it since an earlier start."""
     if not run.is_main:
         return []
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    path = run.folder / "config.yaml"
+    patiently(lambda: run.checkpoints.mkdir(exist_ok=True), run.checkpoints, "made")
+    path = run.folder / CONFIG
     changed = []
-    if path.exists():
-        with contextlib.suppress(UserError):  # a config of another version is replaced like any other
-            changed = differences(asdict(load_config(["--config", str(path)])), asdict(run.config))
+    with contextlib.suppress(
+        UserError
+    ):  # there is none yet; one of another version is replaced like any other
+        changed = differences(asdict(load_config(["--config", str(path)])), asdict(run.config))
     save_config(run.config, path)
     return changed
 

@@ -14,6 +14,7 @@ from megatron_lpa.engine.manifest import Progress, SampleOrder
 from megatron_lpa.engine.resume import Resumed
 from megatron_lpa.errors import AgreedProblem
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all, severity_of, worst_error
+from megatron_lpa.run_folder import CHECKPOINTS
 from megatron_lpa.train.run_lock import RunLock
 from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.watchdog import Watchdog
@@ -81,7 +82,7 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
 
 GO_ON, STOP, FAIL = 0, 1000, 2000  # STOP carries the signal's number, FAIL outranks it

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 
 from megatron_lpa.errors import EXIT_HANG
 from megatron_lpa.files import new_file
+from megatron_lpa.run_folder import HANG, LOGS
 
 Result = TypeVar("Result")
 
-FOLDER = "logs/hang"
+FOLDER = f"{LOGS}/{HANG}"
 WAITING = "waiting for other ranks"
 _OTHERS_S = 8.0
 """For the other ranks' time to be up as well, and for them to read where this one is. Each looks every 5 s."""

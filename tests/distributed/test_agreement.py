@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
 from support.world import groups_for
 
-from megatron_lpa.parallel.agreement import from_first, gather_json, gather_messages
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.parallel.agreement import from_first, gather_json, gather_messages, together
 from megatron_lpa.parallel.groups import ParallelGroups
 
 VALUES = [None, {"a": [1, 2.5, "ü\0\n"], "b": {"c": None}}, "x" * 100_000, []]
@@ -32,3 +34,23 @@ def test_one_process_gets_what_several_would() -> None:
     groups = ParallelGroups.single()
     assert gather_json({"a": (1, 2)}, groups) == [{"a": [1, 2]}]
     assert from_first({"a": (1, 2)}, groups) == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"),
+    [
+        (errno.EACCES, 78),
+        (errno.EROFS, 78),
+        (errno.ENOENT, 78),
+        (errno.ESTALE, 1),
+        (errno.ENOSPC, 1),
+        (errno.EMFILE, 1),
+    ],
+)
+def test_names_and_permissions_stay_and_what_a_disk_says_may_pass(number: int, exit_code: int) -> None:
+    def work() -> None:
+        raise OSError(number, "so it is", "folder/file")
+
+    with pytest.raises(UserError, match=r"^folder/file: so it is$") as caught:
+        together(work, ParallelGroups.single())
+    assert caught.value.exit_code == exit_code and isinstance(caught.value, TryAgain) == (exit_code == 1)

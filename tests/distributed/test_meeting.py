@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import socket
 import time
@@ -14,7 +15,8 @@ from support.world import free_port
 from megatron_lpa.errors import RankError, RankHang, UserError
 from megatron_lpa.parallel import meeting
 from megatron_lpa.parallel.disagreement import disagreement, flat
-from megatron_lpa.parallel.meeting import Meeting, Place, meet, place_from_environment
+from megatron_lpa.parallel.meeting import Meeting, meet
+from megatron_lpa.parallel.place import Place, place_from_environment
 
 HOST = socket.gethostname()
 REAL_RANK = "RANK_OF_TEST"
@@ -94,6 +96,81 @@ def test_two_processes_of_one_rank_are_told_apart(world: Any) -> None:
     places = [place(0, 3), place(1, 3), place(1, 3), place(2, 3)]
     results = world(4).run(met, free_port(), places, [ALIKE] * 4, 20.0)
     assert all("two processes say that they are rank 1" in result[1] for result in results), results
+    assert {result[2] for result in results} == {1}, "who uses whose port is not for good"
+
+
+def test_a_run_that_finds_another_one_at_its_port_says_so(world: Any) -> None:
+    facts = [{**ALIKE, "logging.name": name} for name in ("mine", "theirs")]
+    results = world(2).run(met, free_port(), [place(rank, 2) for rank in range(2)], facts, 20.0)
+    for kind, message, code, _ in results:
+        assert (
+            (kind, code) == ("TryAgain", 1)
+            and "another run uses port" in message
+            and "logging.name" in message
+        )
+
+
+def met_as_job(port: int, jobs: list[str], limit_s: float) -> Any:
+    os.environ["SLURM_JOB_ID"] = jobs[int(os.environ["RANK"])]
+    try:
+        return met(port, [place(rank, 2) for rank in range(2)], [ALIKE] * 2, limit_s)
+    finally:
+        del os.environ["SLURM_JOB_ID"]
+
+
+def test_a_process_of_another_job_is_turned_away_and_does_no_harm(world: Any) -> None:
+    mine, theirs = world(2).run(met_as_job, free_port(), ["17", "18"], 2.0)
+    assert theirs[0] == "RankError" and "another run's rank 0 answers at port" in theirs[1]
+    assert mine[0] == "RankHang" and "rank 1" in mine[1]
+
+
+def met_again(port: int, starts: int) -> list[Any]:
+    """As under torchrun, whose agent serves one store for all starts: rank 0 is late in each but the first."""
+    rank, results = int(os.environ["RANK"]), []
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    agent = meeting._serve(place(0, 2), meeting._Patience(5.0, str, str)) if rank == 0 else None
+    try:
+        for start in range(starts):
+            # The count of starts is each agent's own: a replaced one begins anew.
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(start if rank == 0 else 0)
+            time.sleep(0.4 * start * (rank == 0))
+            found = meet(place(rank, 2), {"start": start}, 20.0)
+            found.store.add("together", 1)
+            while found.store.add("together", 0) < 2:
+                time.sleep(0.02)
+            results.append(found._prefix)
+    finally:
+        for name in ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"):
+            os.environ.pop(name, None)
+    found.store.add("done", 1)
+    while agent is not None and found.store.add("done", 0) < 2:
+        time.sleep(0.02)
+    return results
+
+
+def test_a_store_that_outlives_a_start_is_met_at_again(world: Any) -> None:
+    first, second = world(2).run(met_again, free_port(), 3)
+    assert first == second and len(set(first)) == 3, "each start has keys of its own"
+
+
+def left_time(port: int) -> Any:
+    rank = int(os.environ["RANK"])
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    time.sleep(2.0 * (rank == 0))
+    found = meet(place(rank, 2), {}, 4.0)
+    time.sleep(5.0 * (rank == 0))
+    found.store.set_timeout(datetime.timedelta(seconds=60))  # as joining the process group does
+    if rank == 0:
+        found.store.set("id", "x")
+    value = found.store.get("id")
+    found.store.add("read", 1)
+    while rank == 0 and found.store.add("read", 0) < 2:
+        time.sleep(0.02)
+    return value
+
+
+def test_what_was_left_of_a_wait_is_no_limit_of_what_follows(world: Any) -> None:
+    assert world(2).run(left_time, free_port()) == [b"x", b"x"]
 
 
 def test_another_number_of_processes_is_named(world: Any) -> None:
@@ -102,16 +179,15 @@ def test_another_number_of_processes_is_named(world: Any) -> None:
     assert all("WORLD_SIZE is 4 on rank 1 (node1), but 2 on rank 0" in result[1] for result in results), (
         results
     )
-    results = world(2).run(met, free_port(), [place(0, 1), place(3, 4)], [ALIKE] * 2, 1.5)
-    assert results[0][0] == "met" and results[1][0] == "RankHang"
+    first, (kind, message, *_) = world(2).run(met, free_port(), [place(0, 2), place(3, 4)], [ALIKE] * 2, 2.0)
+    assert first[0] == "RankHang" and kind == "RankError" and "WORLD_SIZE=4, but rank 0 with 2" in message
 
 
 def test_a_name_that_does_not_resolve_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    monkeypatch.setattr(meeting, "NAME_S", 0.5)
     with pytest.raises(RankError, match=r"rank 1 .* MASTER_ADDR=no-such-host.invalid is no name"):
-        meet(place(1, 2), {}, 60.0)
+        meet(place(1, 2), {}, 1.0)
 
 
 def test_a_port_that_is_taken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

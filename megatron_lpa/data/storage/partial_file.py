@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class PartialFile:
 
     def _open_locked(self, keep_bytes: int) -> int:
         while True:
-            descriptor = os.open(self.partial_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = self._open()
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -97,6 +98,22 @@ class PartialFile:
                         )
                     os.ftruncate(descriptor, keep_bytes)
                     return descriptor
+            os.close(descriptor)
+
+    def _open(self) -> int:
+        """The leftover, or a new file. A link, or a file that has another name as well, is let go of first: what it leads
+        to stays as it is.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(self.partial_path)
+                if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                    os.unlink(self.partial_path)
+            descriptor = os.open(self.partial_path, flags, 0o666)
+            status = os.fstat(descriptor)
+            if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
+                return descriptor
             os.close(descriptor)
 
     def _take_lock_file(self, descriptor: int) -> None:

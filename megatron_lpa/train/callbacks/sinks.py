@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 
 from megatron_lpa.config.redaction import Redaction
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import LASTING, new_file, read_text, write_whole
+from megatron_lpa.files import LASTING, new_file, patiently, read_text, write_whole
 from megatron_lpa.records import Record, keep_records
 from megatron_lpa.run_folder import DAMAGED_METRICS, METRICS, TENSORBOARD, WANDB_ID, open_own
 from megatron_lpa.train.callbacks.base import Sink
@@ -73,7 +73,7 @@ class MetricsFile(Sink):
     def _keep(self, wanted: Callable[[Record], bool]) -> float:
         """Write the file anew with the records that are wanted, and open that one; the last step that stayed."""
         kept = keep_records(self._path, wanted, DAMAGED_METRICS)
-        self._open_anew()
+        patiently(self._open_anew, self._path, "opened")
         if kept.damage:
             self._note(kept.damage)
         return kept.last_step

@@ -1,0 +1,63 @@
+"""Where a process stands in its launch, as launchers tell it through the environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from megatron_lpa.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands in its launch, as ``deepspeed``, ``torchrun`` or ``srun`` tell it.
+
+    Args:
+        rank: from 0.
+        world_size: processes in all.
+        local_rank: from 0, on this machine.
+        local_size: processes on this machine; all, where nothing says so.
+        host: this machine's name.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host})"
+
+
+def place_from_environment() -> Place:
+    """From ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, and ``LOCAL_WORLD_SIZE`` or ``LOCAL_SIZE``.
+
+    Raises:
+        UserError: one of them is no number, or they do not fit together.
+    """
+
+    def number(default: str, *names: str) -> int:
+        for name in names:
+            if text := os.environ.get(name):
+                try:
+                    return int(text)
+                except ValueError:
+                    raise UserError(f"{name} is {text[:40]!r}, but must be a whole number") from None
+        return int(default)
+
+    world_size = number("1", "WORLD_SIZE")
+    place = Place(
+        number("0", "RANK"),
+        world_size,
+        number("0", "LOCAL_RANK"),
+        number(str(world_size), "LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+        socket.gethostname(),
+    )
+    if not 0 <= place.rank < world_size or place.local_rank < 0:
+        raise UserError(
+            f"RANK={place.rank}, WORLD_SIZE={world_size} and LOCAL_RANK={place.local_rank} do not fit together; start "
+            "through a launcher"
+        )
+    return place
