@@ -211,8 +211,8 @@ def _check_train(train: TrainConfig) -> None:
         at_most(f"train.{name}", getattr(train, name), MOST_SIZE)
     for name in ("start_timeout_s", "step_timeout_s"):
         seconds = getattr(train, name)
-        at_least(f"train.{name}", seconds, 0)
         at_most(f"train.{name}", seconds, MOST_TIMEOUT_S, "0 waits for ever")
+        at_least(f"train.{name}", seconds, 0)
         if 0 < seconds < 1:
             raise UserError(
                 f"train.{name} is {seconds}, less than a second; give seconds, or 0 to wait for ever"

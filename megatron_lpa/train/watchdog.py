@@ -116,7 +116,7 @@ class Watchdog:
     def stop(self) -> None:
         """No longer watch."""
         self._stopped.set()
-        if self._thread.is_alive():
+        if self._thread.ident is not None:
             faulthandler.cancel_dump_traceback_later()
 
     def finish(self) -> None:
