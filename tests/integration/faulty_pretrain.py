@@ -53,12 +53,12 @@ def read_batches(run: Run) -> Any:
     return original_read(run)
 
 
-def open_data(config: Any) -> Any:
+def open_data(*arguments: Any) -> Any:
     if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1) and FAULTS.get("start"):
         if FAULTS["start"] == "die":
             os._exit(9)
         time.sleep(1000)
-    return original_open(config)
+    return original_open(*arguments)
 
 
 def write_tensors(*arguments: Any) -> Any:
