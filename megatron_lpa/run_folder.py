@@ -38,11 +38,12 @@ _FOLDER, _FILE, _EITHER = "a folder", "a regular file", "a regular file or a fol
 _WRITTEN = (
     (CHECKPOINTS, _FOLDER), (LOGS, _FOLDER), (f"{LOGS}/{HANG}", _FOLDER), (TOKENIZER, _FOLDER), (TENSORBOARD, _FOLDER),
     (WANDB, _FOLDER), (f".{WANDB}", _FOLDER), (SNAPSHOT, _FOLDER),
+    (f".{SNAPSHOT}.*", _FOLDER),
     (LOCK, _FILE), (METRICS, _FILE), ("metrics.damaged*.jsonl", _FILE), (CONFIG, _FILE), (WANDB_ID, _FILE),
     (".*.partial", _FILE),
     (f"{CHECKPOINTS}/step_*", _FOLDER), (f"{CHECKPOINTS}/.step_*", _FOLDER), (f"{CHECKPOINTS}/damaged_*", _FOLDER),
     (f"{CHECKPOINTS}/{PASSED_OVER}", _FILE), (f"{CHECKPOINTS}/*step_*/{DAMAGE_NOTE}", _FILE),
-    (f"{TOKENIZER}/*", _FILE), (f"{TENSORBOARD}/*", _EITHER), (f"{LOGS}/*", _EITHER), (f"{LOGS}/{HANG}/*", _FILE),
+    (f"{TOKENIZER}/*", _FILE), (f"{TENSORBOARD}/*", _EITHER), (f"{LOGS}/*", _EITHER), (f"{LOGS}/*/*", _FILE),
 )  # fmt: skip
 _IS: dict[str, Callable[[int], bool]] = {
     _FOLDER: stat.S_ISDIR,

@@ -10,9 +10,10 @@ readonly EXIT_FOLDER=1 EXIT_OPTIONS=2 EXIT_HEALTH=3 EXIT_NO_PROGRESS=4 EXIT_NOT_
 
 asked_by="" # USR1: save, then start again. TERM: save, then end.
 signalled=""
-training="" # process id of the training step's srun
-timers=()   # process ids of what ends a checkpoint that takes too long
-asker=""    # process id of what repeats the signal until training ends
+training=""  # process id of the training step's srun
+timers=()    # process ids of what ends a checkpoint that takes too long
+asker=""     # process id of what repeats the signal until training ends
+operators="" # folder of this job's compiled operators, unless the user named one
 
 say() { printf '%s %s: %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "job $SLURM_JOB_ID" "$*"; }
 
@@ -108,8 +109,37 @@ count_idle_starts() {
         [[ $job == "$SLURM_JOB_ID" ]] && ((first_step <= step)); then
         idle_starts=$((count + 1))
     fi
-    echo "$SLURM_JOB_ID $first_step $idle_starts" >"$file.partial"
-    mv -- "$file.partial" "$file"
+    # A link that has one of these names is removed or replaced, not followed.
+    rm -f -- "$file.partial"
+    if ! (set -o noclobber && echo "$SLURM_JOB_ID $first_step $idle_starts" >"$file.partial") ||
+        ! mv --no-target-directory -- "$file.partial" "$file"; then
+        fail "$EXIT_FOLDER" "$file cannot be written"
+    fi
+}
+
+# Sets `logs`, a new folder: one that is there already is not this start's, and nothing in it is written or believed.
+make_logs() {
+    local number=1
+    logs="$run/logs/$SLURM_JOB_ID.$restarts"
+    while [[ -e $logs || -L $logs ]]; do
+        number=$((number + 1))
+        logs="$run/logs/$SLURM_JOB_ID.$restarts.$number"
+    done
+    mkdir -- "$logs" || exit "$EXIT_FOLDER"
+}
+
+# A process that was killed while it compiled an operator leaves a lock that everybody then waits for, for ever.
+# So a job compiles in a folder of its own, where nothing else can be at work now, and which its later starts and all
+# nodes find again where the home folder is shared. Not in the run folder: what is compiled is run, and that may come
+# from a stranger.
+own_operators() {
+    local caches="${XDG_CACHE_HOME:-}"
+    if [[ -n ${TORCH_EXTENSIONS_DIR:-} ]]; then return; fi
+    if [[ $caches != /* ]]; then caches="${HOME:-}/.cache"; fi
+    if [[ $caches == /.cache ]]; then fail "$EXIT_OPTIONS" "HOME is not set; set it, or TORCH_EXTENSIONS_DIR"; fi
+    operators="$caches/megatron_lpa/operators-$SLURM_JOB_ID"
+    export TORCH_EXTENSIONS_DIR="$operators"
+    rm -f -- "$operators"/*/lock
 }
 
 stop_without_progress() {
@@ -207,19 +237,12 @@ train_on_slurm() {
     # A run that must be new, or must not be, has answered that at its first start.
     if ((restarts > 0)); then set -- "$@" --train.resume auto; fi
     find_run "$@"
-    logs="$run/logs/$SLURM_JOB_ID.$restarts"
+    make_logs
     first_log="$logs/rank_0000.log"
-    mkdir -p -- "$logs" || exit "$EXIT_FOLDER"
     first_step="$(newest_step)"
     count_idle_starts
     if ((idle_starts > max_idle)); then stop_without_progress "$idle_starts"; fi
-    # A process that was killed while it compiled an operator leaves a lock that everybody then waits for, for ever.
-    # So a run compiles in a folder of its own, where nothing else can be at work now.
-    if [[ -z ${TORCH_EXTENSIONS_DIR:-} ]]; then
-        export TORCH_EXTENSIONS_DIR="$PWD/$run/.extensions"
-        if [[ $run == /* ]]; then TORCH_EXTENSIONS_DIR="$run/.extensions"; fi
-        rm -f -- "$TORCH_EXTENSIONS_DIR"/*/lock
-    fi
+    own_operators
     say "start $((restarts + 1)) on $(IFS=,; echo "${hosts[*]}"): $processes processes, logs in $logs"
 
     on_all_nodes=(--nodes="$nodes" --distribution=block --mpi=none)
@@ -249,6 +272,7 @@ train_on_slurm() {
 
     if ((status == 0)); then
         say "complete"
+        if [[ -n $operators ]]; then rm -rf -- "$operators"; fi
         exit 0
     fi
     say "training ended with exit code $status at the checkpoint of step $(newest_step)"

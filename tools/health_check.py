@@ -30,9 +30,12 @@ from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.config.run import DataConfig
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
+from megatron_lpa.engine.manifest import complete_checkpoints
+from megatron_lpa.engine.store import retention_of
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import tree_digest
 from megatron_lpa.model.accounting import count_parameters
+from megatron_lpa.run_folder import CHECKPOINTS, SNAPSHOT
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "triton")
 MAX_SKEW_S = 30.0
@@ -54,7 +57,7 @@ def problems_of_node(config: RunConfig, gpus: int) -> Iterator[str]:
     assert config.logging.name is not None
     run = Path(config.logging.run_dir) / config.logging.name
     yield from gpu_problems(gpus)
-    if not (run / "snapshot").is_dir():
+    if not (run / SNAPSHOT).is_dir():
         yield f"does not see {(run / 'snapshot').absolute()}; the run folder has to be on a file system that all nodes share"
     else:
         yield from folder_problems(run)
@@ -107,12 +110,14 @@ def folder_problems(folder: Path) -> Iterator[str]:
 
 def disk_problems(run: Path, config: RunConfig) -> Iterator[str]:
     """Too little room for the checkpoints that are still to come before old ones are removed."""
-    complete = [manifest.parent for manifest in run.glob("checkpoints/step_*/manifest.json")]
+    complete = complete_checkpoints(run / CHECKPOINTS)
     size = CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config.model).total
     if complete:
-        newest = max(complete, key=lambda folder: int(folder.name.rpartition("_")[2]))
-        size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
-    number = max(1, config.train.keep_checkpoints + 1 - len(complete))
+        size = sum(path.stat().st_size for path in complete[-1].rglob("*") if path.is_file())
+    kept = retention_of(config.train)
+    # The newest, the newest at the interval where later ones were written at stops, the best, and the one being written.
+    most = kept.newest + bool(kept.interval) + kept.best + 1 if kept.newest else 1
+    number = max(1, most - len(complete))
     free = shutil.disk_usage(run).free
     if free < number * size:
         yield (

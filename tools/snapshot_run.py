@@ -44,6 +44,7 @@ from megatron_lpa.files import (
     read_json,
     write_whole,
 )
+from megatron_lpa.run_folder import LOGS, SNAPSHOT, open_own, refuse_links
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = (
@@ -60,13 +61,21 @@ JOB = re.compile(
     r"|WorkDir|StdErr|StdIn|StdOut|Power|CpusPerTres|TresPerNode|TresPerTask|MemPerTres)="
 )
 """Lines of what SLURM says of a job. Comment, Command, SubmitLine, Extra and the name are the user's own words."""
+SBATCH = re.compile(
+    r"account|array|begin|chdir|clusters?|constraint|core-spec|cores-per-socket|cpu-freq|cpus-per-(gpu|task)|deadline|dependency"
+    r"|distribution|error|exclude|exclusive|gpu-bind|gpus(-per-(node|socket|task))?|gres(-flags)?|hint|mem(-bind|-per-(cpu|gpu))?"
+    r"|network|nice|nodelist|nodes|ntasks(-per-(core|gpu|node|socket))?|open-mode|output|oversubscribe|partition|priority|qos"
+    r"|reservation|signal|sockets-per-node|switches|thread-spec|threads-per-core|time|time-min|tmp|[AaBbCcDdeFGiLMmNnopqStwx]"
+)
+"""Options of ``sbatch`` whose values are recorded. Of others only the name: a comment or ``--export`` may say anything."""
+CALL = re.compile(
+    r"(?:\btrain_on_slurm\b|-m[ \t]+megatron_lpa\b|(?<![\w.-])(?:slurm/(?!common\b)\w+\.sh|tools/\w+\.py)(?![\w.-])).*"
+)
+"""Where a job script calls this project, and the rest of that command."""
+COMMAND = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'[^']*'|\\.|[^;&|"'\\])+""")
+COMMENT = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*'|\\.)|(?<!\S)#.*""")
 MOST_SCRIPT_BYTES = 16 << 20
 COMMAND_S = 30
-
-
-def without_secrets(text: str) -> str:
-    """``text`` without the values of variables that are called like secrets, and without passwords in URLs."""
-    return Redaction(os.environ).text(text)
 
 
 def output_of(*command: str) -> str | None:
@@ -124,7 +133,7 @@ def write_snapshot(folder: Path, config: RunConfig, options: Sequence[str], job_
     """Everything at once, or nothing; nothing where there is a snapshot already."""
     if folder.exists():
         return
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.{time.time_ns()}")
     partial.mkdir()
     try:
         _write_into(partial, config, options, job_script)
@@ -147,13 +156,13 @@ def _write_into(folder: Path, config: RunConfig, options: Sequence[str], job_scr
         "command.txt": shlex.join(["python", "-m", "megatron_lpa.pretrain", *redaction.words(options)])
         + "\n",
         "version.json": json.dumps(redaction.tree(version()), indent=2) + "\n",
-        "changes.diff": _without_secrets_of_scripts(output_of("git", "diff", "HEAD") or "", redaction),
+        "changes.diff": _without_secrets_of_files(output_of("git", "diff", "HEAD") or "", redaction),
         "packages.txt": redaction.text(packages()),
         "environment.txt": "".join(f"{n}={redaction.shell(value)}\n" for n, value in environment.items()),
     }
     if job_script is not None:
         script = read_bytes(job_script, MOST_SCRIPT_BYTES).decode(errors="surrogateescape")
-        texts["job_script.sh"] = redaction.shell(script)
+        texts["job_script.sh"] = described_script(script, redaction)
     if job := os.environ.get("SLURM_JOB_ID"):
         texts["job.txt"] = redaction.shell(described_job(output_of("scontrol", "show", "job", job) or ""))
     for name, text in texts.items():
@@ -176,19 +185,64 @@ def described_job(text: str) -> str:
     return "".join(f"{line}\n" for line in [*found, *filter(JOB.match, lines)])
 
 
-def _without_secrets_of_scripts(diff: str, redaction: Redaction) -> str:
+def described_script(text: str, redaction: Redaction) -> str:
+    """Of a job script, its ``#SBATCH`` lines and what calls this project, without secrets; how many lines are left out."""
+    lines = redaction.text(text).replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        if line.startswith("#SBATCH"):
+            found += [redaction.shell(options)] if (options := _sbatch_options(line)) else []
+        elif calls := [
+            call[0].strip()
+            for part in COMMAND.findall(COMMENT.sub(r"\1", line))
+            if (call := CALL.search(part))
+        ]:
+            found.append("; ".join(map(redaction.shell, calls)))
+    left_out = f"# {len(lines) - len(found)} of {len(lines)} lines are not recorded.\n"
+    return left_out + "".join(f"{line}\n" for line in found)
+
+
+def _sbatch_options(line: str) -> str | None:
+    """The options of a line for ``sbatch``; ``None`` where their quotes do not match."""
+    try:
+        words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
+    except ValueError:
+        return None
+    found, known = ["#SBATCH"], False
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            known = SBATCH.fullmatch(name[2:]) is not None
+            found.append(f"{name}={shlex.quote(value) if known else '<removed>'}" if equals else name)
+        elif word.startswith("-"):
+            known = SBATCH.fullmatch(word[1:2]) is not None
+            found.append(shlex.quote(word) if known or len(word) <= 2 else f"{word[:2]}<removed>")
+        else:
+            found.append(shlex.quote(word) if known else "<removed>")
+    return " ".join(found)
+
+
+def _without_secrets_of_files(diff: str, redaction: Redaction) -> str:
+    """In code and prose, what looks like a value given to a name mostly is something else."""
     parts = re.split(r"(?m)^(?=diff --git )", diff)
     return "".join(
-        redaction.shell(part) if part.partition("\n")[0].endswith(".sh") else redaction.text(part)
+        redaction.text(part)
+        if part.partition("\n")[0].endswith((".py", ".md", ".toml"))
+        else redaction.shell(part)
         for part in parts
     )
 
 
 def note_start(run: Path, processes: int) -> list[str]:
-    """Adds a line to ``logs/starts.jsonl``; what the user should know of this start."""
-    (run / "logs").mkdir(exist_ok=True)
+    """Adds a line to ``logs/starts.jsonl``; what the user should know of this start.
+
+    Raises:
+        UnusableFile: that file is a link, no regular file, or has another name as well.
+        OSError: it cannot be written.
+    """
+    (run / LOGS).mkdir(exist_ok=True)
     try:
-        first = read_json(run / "snapshot" / "version.json")
+        first = read_json(run / SNAPSHOT / "version.json")
         first_digest = first["code_sha256"] if isinstance(first, dict) else None
     except (OSError, UnusableFile, KeyError):
         first_digest = None
@@ -200,8 +254,8 @@ def note_start(run: Path, processes: int) -> list[str]:
         "processes": processes,
         "code_sha256": code_digest(),
     }
-    with (run / "logs" / "starts.jsonl").open("a") as log:
-        log.write(json.dumps(start) + "\n")
+    with open_own(run / LOGS / "starts.jsonl") as log:
+        log.write(f"{json.dumps(start)}\n".encode())
     if start["code_sha256"] == first_digest:
         return []
     return [f"the code is not that of the first start, which {run / 'snapshot' / 'code.tar.gz'} holds"]
@@ -211,7 +265,7 @@ def prepare(argv: Sequence[str]) -> Path:
     """Check, snapshot, note; the run folder.
 
     Raises:
-        UserError: options that cannot run, or a run folder that cannot be written.
+        UserError: options that cannot run, or a run folder that cannot be written, or that a link leads out of.
         TryAgain: a disk that is full, or does not answer.
     """
     parser = argparse.ArgumentParser(
@@ -224,9 +278,16 @@ def prepare(argv: Sequence[str]) -> Path:
     warnings += validate_config(config, own.processes)
     assert config.logging.name is not None
     run = Path(config.logging.run_dir) / config.logging.name
+    # Before anything is written: a run folder may come from a stranger.
+    refuse_links(run)
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_snapshot(run / "snapshot", config, options, own.job_script)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UserError(
+                f"{run}: no folder, though there is something with that name; choose another logging.name"
+            ) from error
+        write_snapshot(run / SNAPSHOT, config, options, own.job_script)
         notes = note_start(run, own.processes)
     except OSError as error:
         kind = UserError if error.errno in LASTING else TryAgain

@@ -18,8 +18,8 @@ import yaml
 from megatron_lpa.config.schema import CONFIG_KEYS
 
 SECRET_NAME = re.compile(
-    r"KEY|TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|PASSPHRASE|SSHPASS|CREDENTIAL|COOKIE|BEARER|WEBHOOK|NETRC|AUTHORIZATION"
-    r"|CONN(ECTION)?_?STR|_PWD$|(^|_)(PAT|AUTH|PASS|DSN|JWT|SAS)(_|$)"
+    r"KEY|TOKEN(?!IZ)|SECRET|PASSW|PASSPHRASE|SSHPASS|CREDENTIAL|CREDS$|COOKIE|BEARER|WEBHOOK|NETRC|AUTHORIZATION"
+    r"|CONN(ECTION)?_?STR|(?<!^)(?<!OLD)PWD?$|(?<!^BY)(?<!COM)PASS$|(^|[_.-])(PAT|AUTH|PASS|CREDS?|DSN|JWT|SAS)([_.-]|$)"
     r"|(DATABASE|DB|SQL|REDIS|MONGO\w*|POSTGRES\w*|BROKER|AMQP|PROXY)_UR[IL]$",
     re.IGNORECASE,
 )
@@ -30,14 +30,48 @@ SHORTEST_SECRET = 8
 
 _URL = re.compile(r"(?P<scheme>\w://)(?P<rest>[^\s\"'`]+)")
 _PASSWORD = re.compile(r"\w://[^\s/:@]*:(?P<password>\S+)@")
-_VALUE = r"""(?:"(?:[^"\\]|\\.)*"|'[^']*'|[^\s;&|"'])+"""
-_ASSIGNMENT = re.compile(rf"(?P<name>[A-Za-z_][\w.-]*)(?P<between>=)(?P<value>{_VALUE})")
-_OPTION = re.compile(rf"(?P<name>(?<!\S)--?[A-Za-z_][\w.-]*)(?P<between>[ \t]+)(?P<value>(?!-){_VALUE})")
+_QUERY = re.compile(r"(?P<head>[?&;](?P<name>[\w.-]+)=)[^&;#\s]+")
+_SIGNATURE = re.compile(r"(^|[_-])sig(nature)?$", re.IGNORECASE)
+_ESCAPE = re.compile(r"%[0-9a-fA-F]{2}")
+
+# A word of a shell, whatever it is put together from; the last two stand for quotes that nothing closes.
+_VALUE = re.compile(
+    r"""(?:\$?"(?:[^"\\]|\\.)*"|\$'(?:[^'\\]|\\.)*'|'[^']*'|\$?\((?:[^()]|\([^()]*\))*\)|\$\{[^}]*\}|`[^`]*`|\\.|[^\s;&|"'])+"""
+    r"""|["'][^\n]*""",
+    re.DOTALL,
+)
+# What "key: value" gives, up to the end of the line or of the quotes around both; a block of YAML in whole.
+_TEXT = re.compile(
+    r"""[|>][-+\d]*[ \t]*\n(?:[+ \t][^\n]*\n?)+|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.|'')*'|[^\n"']+|["'][^\n]*""",
+    re.DOTALL,
+)
+_BLANK = r"(?:[ \t]|\\\n)"
+_GIVEN = re.compile(
+    rf"""(?<![\w.-])(?P<name>[\w.-]+)(?:["']?{_BLANK}*(?:(?P<colon>:[ \t]+)|(?:\+?=(?!=)|:=?){_BLANK}*|<<<{_BLANK}*))"""
+    rf"|(?<!\S)(?P<option>--?[A-Za-z_][\w.-]*){_BLANK}+(?!-)"
+    rf"|\b(?:setenv|printf{_BLANK}+-v|set(?:{_BLANK}+-\w+)+){_BLANK}+(?P<variable>\w+){_BLANK}+"
+)
+"""A name and what stands between it and its value."""
+_ALWAYS = re.compile(
+    rf"(?P<head>\b(?:wandb|huggingface-cli|hf{_BLANK}+auth){_BLANK}+login(?:{_BLANK}+-\S+)*{_BLANK}+(?!-)"
+    rf"|\bsshpass{_BLANK}+-p{_BLANK}*|\blogin{_BLANK}[^\n;&|]*?(?<=\s)-p{_BLANK}*|\blogin{_BLANK}+\S+{_BLANK}+password{_BLANK}+"
+    rf"|(?<!\S)(?:-u|-U|--user|--proxy-user)(?:{_BLANK}+|=|(?=[^\s-]))(?=[^\s:]+:)|\b(?:Bearer|Basic)[ \t]+(?=[^\s\"']))"
+    rf"(?P<value>{_VALUE.pattern})",
+    re.DOTALL,
+)
+"""What commands and headers take as a secret without a name."""
+_KNOWN = re.compile(r"""(["']?)(?:\$(?:\w+|\{\w+\}|[@*#?!-])|<\w+>)?\1""")
+"""A value that tells nothing: another variable's as it is, what has been removed already, or none."""
 
 
 def is_secret_name(name: str) -> bool:
     """Whether a variable or an option is called like a secret. No key of a configuration is one: ``train.tokens``."""
-    return name.lstrip("-") not in CONFIG_KEYS and SECRET_NAME.search(name) is not None
+    name = name.lstrip("-")
+    return name not in CONFIG_KEYS and name not in _LEAVES and SECRET_NAME.search(name) is not None
+
+
+_LEAVES = frozenset(name.rpartition(".")[2] for name in CONFIG_KEYS)
+"""As a YAML file of the configuration has them."""
 
 
 class Redaction:
@@ -55,22 +89,20 @@ class Redaction:
             for secret in secrets:
                 if len(secret) >= SHORTEST_SECRET:
                     for form in _forms(secret):
-                        self._names.setdefault(form, name)
+                        self._names.setdefault(_upper_escapes(form), name)
         # The longest first: one secret may be the beginning of another.
         forms = sorted(self._names, key=len, reverse=True)
-        self._known = re.compile("|".join(map(re.escape, forms))) if forms else None
+        self._known = re.compile("|".join(map(_pattern_of, forms))) if forms else None
 
     def text(self, text: str) -> str:
-        """``text`` with ``<NAME>`` for each secret, and without user names and passwords in URLs."""
+        """``text`` with ``<NAME>`` for each secret, and without user names, passwords and signatures in URLs."""
         if self._known is not None:
-            text = self._known.sub(lambda match: f"<{self._names[match[0]]}>", text)
+            text = self._known.sub(lambda match: f"<{self._names[_upper_escapes(match[0])]}>", text)
         return _URL.sub(lambda match: match["scheme"] + _without_password(match["rest"]), text)
 
     def shell(self, text: str) -> str:
-        """The same for a shell script or a command line, where what is given to a name is known by the name."""
-        for pattern in (_ASSIGNMENT, _OPTION):
-            text = pattern.sub(_without_value, self.text(text))
-        return text
+        """The same for shell scripts, command lines, YAML and JSON, where a value is known by the name it is given to."""
+        return _without_values(_ALWAYS.sub(_without_word, self.text(text)))
 
     def words(self, words: Sequence[str]) -> list[str]:
         """The same for the words of a command, before they are quoted."""
@@ -125,15 +157,46 @@ def _in_yaml(secret: str, allow_unicode: bool) -> str:
     ]
 
 
+def _upper_escapes(text: str) -> str:
+    return _ESCAPE.sub(lambda match: match[0].upper(), text)
+
+
+def _pattern_of(form: str) -> str:
+    """What finds a form, its percent escapes in upper or lower case."""
+    return _ESCAPE.sub(lambda match: f"%(?i:{match[0][1:]})", re.escape(form))
+
+
 def _without_password(rest: str) -> str:
     """What follows ``://``. A password may have '/' and '@' in it: with a colon in front, it ends at the last '@'."""
     authority = rest.partition("/")[0]
     searched = rest if ":" in authority else authority
     head, at, tail = searched.rpartition("@")
-    return f"<removed>@{tail}{rest[len(searched) :]}" if at and head else rest
+    found = f"<removed>@{tail}{rest[len(searched) :]}" if at and head else rest
+    return _QUERY.sub(_without_parameter, found)
 
 
-def _without_value(match: re.Match[str]) -> str:
-    value = match["value"].lstrip("\"'")
-    known = value.startswith(("$", "<")) or not value or not is_secret_name(match["name"])
-    return match[0] if known else f"{match['name']}{match['between']}<removed>"
+def _without_parameter(match: re.Match[str]) -> str:
+    secret = is_secret_name(match["name"]) or _SIGNATURE.search(match["name"])
+    return f"{match['head']}<removed>" if secret else match[0]
+
+
+def _without_word(match: re.Match[str]) -> str:
+    return match[0] if _KNOWN.fullmatch(match["value"]) else f"{match['head']}<removed>"
+
+
+def _without_values(text: str) -> str:
+    """What is given to another name is looked through too: ``--export=ALL,A_TOKEN=...``."""
+    parts: list[str] = []
+    kept, place = 0, 0
+    while given := _GIVEN.search(text, place):
+        place = given.end()
+        if not is_secret_name(given["name"] or given["option"] or given["variable"]):
+            # The name alone is done with: what stands behind it may be a name as well.
+            place = max(given.end(last) for last in ("name", "option", "variable"))
+            continue
+        value = (_TEXT if given["colon"] else _VALUE).match(text, place)
+        if value is None or _KNOWN.fullmatch(value[0].strip()):
+            continue
+        parts += [text[kept:place], "<removed>"]
+        kept = place = value.end()
+    return "".join([*parts, text[kept:]])

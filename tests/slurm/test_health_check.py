@@ -109,7 +109,9 @@ def test_a_folder_that_cannot_be_written(tool: SimpleNamespace, tmp_path: Path) 
 def test_a_disk_too_small_for_the_checkpoints_to_come(
     tool: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load_config(["--preset", "3b/lpa", "--train.keep_checkpoints", "2"])
+    config = load_config(
+        ["--preset", "3b/lpa", "--train.keep_checkpoints", "2", "--train.checkpoint_interval", "0"]
+    )
 
     def free(gigabytes: float) -> None:
         usage = SimpleNamespace(free=int(gigabytes * 1e9))
@@ -129,6 +131,33 @@ def test_a_disk_too_small_for_the_checkpoints_to_come(
     assert list(tool.disk_problems(tmp_path, config)) == []
     free(0.0019)
     assert "2 checkpoints of about 0.0 GB" in next(tool.disk_problems(tmp_path, config))
+    # What is no checkpoint does not count, whatever a user called it: copies, links to nothing, those set aside.
+    for name in ("step_00000004_backup", "step_copy", "damaged_step_00000012", "step_7"):
+        shutil.copytree(checkpoint, checkpoint.with_name(name))
+    (checkpoint.parent / "step_00000099").symlink_to("nowhere")
+    free(0.0021)
+    assert list(tool.disk_problems(tmp_path, config)) == []
+    free(0.0019)
+    assert "2 checkpoints of about 0.0 GB" in next(tool.disk_problems(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        (["--train.keep_checkpoints", "2", "--train.checkpoint_interval", "0"], 3),
+        # Stops write two after the one at the interval, which stays.
+        (["--train.keep_checkpoints", "2", "--train.checkpoint_interval", "50"], 4),
+        (["--train.keep_checkpoints", "2", "--train.keep_best", "true"], 5),
+        (["--train.keep_checkpoints", "0"], 1),
+    ],
+)
+def test_every_checkpoint_that_a_rule_keeps_needs_room(
+    tool: SimpleNamespace, options: list[str], most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(["--preset", "3b/lpa", *options])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    (problem,) = tool.disk_problems(tmp_path, config)
+    assert f"but {most} checkpoints of about 48.5 GB are to come" in problem
 
 
 def test_damaged_datasets(tool: SimpleNamespace, tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import runpy
 import shlex
 import tarfile
+import time
 import urllib.parse
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ import pytest
 import yaml
 
 from megatron_lpa.config import load_config
+from megatron_lpa.config.redaction import Redaction
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "snapshot_run.py"
 
@@ -39,6 +42,22 @@ def options(*more: str) -> list[str]:
         "a run",
         *more,
     ]
+
+
+def recorded(*lines: str) -> str:
+    """What the job script of a first start leaves in the snapshot, without the line that counts what is left out."""
+    Path("job.sh").write_text("".join(f"{line}\n" for line in lines))
+    tool = SimpleNamespace(**runpy.run_path(str(TOOL)))
+    assert tool.main(options("--job-script", "job.sh")) == 0
+    left_out, _, kept = Path("runs/a run/snapshot/job_script.sh").read_text().partition("\n")
+    count = sum(not line.endswith("\\") for line in lines)
+    assert left_out == f"# {count - len(kept.splitlines())} of {count} lines are not recorded."
+    return kept
+
+
+def redacted(text: str) -> str:
+    """As the text, JSON and YAML of a snapshot are redacted."""
+    return Redaction(os.environ).tree({"a": [text]})["a"][0]
 
 
 def test_the_first_start_records_everything_and_later_ones_leave_it_alone(
@@ -111,20 +130,16 @@ def test_other_code_than_at_the_first_start_is_told_of(
         ),
     ],
 )
-def test_what_is_called_like_a_secret(
-    tool: SimpleNamespace, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_called_like_a_secret(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "/9j2kd83hs")
-    assert tool.without_secrets("a /9j2kd83hs b") == f"a <{name}> b"
+    assert redacted("a /9j2kd83hs b") == f"a <{name}> b"
 
 
 @pytest.mark.parametrize("name", ["TOKENIZER", "PATH_TO_DATA", "AUTHOR", "SSH_KEY_FILE", "PWD"])
-def test_a_path_is_no_secret(
-    tool: SimpleNamespace, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_path_is_no_secret(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a snapshot's config would name no data that exists."""
     monkeypatch.setenv(name, str(tmp_path))
-    assert tool.without_secrets(f"prefix: {tmp_path}") == f"prefix: {tmp_path}"
+    assert redacted(f"prefix: {tmp_path}") == f"prefix: {tmp_path}"
 
 
 def test_secrets_stay_out(tool: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,11 +148,13 @@ def test_secrets_stay_out(tool: SimpleNamespace, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("NCCL_SECRET", "an-nccl-secret")
     monkeypatch.setenv("HOME_ADDRESS", "elsewhere")
     script = tmp_path / "job.sh"
-    script.write_text("export HF_TOKEN=hf_0123456789\npip install https://me:pass@example.org/simple\n")
+    script.write_text(
+        "export HF_TOKEN=hf_0123456789\ntrain_on_slurm hf_0123456789 https://me:pass@example.org/simple\n"
+    )
     assert tool.main(options("--job-script", str(script), "--logging.wandb_project", "hf_0123456789")) == 0
     snapshot = tmp_path / "runs" / "a run" / "snapshot"
     assert (snapshot / "job_script.sh").read_text() == (
-        "export HF_TOKEN=<HF_TOKEN>\npip install https://<removed>@example.org/simple\n"
+        "# 1 of 2 lines are not recorded.\ntrain_on_slurm <HF_TOKEN> https://<removed>@example.org/simple\n"
     )
     environment = (snapshot / "environment.txt").read_text()
     assert "NCCL_DEBUG=INFO" in environment
@@ -164,21 +181,27 @@ def test_a_secret_stays_out_however_it_is_quoted(
     script = tmp_path / "job.sh"
     quoted = [shlex.quote(secret), json.dumps(secret), repr(secret)]
     quoted += [yaml.safe_dump(secret, width=10**6, default_style=style).strip() for style in ("'", '"')]
-    quoted += [urllib.parse.quote(secret), urllib.parse.quote_plus(secret), secret]
-    script.write_text("".join(f"echo {form}\n" for form in quoted))
+    percent = [
+        urllib.parse.quote(secret),
+        urllib.parse.quote(secret, safe=""),
+        urllib.parse.quote_plus(secret),
+    ]
+    lower = [re.sub("%..", lambda escape: escape[0].lower(), form) for form in percent]
+    quoted += [*percent, *lower, secret]
+    script.write_text("".join(f"train_on_slurm {form}\n" for form in quoted))
     # Where a YAML file would have it in quotes, and where a command would.
     assert tool.main(options("--job-script", str(script), "--logging.wandb_project", secret)) == 0
     snapshot = tmp_path / "runs" / "a run" / "snapshot"
     assert load_config(["--config", str(snapshot / "config.yaml")]).logging.wandb_project == "<MY_SECRET>"
     assert shlex.split((snapshot / "command.txt").read_text())[-1] == "<MY_SECRET>"
-    lines = (snapshot / "job_script.sh").read_text().splitlines()
+    lines = (snapshot / "job_script.sh").read_text().splitlines()[1:]
     assert len(lines) == len(quoted) and all("<MY_SECRET>" in line for line in lines), lines
 
 
-def test_the_longest_secret_is_removed_first(tool: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_secret_is_removed_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("A_TOKEN", "12345678"), ("B_TOKEN", "123456789abc"), ("C_TOKEN", "x12345678y")):
         monkeypatch.setenv(name, value)
-    found = tool.without_secrets("123456789abc 12345678 x12345678y 1234567")
+    found = redacted("123456789abc 12345678 x12345678y 1234567")
     assert found == "<B_TOKEN> <A_TOKEN> <C_TOKEN> 1234567"
 
 
@@ -192,35 +215,139 @@ def test_the_longest_secret_is_removed_first(tool: SimpleNamespace, monkeypatch:
         ("git+https://github.com/a/b@v1.0", "git+https://github.com/a/b@v1.0"),
         ("https://host/@scope/p", "https://host/@scope/p"),
         ("https://host:8080/x", "https://host:8080/x"),
+        ("https://h/x?sv=1&sig=aZ%2f9&se=2", "https://h/x?sv=1&sig=<removed>&se=2"),
+        ("https://h/x?api_key=abc#part", "https://h/x?api_key=<removed>#part"),
+        (
+            "https://h/x?X-Amz-Signature=abc&x-amz-credential=d",
+            "https://h/x?X-Amz-Signature=<removed>&x-amz-credential=<removed>",
+        ),
         ("'https://u:p@h', 'a@b'", "'https://<removed>@h', 'a@b'"),
     ],
 )
-def test_what_a_url_has_in_front_of_its_host_is_removed(
-    tool: SimpleNamespace, url: str, expected: str
-) -> None:
-    assert tool.without_secrets(f"x {url} y") == f"x {expected} y"
+def test_secrets_of_a_url_are_removed(url: str, expected: str) -> None:
+    assert redacted(f"x {url} y") == f"x {expected} y"
 
 
-def test_the_password_of_a_url_is_removed_where_it_stands_alone(
-    tool: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_password_of_a_url_is_removed_where_it_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVICE", "https://user:pass/w@rd1@host/x")
-    assert tool.without_secrets("curl -u user:pass/w@rd1 x") == "curl -u user:<SERVICE> x"
+    assert redacted("curl -u user:pass/w@rd1 x") == "curl -u user:<SERVICE> x"
 
 
-def test_what_scripts_and_commands_give_to_a_secret_name(tool: SimpleNamespace, tmp_path: Path) -> None:
-    script = tmp_path / "job.sh"
-    script.write_text(
-        "export HF_TOKEN=abc\nDB_PASS='x y' run --api-key k1 --api-key=k2 --train.tokens=51e9\n"
-        "export A_TOKEN=$B_TOKEN TOKENIZER=/t\n"
+PLANTED = "sword-fish9"
+SECRET_LINES = [
+    *(f"export {name}={PLANTED}" for name in (
+        "HF_TOKEN", "DB_PW", "DB_CREDS", "AWS_CRED", "DBPASS", "SMTPPASS", "LDAP_BINDPW", "GH_PASSWRD", "CURL_USERPWD", "db-pass",
+    )),
+    f"HF_TOKEN=${{HF_TOKEN:-{PLANTED}}}", f': "${{HF_TOKEN:={PLANTED}}}"', f"HF_TOKEN=$'{PLANTED} b'", f"HF_TOKEN=a\\ {PLANTED}",
+    f'HF_TOKEN="$(echo {PLANTED})"', f"HF_TOKEN=$(echo a {PLANTED})", f"HF_TOKEN=`echo {PLANTED}`", f'HF_TOKEN="a {PLANTED}',
+    f"HF_TOKEN+={PLANTED}", f"TOKENS=(a {PLANTED})", f"setenv HF_TOKEN {PLANTED}", f"set -gx HF_TOKEN {PLANTED}",
+    f"HF_TOKEN=\\\n{PLANTED}", f"run --password \\\n  {PLANTED}", f"run --api-key={PLANTED}", f"srun --export=ALL,HF_TOKEN={PLANTED} x",
+    f"A=$(HF_TOKEN={PLANTED} run)", f"read -r HF_TOKEN <<< {PLANTED}", f"run <<< 'password: {PLANTED}'", f"password: a {PLANTED}",
+    f"password: |\n  {PLANTED}\n", f'{{"api_key": "{PLANTED}", "b": 1}}', f"{{'api_key' : '{PLANTED}'}}",
+    f'curl -H "Authorization: Bearer {PLANTED}"', f"curl -H 'authorization: Digest a, {PLANTED}'", f'curl -H "X-Api-Key: {PLANTED}"',
+    f"curl -u me:{PLANTED} x", f"curl -ume:{PLANTED} x", f"curl --user=me:{PLANTED} x", f"sshpass -p {PLANTED} ssh x",
+    f"sshpass -p'{PLANTED}' ssh x", f"wandb login {PLANTED}", f"wandb login --relogin {PLANTED}", f"docker login -u me -p {PLANTED} x",
+    f"machine h login me password {PLANTED}", f"curl https://h/x?a=1&sig={PLANTED}&b=2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", SECRET_LINES)
+def test_what_is_given_to_a_secret_name_stays_out_of_scripts_and_their_changes(
+    tool: SimpleNamespace, line: str
+) -> None:
+    found = Redaction({}).shell(line)
+    assert PLANTED not in found and re.search("<removed>", found)
+    diff = "".join(f"diff --git a/{name} b/{name}\n+{line}\n" for name in ("a.sh", ".env", "a.yaml"))
+    assert PLANTED not in tool._without_secrets_of_files(diff, Redaction({}))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("HF_TOKEN=$HF_TOKEN", "HF_TOKEN=${HF_TOKEN}", 'export A_KEY="$1" B=c', "HF_TOKEN=", "--train.tokens=51e9", "tokens: 51e9"),
+        *("TOKENIZER=/t", "srun --nodes=2 --mpi=none", "FORWARD=a", "tiktoken==0.14.0", "OLDPWD=/a", "COMPASS=n", "BYPASS=1"),
+    ],
+)  # fmt: skip
+def test_what_is_no_secret_stays(line: str) -> None:
+    assert Redaction({}).shell(line) == line
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a=" * 10**5, "A_KEY=" * 10**5, "a" * 10**6, "A_KEY='" + "x" * 10**6, "\\\n" * 10**5, "(" * 10**5],
+)
+def test_the_time_grows_with_the_text(text: str) -> None:
+    start = time.monotonic()
+    Redaction({}).shell(text)
+    assert time.monotonic() - start < 20
+
+
+def test_of_a_job_script_little_is_recorded(tool: SimpleNamespace) -> None:
+    assert recorded(
+        "#!/bin/bash",
+        "#SBATCH --nodes=2 -n 4 --comment 'x swordfish' --export=ALL,DBX=swordfish -J swordfish  # swordfish",
+        "#SBATCH --gres=gpu:8 -Jswordfish",
+        "#SBATCH --comment='swordfish",
+        "DBX=swordfish curl swordfish; X=swordfish train_on_slurm \"$repository\" --a 'b;c' \\",
+        "    --api-key swordfish # swordfish",
+        "# train_on_slurm swordfish",
+        "cat <<END",
+        "swordfish",
+        "END",
+        "echo swordfish | srun --export=ALL,Q=swordfish python -m megatron_lpa.pretrain --preset tiny/lpa && echo swordfish",
+    ) == (
+        "#SBATCH --nodes=2 -n 4 --comment <removed> --export=<removed> -J <removed>\n"
+        "#SBATCH --gres=gpu:8 -J<removed>\n"
+        "train_on_slurm \"$repository\" --a 'b;c'      --api-key <removed>\n"
+        "-m megatron_lpa.pretrain --preset tiny/lpa\n"
     )
-    assert tool.main(options("--job-script", str(script), "--train.tokens", "51000000000")) == 0
-    snapshot = tmp_path / "runs" / "a run" / "snapshot"
-    assert (snapshot / "job_script.sh").read_text() == (
-        "export HF_TOKEN=<removed>\nDB_PASS=<removed> run --api-key <removed> --api-key=<removed> --train.tokens=51e9\n"
-        "export A_TOKEN=$B_TOKEN TOKENIZER=/t\n"
-    )
-    assert (snapshot / "command.txt").read_text().endswith("--train.tokens 51000000000\n")
+
+
+def outside(tmp_path: Path) -> Path:
+    """Somebody else's folder, with a file."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    (folder / "file").write_text("theirs\n")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "fifo", "folder"])
+@pytest.mark.parametrize(
+    "name", ["logs", "logs/starts.jsonl", "snapshot", "checkpoints", "logs/7.0/rank_0000.log"]
+)
+def test_nothing_is_written_where_a_strangers_run_folder_leads(
+    tool: SimpleNamespace, tmp_path: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = outside(tmp_path)
+    path = tmp_path / "runs" / "a run" / name
+    path.parent.mkdir(parents=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "hard link":
+        os.link(theirs / "file", path)
+    else:
+        path.symlink_to(theirs / "nothing" if kind == "dangling" else theirs)
+    before = sorted(tmp_path.rglob("*"))
+    code = tool.main(options())
+    printed = capsys.readouterr()
+    assert [path.name for path in theirs.iterdir()] == ["file"]
+    assert (theirs / "file").read_text() == "theirs\n"
+    belongs_there = (kind == "folder") == ("." not in name) or (kind == "hard link" and name.endswith(".log"))
+    if kind in ("link", "dangling", "fifo") or not belongs_there:
+        assert code == 78
+        assert printed.err.count("\n") == 1 and str(path.relative_to(tmp_path)) in printed.err, printed.err
+        assert name == "logs/starts.jsonl" or sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_file_in_place_of_the_run_folder(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a run").touch()
+    assert tool.main(options()) == 78
+    assert capsys.readouterr().err.startswith("error: runs/a run: no folder")
 
 
 def test_no_words_of_the_users_come_with_the_job(
@@ -260,11 +387,9 @@ def test_the_snapshot_has_the_umasks_permissions(tool: SimpleNamespace, tmp_path
     assert {path.stat().st_mode & 0o777 for path in snapshot.iterdir()} == {0o600}
 
 
-def test_a_secret_that_looks_like_a_path_too_long_for_one(
-    tool: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_secret_that_looks_like_a_path_too_long_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_KEY", "/" + "x" * 5000)
-    assert tool.without_secrets("/" + "x" * 5000) == "<SOME_KEY>"
+    assert redacted("/" + "x" * 5000) == "<SOME_KEY>"
 
 
 def test_a_damaged_record_of_the_first_start_is_told_of_and_stops_nothing(
