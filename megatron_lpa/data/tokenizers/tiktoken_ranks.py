@@ -160,7 +160,7 @@ def _parse_ranks(data: bytes, file: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = _not_negative(int(rank))
         except (ValueError, binascii.Error) as error:
             raise UserError(
-                f"{file}:{number}: not '<base64> <rank>', so this is not a tiktoken rank file ({error})"
+                f"{file}:{number}: not '<base64> <rank>', so this is not a tiktoken rank file ({first_line(error)})"
             ) from error
     check_ids(ranks.values(), len(ranks), f"{file}: a token")
     if len(set(ranks.values())) < len(ranks):
