@@ -30,6 +30,8 @@ LASTING = (
 )  # fmt: skip
 """What a file system says of names and permissions, for good. Everything else may be gone at the next attempt."""
 
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
 """What file systems say that cannot bring a folder's names to disk."""
 
@@ -69,6 +71,95 @@ def patiently(read: Callable[[], Result], path: str | os.PathLike[str], done: st
                 ) from error
             time.sleep(pause_s)
     raise AssertionError("the last attempt returns or raises")
+
+
+def from_disk(read: Callable[[], Result], path: str | os.PathLike[str]) -> Result:
+    """What ``read`` gives, see :func:`patiently`.
+
+    Raises:
+        UserError: the file system says for good that it cannot be read.
+        TryAgain: no attempt succeeded.
+    """
+    try:
+        return patiently(read, path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str | os.PathLike[str], error: OSError) -> UserError:
+    """What to raise of an error in reading ``path``: :class:`TryAgain` where it may be gone at the next attempt."""
+    kind = UserError if error.errno in LASTING else TryAgain
+    return kind(
+        f"{error.filename or path}: cannot be read ({error.strerror or error}); check the path and its permissions"
+    )
+
+
+def status(path: str | os.PathLike[str], follow_links: bool = True) -> os.stat_result | None:
+    """What the file system says of a file; None where there is none, as where a link leads to nothing.
+
+    ``Path.is_file`` and its like are not used: some versions of Python take any error of the disk for "no such file".
+
+    Args:
+        path: the file.
+        follow_links: else it is a link's own status.
+
+    Raises:
+        UserError: it may not be looked at, or no file can be called so.
+        TryAgain: the disk does not answer.
+    """
+
+    def look() -> os.stat_result | None:
+        try:
+            return os.stat(path) if follow_links else os.lstat(path)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return None
+            raise
+
+    try:
+        return from_disk(look, path)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{os.fspath(path)!r}: no file can be called so ({error})") from None
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is anything called so. Raises as :func:`status`."""
+    return status(path) is not None
+
+
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a regular file. Raises as :func:`status`."""
+    found = status(path)
+    return found is not None and stat.S_ISREG(found.st_mode)
+
+
+def is_dir(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a folder. Raises as :func:`status`."""
+    found = status(path)
+    return found is not None and stat.S_ISDIR(found.st_mode)
+
+
+def is_link(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a symbolic link, wherever that leads. Raises as :func:`status`."""
+    found = status(path, follow_links=False)
+    return found is not None and stat.S_ISLNK(found.st_mode)
+
+
+def refuse_link(path: str | os.PathLike[str], why: str) -> None:
+    """Nothing behind a link is read or changed: that may be somebody else's. What is not there is none.
+
+    Args:
+        path: what must not be a link.
+        why: the rest of the message, after "a link".
+
+    Raises:
+        UnusableFile: it is one.
+        UserError, TryAgain: as :func:`status`.
+    """
+    if is_link(path):
+        raise UnusableFile(f"{path}: a link, {why}")
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -205,7 +296,7 @@ def tree_digest(folder: str | os.PathLike[str], patterns: Sequence[str] = ("*",)
         OSError, TryAgain: as ``read_bytes``.
     """
     top, digest = Path(folder), hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in top.rglob(pattern) if path.is_file()}):
+    for path in sorted({path for pattern in patterns for path in top.rglob(pattern) if is_file(path)}):
         content = read_bytes(path)
         digest.update(f"{path.relative_to(top).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -47,6 +48,7 @@ from megatron_lpa.engine.reshard import fragment_key, shard_name
 from megatron_lpa.engine.store import (
     Retention,
     check_free_space,
+    due_at,
     finite_or_none,
     partial_of,
     prune,
@@ -56,6 +58,7 @@ from megatron_lpa.engine.store import (
 from megatron_lpa.engine.tensor_file import write_tensors
 from megatron_lpa.engine.weights import copied_weights, gathered_weights, write_weights
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import patiently
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.parallel.agreement import gather_json, gather_messages, largest_of_all
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -86,7 +89,7 @@ def _guarded(work: Callable[[], list[WrittenFile]], groups: ParallelGroups) -> l
     failure = None
     try:
         files = work()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UserError) as error:
         failure = str(error)
     failures = gather_messages(failure, groups)
     if failures:
@@ -197,7 +200,7 @@ class Saving:
         self._files = own
 
     def _outcome(self) -> list[WrittenFile]:
-        if isinstance(self._failure, (OSError, RuntimeError)):
+        if isinstance(self._failure, (OSError, RuntimeError, UserError)):
             raise self._failure
         if (
             self._failure is not None
@@ -292,7 +295,7 @@ def _checkpoint_bytes(engine: Engine, kinds: int) -> int:
 def _check_shared(partial: Path, files: Sequence[WrittenFile]) -> None:
     for file in files:
         path = partial / file.name
-        if size_of(path) != file.bytes:
+        if patiently(functools.partial(size_of, path), path) != file.bytes:
             raise OSError(
                 f"{path}: written by another process but not seen here; all machines need one file system"
             )
@@ -318,6 +321,7 @@ def _manifest(
         "progress": dataclasses.asdict(progress),
         "validation_loss": finite_or_none(validation_loss),
         "decisions": dataclasses.asdict(decisions),
+        "at_interval": due_at(progress.step, engine.config.train.checkpoint_interval),
         "layout": layout_of(engine),
         "order": dataclasses.asdict(order),
         "model": dataclasses.asdict(engine.config.model),

@@ -17,11 +17,11 @@ from megatron_lpa.engine.manifest import (
     checkpoint_folders,
     read_manifest,
     step_of,
-    undamaged,
     verify_files,
 )
 from megatron_lpa.engine.reshard import MASTER, MOMENTS, StateReader, shard_box
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import is_dir
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -146,9 +146,9 @@ def find_source(path: Path, step: int | None = None) -> Source:
         UserError: no such folder or step, no intact checkpoint, or one of another version.
         TryAgain: the disk does not give a file; no older checkpoint is taken for that.
     """
-    if not undamaged(path.is_dir, path):
+    if not is_dir(path):
         raise UserError(f"{path}: no such folder; give a checkpoint, or a run folder such as runs/tiny-lpa")
-    if not undamaged((path / "checkpoints").is_dir, path):
+    if not is_dir(path / "checkpoints"):
         if step is not None:
             raise UserError(f"{path} is not a run folder: leave --step out, or give the folder of the run")
         return _verified(path)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from megatron_lpa.engine.manifest_schema import check_manifest
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import UnusableFile, patiently, read_json, sha256
+from megatron_lpa.files import UnusableFile, exists, is_dir, patiently, read_json, refuse_link, sha256
 
 Result = TypeVar("Result")
 
@@ -146,23 +146,13 @@ def paths_in(folder: Path, pattern: str) -> list[Path]:
     return undamaged(look, folder)
 
 
-def _mode_of(path: Path) -> int:
-    """What a path leads to, as in ``st_mode``; 0 where it leads to nothing."""
-    try:
-        return os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return 0
-
-
 def checkpoint_folders(folder: Path) -> list[Path]:
     """Folders called as checkpoints are, oldest first, whatever state they are in.
 
     Raises:
         TryAgain, UserError: as ``paths_in``.
     """
-    named = paths_in(folder, r"step_[0-9]{8,}")
-    found = [path for path in named if stat.S_ISDIR(undamaged(functools.partial(_mode_of, path), path))]
-    return sorted(found, key=step_of)
+    return sorted((path for path in paths_in(folder, r"step_[0-9]{8,}") if is_dir(path)), key=step_of)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -171,19 +161,12 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     Raises:
         TryAgain, UserError: as ``paths_in``.
     """
-    return [
-        path
-        for path in checkpoint_folders(folder)
-        if undamaged(functools.partial(_mode_of, path / MANIFEST), path / MANIFEST)
-    ]
+    return [path for path in checkpoint_folders(folder) if exists(path / MANIFEST)]
 
 
-def _refuse_link(path: Path) -> None:
+def _inside(path: Path) -> None:
     """Nothing outside of the checkpoint is read, whatever a name in it leads to."""
-    if stat.S_ISLNK(undamaged(functools.partial(os.lstat, path), path).st_mode):
-        raise DamagedCheckpoint(
-            f"{path}: a link, which may lead out of the checkpoint; put what it leads to in its place"
-        )
+    refuse_link(path, "which may lead out of the checkpoint; put what it leads to in its place")
 
 
 def described(checkpoint: Path, complete: bool = True) -> dict[str, Any]:
@@ -202,12 +185,13 @@ def described(checkpoint: Path, complete: bool = True) -> dict[str, Any]:
         UserError: it is of another version, or must not be read.
     """
     path = checkpoint / MANIFEST
+
+    def read() -> Any:
+        _inside(path)
+        return read_json(path, MOST_MANIFEST_BYTES)
+
     try:
-        _refuse_link(path)
-    except DamagedCheckpoint as error:
-        raise DamagedCheckpoint(f"{error}; {checkpoint} is not a complete checkpoint") from error
-    try:
-        manifest = undamaged(functools.partial(read_json, path, MOST_MANIFEST_BYTES), path)
+        manifest = undamaged(read, path)
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{error}: not a checkpoint manifest; delete {checkpoint}") from error
     try:
@@ -275,7 +259,7 @@ def read_manifest(checkpoint: Path, under: str = "") -> dict[str, Any]:
                 f"{checkpoint} to continue from an earlier checkpoint"
             )
     for folder in sorted({name.partition("/")[0] for name in names}):
-        _refuse_link(checkpoint / folder)
+        undamaged(functools.partial(_inside, checkpoint / folder), checkpoint / folder)
     return manifest
 
 

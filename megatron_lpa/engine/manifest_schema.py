@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_lpa.config import ModelConfig
+from megatron_lpa.engine.decisions import decisions_from_json
 
 FOLDERS = ("state", "weights")
 """The folders of a checkpoint; every file but the manifest lies in one of them."""
@@ -196,6 +197,10 @@ def _parameter_name(name: str, key: str) -> None:
     _text(name, f"a name in {key}", True)
 
 
+def _decisions(value: Any, key: str, complete: bool) -> None:
+    decisions_from_json(value)
+
+
 _COUNT = _whole(0, MOST_COUNT)
 _MANIFEST = _section(
     {
@@ -211,6 +216,8 @@ _MANIFEST = _section(
             newer=("skipped_samples",),
         ),
         "validation_loss": _or_none(_number),
+        "decisions": _decisions,
+        "at_interval": _truth,
         "layout": _section(
             {
                 "tensor_parallel_size": _whole(1, MOST_PROCESSES),
@@ -249,5 +256,5 @@ _MANIFEST = _section(
         ),
     },
     always=("progress", "files"),
-    newer=("validation_loss",),
+    newer=("validation_loss", "decisions", "at_interval"),
 )

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_lpa.engine.store import check_free_space, partial_of
+from megatron_lpa.engine.store import check_free_space, fsync_tree, partial_of
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import fsync_folder
 
@@ -41,10 +41,7 @@ def new_folder(output: Path, needed_bytes: int) -> Iterator[Path]:
             ) from None
         try:
             yield partial
-            for inside in partial.rglob("*"):
-                if inside.is_dir():
-                    fsync_folder(inside)
-            fsync_folder(partial)
+            fsync_tree(partial)
             _refuse_existing(output)
             os.rename(partial, output)
             fsync_folder(output.parent)

@@ -87,7 +87,7 @@ def _keep_house(loaded: Path, skipped: Sequence[tuple[Path, str]], retention: Re
     for path, reason in skipped:
         try:
             set_aside(path, reason)
-        except OSError as error:
+        except (OSError, UserError) as error:
             renamed = False
             print(f"warning: {path} cannot be renamed: {error}", file=sys.stderr, flush=True)
     if renamed:  # else the damaged one would count as the newest, and the intact one could go
@@ -102,16 +102,16 @@ def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Res
         UserError: another model or order; the message lists what differs.
     """
     groups = engine.groups
-    found: list[Any] = []
+    found: list[dict[str, Any]] = []
 
     def verify() -> None:
         """Each rank compares its part of all files with their hashes."""
         manifest = read_manifest(checkpoint)
         verify_files(checkpoint, manifest, sorted(manifest["files"])[groups.rank :: groups.world_size])
-        found.extend((manifest, _decisions(checkpoint, manifest)))
+        found.append(manifest)
 
     _undamaged(verify, groups)
-    manifest, decisions = found
+    (manifest,) = found
     notes = together(lambda: _compared(checkpoint, manifest, engine, order), groups)
     where.before_restoring(engine)
     _undamaged(lambda: _restore(engine, checkpoint, manifest), groups)
@@ -120,18 +120,8 @@ def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Res
     engine.ds.global_steps = progress.step
     engine.ds.global_samples = progress.consumed_samples
     engine.skipped_steps = manifest["state"]["skipped_steps"]
+    decisions = decisions_from_json(manifest["decisions"]) if "decisions" in manifest else None
     return Resumed(checkpoint, progress, manifest["checksum"], decisions, notes)
-
-
-def _decisions(checkpoint: Path, manifest: dict[str, Any]) -> Decisions | None:
-    if "decisions" not in manifest:
-        return None
-    try:
-        return decisions_from_json(manifest["decisions"])
-    except ValueError as error:
-        raise DamagedCheckpoint(
-            f"{checkpoint / MANIFEST}: {error}; delete {checkpoint} to continue from an earlier checkpoint"
-        ) from error
 
 
 def _undamaged(work: Callable[[], None], groups: ParallelGroups) -> None:

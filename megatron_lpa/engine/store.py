@@ -9,6 +9,7 @@ damaged from outside. What is on its way in or out has a name of its own:
 | ``.step_NNNNNNNN.removed`` | being removed | removes it |
 | ``.step_NNNNNNNN.replaced`` | an older one of the same step, until the new one has its name | gives it its name back if that is free |
 | ``damaged_step_NNNNNNNN`` | found damaged and skipped, with a note inside | nothing |
+| ``passed_step_NNNNNNNN`` | written after the one that the run went back to, and kept by a rule | nothing |
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import contextlib
 import math
 import os
 import shutil
+import stat
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_lpa.config import TrainConfig
 from megatron_lpa.engine.manifest import (
@@ -31,8 +33,8 @@ from megatron_lpa.engine.manifest import (
     paths_in,
     step_of,
 )
-from megatron_lpa.errors import UserError
-from megatron_lpa.files import fsync_folder, new_file
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import exists, fsync_folder, is_link, new_file, patiently, refuse_link, status
 
 NOTE = "DAMAGED.txt"
 REPLACED = r"\.step_.*\.replaced"
@@ -46,8 +48,9 @@ class Retention:
         newest: how many of the newest; 0 keeps all.
         every: those whose step is a multiple of this; 0 turns the rule off.
         best: the one with the lowest validation loss, among those at whose step validation ran.
-        interval: the newest one whose step is a multiple of this: a run goes back to it, however many were written
-            since then because the run was stopped. 0 turns the rule off.
+        interval: that of the run today. The newest one that was due at its interval when it was written stays: a run
+            goes back to it, however many were written since then because the run was stopped. Manifests of earlier
+            versions do not say; there a multiple of this is taken for due.
     """
 
     newest: int = 0
@@ -85,26 +88,41 @@ def remove(path: Path) -> None:
 
     Raises:
         OSError: something cannot be removed.
+        TryAgain: the disk does not say what it is.
     """
+    found = status(path, follow_links=False)
+    if found is None:
+        return
     with contextlib.suppress(FileNotFoundError):
-        if path.is_symlink() or not path.is_dir():
-            path.unlink()
-        else:
+        if stat.S_ISDIR(found.st_mode):
             shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
-def _refuse_link(path: Path) -> None:
-    """Nothing is renamed, removed or written behind a link: that may be somebody else's.
-
-    Raises:
-        OSError: it is one.
-    """
-    if path.is_symlink():
-        raise OSError(f"{path} is a link: nothing behind it is changed")
+def _own(path: Path) -> None:
+    """Nothing is renamed, removed or written behind a link. Raises as ``files.refuse_link``."""
+    refuse_link(path, "and nothing behind it is changed; put what it leads to in its place")
 
 
 def _warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make the names in a folder, and in its folders, survive a power cut. Links are not followed.
+
+    Raises:
+        OSError: the disk failed.
+        TryAgain: it does not list a folder.
+    """
+
+    def failed(error: OSError) -> None:
+        raise error
+
+    # Listing is tried again, fsync is not: one that failed may have dropped what a second one then calls written.
+    for inside in patiently(lambda: [path for path, _, _ in os.walk(folder, onerror=failed)], folder):
+        fsync_folder(inside)
 
 
 def publish(final: Path, manifest: str) -> None:
@@ -114,27 +132,25 @@ def publish(final: Path, manifest: str) -> None:
 
     Raises:
         OSError: nothing has the name then, or what had it before.
+        TryAgain: likewise; the disk does not say whether something has the name.
     """
     partial, replaced = partial_of(final), _replaced(final)
-    for inside in partial.rglob("*"):
-        if inside.is_dir():
-            fsync_folder(inside)
     write_durably(partial / MANIFEST, manifest)
-    fsync_folder(partial)
-    if final.exists():
+    fsync_tree(partial)
+    if exists(final):
         remove(replaced)
         os.rename(final, replaced)
     try:
         os.rename(partial, final)
     except OSError:
-        if not final.exists():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
+            if not exists(final):
                 os.rename(replaced, final)
         raise
     try:
         fsync_folder(final.parent)
         remove(replaced)
-    except OSError as error:
+    except (OSError, UserError) as error:
         _warn(f"{final} is complete, but its folder could not be brought to disk or tidied: {error}")
 
 
@@ -144,10 +160,11 @@ def tidy(folder: Path) -> None:
     What cannot be removed is a warning: nothing depends on it.
 
     Raises:
-        OSError: a checkpoint cannot be given its name back, or the folder is a link.
+        UnusableFile: the folder is a link.
+        OSError: a checkpoint cannot be given its name back.
         TryAgain: the disk does not say what is there.
     """
-    _refuse_link(folder)
+    _own(folder)
     for path in paths_in(folder, REPLACED):
         final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
         if not os.path.lexists(final):
@@ -155,7 +172,7 @@ def tidy(folder: Path) -> None:
     for path in paths_in(folder, r"\.step_.*\.(partial|removed|replaced)"):
         try:
             remove(path)
-        except OSError as error:
+        except (OSError, UserError) as error:
             _warn(f"what a killed process left cannot be removed: {error}")
 
 
@@ -176,25 +193,57 @@ def set_aside(checkpoint: Path, reason: str) -> Path:
         Its new path.
 
     Raises:
-        OSError: it cannot be renamed, or it is a link.
+        OSError: it cannot be renamed.
+        UnusableFile: it is a link, or in one.
+        TryAgain: the disk does not answer.
     """
     for path in (checkpoint.parent, checkpoint):
-        _refuse_link(path)
-    target = checkpoint.with_name(f"damaged_{checkpoint.name}")
-    number = 1
-    while os.path.lexists(target):
-        number += 1
-        target = checkpoint.with_name(f"damaged_{checkpoint.name}.{number}")
+        _own(path)
     note = (
         f"This checkpoint was skipped when its run was resumed:\n{reason}\n\n"
         f"If it has been mended, rename the folder to {checkpoint.name}. Otherwise it can be deleted.\n"
     )
     with contextlib.suppress(OSError):  # a full disk must not keep it from getting out of the way
         write_durably(checkpoint / NOTE, note)
+    return _renamed(checkpoint, "damaged")
+
+
+def _renamed(checkpoint: Path, why: str) -> Path:
+    """``WHY_step_NNNNNNNN``, which nothing loads, counts or removes; with a number where that name is taken."""
+    target = checkpoint.with_name(f"{why}_{checkpoint.name}")
+    number = 1
+    while status(target, follow_links=False) is not None:
+        number += 1
+        target = checkpoint.with_name(f"{why}_{checkpoint.name}.{number}")
     os.rename(checkpoint, target)
     with contextlib.suppress(OSError):
         fsync_folder(target.parent)
     return target
+
+
+def _sound(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Checkpoints whose manifests can be used, oldest first, and what these say. No links."""
+    found = {}
+    for path in complete_checkpoints(folder):
+        with contextlib.suppress(UserError):
+            if not is_link(path):
+                found[path] = described(path)
+    return found
+
+
+def _named(sound: dict[Path, dict[str, Any]], retention: Retention) -> dict[Path, str]:
+    """Checkpoints that are kept whatever comes later, and the setting that says so."""
+    if not retention.newest:
+        return dict.fromkeys(sound, "train.keep_checkpoints=0")
+    named = {}
+    known = [(said["validation_loss"], -step_of(path), path) for path, said in sound.items()]
+    known = [entry for entry in known if entry[0] is not None]
+    if retention.best and known:
+        named[min(known)[2]] = "train.keep_best"
+    for path in sound:
+        if retention.every and step_of(path) % retention.every == 0:
+            named[path] = f"train.keep_every={retention.every}"
+    return named
 
 
 def expendable(folder: Path, retention: Retention) -> list[Path]:
@@ -202,53 +251,100 @@ def expendable(folder: Path, retention: Retention) -> list[Path]:
 
     One whose manifest cannot be used is none of them, and counts for no rule. So does a link.
     """
-    losses: dict[Path, float | None] = {}
-    for path in complete_checkpoints(folder):
-        if path.is_symlink():
-            continue
-        try:
-            losses[path] = described(path)["validation_loss"]
-        except UserError:
-            continue
-    sound = list(losses)
-    if not retention.newest:
-        return []
-    kept = set(sound[-retention.newest :])
-    if retention.every:
-        kept |= {path for path in sound if step_of(path) % retention.every == 0}
-    kept |= set(of_interval(sound, retention.interval)[-1:])
-    if retention.best:
-        known = [(loss, -step_of(path), path) for path, loss in losses.items() if loss is not None]
-        kept |= {min(known)[2]} if known else set()
+    sound = _sound(folder)
+    due = [path for path, said in sound.items() if _was_due(path, said, retention.interval)]
+    kept = {*list(sound)[-retention.newest :], *due[-1:], *_named(sound, retention)}
     return [path for path in sound if path not in kept]
 
 
 def prune(folder: Path, retention: Retention) -> None:
     """Remove what no rule keeps; a failure is a warning, as nothing depends on it."""
     try:
-        _refuse_link(folder)
+        _own(folder)
         found = expendable(folder, retention)
     except (OSError, UserError) as error:
         _warn(f"old checkpoints are not removed: {error}")
         return
-    remove_checkpoints(found)
 
-
-def of_interval(checkpoints: Iterable[Path], interval: int) -> list[Path]:
-    """Those that a run which is never stopped has as well; none without an interval."""
-    return [path for path in checkpoints if interval and step_of(path) % interval == 0]
-
-
-def remove_checkpoints(checkpoints: Iterable[Path]) -> None:
-    """Remove checkpoints; a failure is a warning, as nothing depends on it."""
-    for path in checkpoints:
-        removed = path.with_name(f".{path.name}.removed")
+    for path in found:
         try:
-            remove(removed)
-            os.rename(path, removed)
-            remove(removed)
-        except OSError as error:
+            _remove_checkpoint(path)
+        except (OSError, UserError) as error:
             _warn(f"an old checkpoint cannot be removed: {error}")
+
+
+def due_at(step: int, interval: int) -> bool:
+    """Whether a run that is never stopped has a checkpoint of this step; never without an interval."""
+    return bool(interval) and step % interval == 0
+
+
+def _was_due(checkpoint: Path, said: dict[str, Any], interval: int) -> bool:
+    """Whether it was due at its interval when it was written; by today's where its manifest does not say."""
+    return bool(said.get("at_interval", due_at(step_of(checkpoint), interval)))
+
+
+def to_go_back_to(folder: Path, interval: int) -> list[Path]:
+    """Checkpoints, those that are to be tried first last: the newest that were due at their interval, then the newest.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        interval: that of the run today, for manifests that do not say.
+
+    Raises:
+        TryAgain, UserError: as ``checkpoint_folders``; the disk does not give a manifest.
+    """
+
+    def rank(path: Path) -> tuple[bool, int]:
+        try:
+            said = described(path)
+        except TryAgain:
+            raise
+        except UserError:  # whoever loads it tells why it cannot be used
+            said = {}
+        return _was_due(path, said, interval), step_of(path)
+
+    return sorted(checkpoint_folders(folder), key=rank)
+
+
+def pass_over(folder: Path, step: int, retention: Retention) -> list[str]:
+    """Get what is later than ``step`` out of the way of the next start, which would go on from it.
+
+    What a rule keeps for good, or cannot be used as it is, becomes ``passed_step_NNNNNNNN``; the rest is removed.
+
+    Returns:
+        For the user: what became of each, also where that failed.
+
+    Raises:
+        TryAgain, UserError: as ``checkpoint_folders``; the folder is a link.
+    """
+    _own(folder)
+    sound = _sound(folder)
+    named = _named(sound, retention)
+    notes = []
+    # The newest first: of a process that is killed amid this, the next start goes on from the earliest left.
+    for path in reversed(checkpoint_folders(folder)):
+        if step_of(path) <= step:
+            continue
+        kept = f"{named[path]} keeps it" if path in named else "its manifest cannot be used"
+        try:
+            if path in named or path not in sound:
+                target = _renamed(path, "passed")
+                notes.append(f"{path.name} is now {target.name}: the run goes back behind it, and {kept}")
+            else:
+                _remove_checkpoint(path)
+                notes.append(f"{path.name} is removed: the run goes back behind it, and no rule keeps it")
+        except (OSError, UserError) as error:
+            notes.append(
+                f"{path.name} cannot be got out of the way ({error}): the next start goes on from it"
+            )
+    return notes
+
+
+def _remove_checkpoint(path: Path) -> None:
+    removed = path.with_name(f".{path.name}.removed")
+    remove(removed)
+    os.rename(path, removed)
+    remove(removed)
 
 
 def check_free_space(folder: Path, needed_bytes: int) -> None:
@@ -256,8 +352,9 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
 
     Raises:
         OSError: too little.
+        TryAgain: the disk does not say.
     """
-    free = shutil.disk_usage(folder).free
+    free = patiently(lambda: shutil.disk_usage(folder).free, folder)
     if free < needed_bytes:
         raise OSError(f"{folder}: a checkpoint takes {_size(needed_bytes)} but {_size(free)} are free")
 

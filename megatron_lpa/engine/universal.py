@@ -26,6 +26,7 @@ Three traps of DeepSpeed 0.19.8's loader decide what is in them:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 from pathlib import Path
@@ -35,10 +36,11 @@ import torch
 
 from megatron_lpa.engine.convert import Converted
 from megatron_lpa.engine.convert_source import Parameter, Source, SourceState
+from megatron_lpa.engine.manifest import size_of
 from megatron_lpa.engine.new_folder import new_folder
 from megatron_lpa.engine.reshard import MASTER, MOMENTS
 from megatron_lpa.engine.store import write_durably
-from megatron_lpa.files import new_file, sha256
+from megatron_lpa.files import new_file, patiently, sha256
 
 LATEST = "latest_universal"
 SUMS = "SHA256SUMS"
@@ -74,7 +76,7 @@ def write_universal(source: Source, output: Path, lowdim_layout: str | None = No
                 raise OSError(f"{folder / name} reads back otherwise than it was written")
         write_durably(folder / SUMS, "".join(f"{value}  {name}\n" for name, value in sums.items()))
         write_durably(partial / LATEST, tag)
-        written = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        written = sum(patiently(functools.partial(size_of, path), path) or 0 for path in partial.rglob("*"))
     return Converted(output, len(sums) + 2, written)
 
 

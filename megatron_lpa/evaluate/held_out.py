@@ -17,6 +17,7 @@ from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
 from megatron_lpa.data.tokenizers.loading import load_tokenizer
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.evaluate.trained import CONFIG, TrainedRun, found_again
+from megatron_lpa.files import is_dir
 
 _BLOCK_SAMPLES = 1024
 
@@ -146,7 +147,7 @@ def _refuse_other_data(run: TrainedRun, splits: Splits) -> None:
 def _fingerprint_of(run: TrainedRun) -> tuple[str, str] | None:
     """The fingerprint of the run's tokenizer, and where it is known from."""
     copy = run.folder / "tokenizer"
-    if copy.is_dir():
+    if is_dir(copy):
         return load_tokenizer(str(copy)).fingerprint, str(copy)
     for _, recorded in _training_prefixes(run.config.data):
         own = found_again(recorded, run.config, run.folder, ".idx")

@@ -15,11 +15,11 @@ from megatron_lpa.engine.manifest import (
     MANIFEST,
     complete_checkpoints,
     read_manifest,
-    undamaged,
     verify_files,
 )
 from megatron_lpa.engine.weights_reader import load_decoder
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import exists, is_dir
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
 
@@ -84,11 +84,11 @@ def find_checkpoint(path: Path, step: int | None = None) -> tuple[Path, Path]:
     """``(run folder, checkpoint folder)`` of a path that names either.
 
     Raises:
-        UserError: as :func:`load_run`.
+        UserError, TryAgain: as :func:`load_run`.
     """
-    if not undamaged(path.is_dir, path):
+    if not is_dir(path):
         raise UserError(f"{path}: no such folder; give a run folder such as runs/tiny-lpa")
-    if undamaged((path / MANIFEST).is_file, path / MANIFEST):
+    if exists(path / MANIFEST):
         if step is not None:
             raise UserError(f"{path} is one checkpoint already; leave --step out, or give the run folder")
         return path.resolve().parents[1], path
@@ -109,9 +109,14 @@ def find_checkpoint(path: Path, step: int | None = None) -> tuple[Path, Path]:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The configuration that a run folder records."""
+    """The configuration that a run folder records.
+
+    Raises:
+        UserError: there is none, or it is no configuration.
+        TryAgain: the disk does not give it.
+    """
     path = folder / CONFIG
-    if not path.is_file():
+    if not exists(path):
         raise UserError(f"{path}: no such file; {folder} is not a run folder, or was copied without it")
     return load_config(["--config", str(path)])
 
@@ -139,6 +144,8 @@ def _tokenizer_of(config: RunConfig, folder: Path, override: str | None) -> Toke
         assert recorded is not None
         try:
             tokenizer = load_tokenizer(_recorded_tokenizer(recorded, config, folder))
+        except TryAgain:
+            raise
         except UserError as error:
             raise UserError(
                 f"{folder / CONFIG}: data.tokenizer cannot be used: {error}; give --tokenizer"
@@ -154,7 +161,7 @@ def _tokenizer_of(config: RunConfig, folder: Path, override: str | None) -> Toke
 def _recorded_tokenizer(recorded: str, config: RunConfig, folder: Path) -> str:
     """The copy that the run keeps; without it, the recorded name."""
     copy = folder / "tokenizer"
-    return str(copy) if copy.is_dir() else found_again(recorded, config, folder)
+    return str(copy) if is_dir(copy) else found_again(recorded, config, folder)
 
 
 def found_again(recorded: str, config: RunConfig, folder: Path, suffix: str = "") -> str:
@@ -167,13 +174,17 @@ def found_again(recorded: str, config: RunConfig, folder: Path, suffix: str = ""
         config: of the run.
         folder: of the run.
         suffix: of the file that is there, if the path is a prefix.
+
+    Raises:
+        UserError: a path may not be looked at.
+        TryAgain: the disk does not answer.
     """
-    if Path(f"{recorded}{suffix}").exists() or config.logging.name is None:
+    if exists(f"{recorded}{suffix}") or config.logging.name is None:
         return recorded
     run = Path(config.logging.run_dir) / config.logging.name
     here = folder.resolve()
     if here.parts[-len(run.parts) :] == run.parts:
         there = Path(*here.parts[: -len(run.parts)]) / recorded
-        if Path(f"{there}{suffix}").exists():
+        if exists(f"{there}{suffix}"):
             return str(there)
     return recorded

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa.engine.decisions import AT_START, Decisions, decisions_from_json, whole_number
-from megatron_lpa.engine.manifest import checkpoint_folders, step_of
 from megatron_lpa.engine.resume import Resumed, load_newest
-from megatron_lpa.engine.store import of_interval, remove_checkpoints
+from megatron_lpa.engine.store import pass_over, retention_of, to_go_back_to
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import UnusableFile, read_json, write_whole
 from megatron_lpa.parallel.agreement import from_first, together
@@ -30,9 +29,10 @@ DIVERGED = (
 def roll_back(run: Run, reason: str) -> Resumed:
     """Replace the state by a checkpoint's; the data since then is passed over. Every rank calls it.
 
-    It is the newest of those at ``train.checkpoint_interval``, which a run that was never stopped has as well: when a
-    run is stopped must not decide what it becomes. Without one it is the newest there is. What was written after it
-    is removed, or the next start would go on from there.
+    It is the newest of those that were due at ``train.checkpoint_interval`` when they were written, which a run that
+    was never stopped has as well: when a run is stopped must not decide what it becomes. Without one it is the newest
+    there is. What was written after it is renamed where a rule keeps it, else removed, or the next start would go on
+    from there.
 
     Returns:
         What the run continues from.
@@ -41,7 +41,12 @@ def roll_back(run: Run, reason: str) -> Resumed:
         UserError: on all ranks: there is no checkpoint, or ``train.max_rollbacks`` is used up.
     """
     groups, bad = run.engine.groups, run.progress
-    names = from_first(together(lambda: _candidates(run) if run.is_main else [], groups), groups)
+    interval = run.config.train.checkpoint_interval
+
+    def candidates() -> list[str]:
+        return [path.name for path in to_go_back_to(run.checkpoints, interval)] if run.is_main else []
+
+    names = from_first(together(candidates, groups), groups)
     at = f"step {bad.step}: {reason}"
     if not names:
         raise UserError(f"{at}, and there is no checkpoint to go back to: {DIVERGED}")
@@ -54,22 +59,15 @@ def roll_back(run: Run, reason: str) -> Resumed:
     run.progress = dataclasses.replace(resumed.progress, skipped_samples=skipped)
     run.decisions = run.decisions.after_going_back(resumed.decisions or AT_START)
     run.saved_step = resumed.progress.step
-    notes = from_first(_settle(run, resumed) if run.is_main else [], groups)
+    notes = from_first(together(lambda: _settle(run, resumed) if run.is_main else [], groups), groups)
     return dataclasses.replace(resumed, notes=(*resumed.notes, *notes))
-
-
-def _candidates(run: Run) -> list[str]:
-    """Names of checkpoints, those that are tried first last."""
-    found = checkpoint_folders(run.checkpoints)
-    preferred = of_interval(found, run.config.train.checkpoint_interval)
-    return [path.name for path in (*(path for path in found if path not in preferred), *preferred)]
 
 
 def _settle(run: Run, resumed: Resumed) -> list[str]:
     """Make the next start go on from here, should the run be killed before its next checkpoint.
 
     Returns:
-        For the user: what was removed, and what could not be done, as on a full disk: nothing that a run has to end for.
+        For the user: what was renamed or removed, and what could not be done, as on a full disk: nothing that a run has to end for.
     """
     if run.lock is not None and not run.lock.still_held():  # another run may be writing there
         return []
@@ -88,16 +86,10 @@ def _settle(run: Run, resumed: Resumed) -> list[str]:
             f"{path} cannot be written ({error}): a start before the next checkpoint would read the bad data again"
         )
     try:
-        later = [
-            checkpoint for checkpoint in checkpoint_folders(run.checkpoints) if step_of(checkpoint) > step
-        ]
-    except OSError as error:
-        return [
-            *notes,
-            f"{run.checkpoints} cannot be read ({error}): the next start may have to go back again",
-        ]
-    remove_checkpoints(later)
-    return [*notes, *(f"{checkpoint.name} is removed: the run goes back behind it" for checkpoint in later)]
+        notes.extend(pass_over(run.checkpoints, step, retention_of(run.config.train)))
+    except (OSError, UserError) as error:
+        notes.append(f"{run.checkpoints}: {error}: the next start may have to go back again")
+    return notes
 
 
 def recall(run: Run) -> None:

@@ -116,3 +116,23 @@ def test_a_checkpoint_amid_bad_steps_does_not_use_up_going_back(folder: Path) ->
         "sample 47 of the order",
         "sample 71 of the order",
     ]
+
+
+def test_an_interval_that_was_changed_costs_no_steps_and_no_checkpoint(folder: Path) -> None:
+    """Steps 1 to 6 saved at an interval of 1; then one of 5, a stop at step 7, and bad batches right after it."""
+    options = ("--train.max_skipped_steps", "1", "--train.keep_checkpoints", "0", "--train.keep_every", "1")
+    first = ("--train.steps", "6", "--optim.decay_steps", "8", "--train.checkpoint_interval", "1")
+    assert launch(arguments("changed", *options, *first), 2, folder).codes == [0, 0]
+    run = folder / "runs/changed"
+    second = (*options, "--optim.decay_steps", "8", "--train.checkpoint_interval", "5")
+    stopped = launch(arguments("changed", *second), 2, folder, {7: "stop"})
+    assert stopped.codes == [SIGTERM] * 2, stopped.stderr
+    assert [manifest(run, step)["at_interval"] for step in (5, 6, 7)] == [True, True, False]
+    before = (run / "checkpoints/step_00000007" / MANIFEST).read_bytes()
+    done = launch(arguments("changed", *second), 2, folder, {7: "nan"})
+    assert done.codes == [0, 0], done.stderr
+    assert went_back(run) and "step_00000006 because of step 8" in went_back(run)[0]
+    assert "step_00000007 is now passed_step_00000007" in done.stderr[0]
+    assert checkpoints(run) == [f"step_{step:08d}" for step in (1, 2, 3, 4, 5, 6, 8)]
+    assert (run / "checkpoints/passed_step_00000007" / MANIFEST).read_bytes() == before
+    assert manifest(run, 8)["progress"]["skipped_samples"] == 16

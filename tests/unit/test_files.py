@@ -12,14 +12,19 @@ from typing import Any
 import pytest
 
 from megatron_lpa import files
-from megatron_lpa.errors import TryAgain
+from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.files import (
     UnusableFile,
+    exists,
     fsync_folder,
+    is_dir,
+    is_file,
+    is_link,
     new_file,
     read_bytes,
     read_json,
     read_text,
+    refuse_link,
     sha256,
     write_whole,
 )
@@ -241,3 +246,77 @@ def test_a_folder_that_cannot_be_synced_otherwise_is_an_error(
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
     with pytest.raises(OSError, match="broken"):
         fsync_folder(tmp_path)
+
+
+LOOKS = (exists, is_dir, is_file, is_link)
+
+
+def test_what_is_there_is_told_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("x")
+    os.mkfifo(tmp_path / "pipe")
+    for name, target in (
+        ("to-file", "file"),
+        ("to-folder", "folder"),
+        ("to-nothing", "gone"),
+        ("loop", "loop"),
+    ):
+        (tmp_path / name).symlink_to(target)
+    found = {
+        name: "".join("01"[look(tmp_path / name)] for look in LOOKS)
+        for name in ("folder", "file", "pipe", "to-file", "to-folder", "to-nothing", "loop", "gone", "file/x")
+    }
+    assert found == {
+        "folder": "1100", "file": "1010", "pipe": "1000", "to-file": "1011", "to-folder": "1101", "to-nothing": "0001",
+        "loop": "0001", "gone": "0000", "file/x": "0000",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ENOMEM, errno.ETIMEDOUT])
+def test_a_look_that_the_disk_does_not_answer_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Any, number: int
+) -> None:
+    """``Path.exists`` of some versions of Python takes it for "no such file"."""
+    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0, 0.0))
+    left = [3]
+    for call in ("stat", "lstat"):
+        real = getattr(os, call)
+
+        def fails(path: Any, *more: Any, real: Any = real, **named: Any) -> os.stat_result:
+            if left[0] and str(path) == str(tmp_path):
+                left[0] -= 1
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *more, **named)
+
+        monkeypatch.setattr(os, call, fails)
+    assert look(tmp_path) == (look in (exists, is_dir)) and left == [0]
+    left[0] = 4
+    with pytest.raises(TryAgain, match=str(tmp_path)) as told:
+        look(tmp_path)
+    assert told.value.exit_code == 1
+
+
+def test_what_may_not_be_looked_at_or_cannot_be_called_so_stays_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="no file can be called so"):
+        exists("a\0b")
+
+    def refused(path: Any, *_: Any) -> None:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "stat", refused)
+    with pytest.raises(UserError, match=r"Permission denied.*check the path and its permissions") as told:
+        exists(tmp_path / "x")
+    assert told.value.exit_code == 78
+
+
+def test_links_are_refused_wherever_they_lead(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "gone"):
+        refuse_link(path, "and that is bad")
+    for name, target in (("to-folder", "folder"), ("to-nothing", "gone"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(UnusableFile, match=f"{name}: a link, and that is bad"):
+            refuse_link(tmp_path / name, "and that is bad")

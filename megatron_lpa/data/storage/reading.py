@@ -1,7 +1,6 @@
 """Looking at and reading the files of datasets and tokenizers, on disks that hiccup.
 
-What may pass is tried again, by the rule of ``files.py``; what a disk says for good is told to the user. ``Path.is_file``
-and its like are not used in ``data``: some versions of Python take any error of the disk for "no such file".
+What may pass is tried again, by the rule of ``files.py``; what a disk says for good is told to the user.
 """
 
 from __future__ import annotations
@@ -9,78 +8,26 @@ from __future__ import annotations
 import errno
 import io
 import os
-import stat
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar, cast
 
-from megatron_lpa.errors import TryAgain, UserError
-from megatron_lpa.files import LASTING, open_regular, patiently
+from megatron_lpa.errors import UserError
+from megatron_lpa.files import (
+    exists,
+    from_disk,
+    is_dir,
+    is_file,
+    open_regular,
+    patiently,
+    status,
+    unreadable,
+)
+
+__all__ = [
+    "PatientFile", "blocks_of", "exists", "from_disk", "is_dir", "is_file", "status", "stream_of", "unreadable",
+]  # fmt: skip
 
 Result = TypeVar("Result")
-
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-
-
-def from_disk(read: Callable[[], Result], path: str | os.PathLike[str]) -> Result:
-    """What ``read`` gives, see :func:`files.patiently`.
-
-    Raises:
-        UserError: the file system says for good that it cannot be read.
-        TryAgain: no attempt succeeded.
-    """
-    try:
-        return patiently(read, path)
-    except OSError as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: str | os.PathLike[str], error: OSError) -> UserError:
-    """What to raise of an error in reading ``path``: :class:`TryAgain` where it may be gone at the next attempt."""
-    kind = UserError if error.errno in LASTING else TryAgain
-    return kind(
-        f"{error.filename or path}: cannot be read ({error.strerror or error}); check the path and its permissions"
-    )
-
-
-def status(path: str | os.PathLike[str]) -> os.stat_result | None:
-    """What the file system says of a file, links followed; None where there is none.
-
-    Raises:
-        UserError: it may not be looked at, or no file can be called so.
-        TryAgain: the disk does not answer.
-    """
-
-    def look() -> os.stat_result | None:
-        try:
-            return os.stat(path)
-        except OSError as error:
-            if error.errno in _ABSENT:
-                return None
-            raise
-
-    try:
-        return from_disk(look, path)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"{os.fspath(path)!r}: no file can be called so ({error})") from None
-
-
-def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether there is anything called so. Raises as :func:`status`."""
-    return status(path) is not None
-
-
-def is_file(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a regular file. Raises as :func:`status`."""
-    found = status(path)
-    return found is not None and stat.S_ISREG(found.st_mode)
-
-
-def is_dir(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a folder. Raises as :func:`status`."""
-    found = status(path)
-    return found is not None and stat.S_ISDIR(found.st_mode)
 
 
 class PatientFile(io.RawIOBase):

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_lpa import files
 from megatron_lpa.data.storage.reading import unreadable
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import UserError, shown
 
 MOST_BYTES = 1 << 30
 """Of a tokenizer's file; those of the largest vocabularies have 35 MB."""
@@ -134,7 +134,7 @@ def find_eod(vocabulary: Mapping[str, int], config_file: Path | None) -> int | N
     if named is not None:
         if named not in vocabulary:
             raise UserError(
-                f"{config_file}: eos_token is {named!r}, which the vocabulary lacks; correct one of them"
+                f"{config_file}: eos_token is {shown(named)}, which the vocabulary lacks; correct one of them"
             )
         return vocabulary[named]
     return next((vocabulary[name] for name in EOD_NAMES if name in vocabulary), None)

@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 import psutil
 
+from megatron_lpa.errors import shown
+
 # gigatoken remembers every word that it has seen, without bound: 400 MB of random words of 9 letters grew
 # the process to 3.2 GB (of 40 letters to 2.2 GB), 65 MB of real text by 0.07 GB; its SentencePiece backend stayed at
 # 0.3 GB. A tokenizer loaded anew starts empty: with it 300 MB of random words peaked at 0.43 GB.
@@ -115,10 +117,10 @@ def refusal(config: Any) -> str | None:
     model = config.get("model") or {}
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            return f"gigatoken does not know {key}={model[key]!r}"
+            return f"gigatoken does not know {key}={shown(model[key])}"
     for token in config.get("added_tokens") or []:
         if token.get("single_word"):
-            return f"gigatoken does not know the added token {token.get('content')!r} with single_word"
+            return f"gigatoken does not know the added token {shown(token.get('content'))} with single_word"
     splitter = config.get("pre_tokenizer") or {}
     steps = splitter.get("pretokenizers") or [splitter]
     whole = [step for step in steps if step.get("type") == "ByteLevel" and not step.get("use_regex", True)]

@@ -24,7 +24,7 @@ from megatron_lpa.data.tokenizers.base import (
     shortened,
     to_arrays,
 )
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import UserError, shown
 
 _R50K = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _CL100K = (
@@ -97,7 +97,9 @@ class TiktokenTokenizer:
         taken = set(ranks.values())
         for token, token_id in special.items():
             if token_id in taken:
-                raise UserError(f"{file}: id {token_id} of special token {token!r} is taken; correct one")
+                raise UserError(
+                    f"{file}: id {token_id} of special token {shown(token)} is taken; correct one"
+                )
             taken.add(token_id)
         try:
             self._encoding = tiktoken.Encoding(
@@ -158,7 +160,7 @@ def _parse_ranks(data: bytes, file: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = _not_negative(int(rank))
         except (ValueError, binascii.Error) as error:
             raise UserError(
-                f"{file}:{number}: not '<base64> <rank>', so this is not a tiktoken rank file ({error})"
+                f"{file}:{number}: not '<base64> <rank>', so this is not a tiktoken rank file ({first_line(error)})"
             ) from error
     check_ids(ranks.values(), len(ranks), f"{file}: a token")
     if len(set(ranks.values())) < len(ranks):
@@ -193,11 +195,11 @@ def _definition(file: Path) -> tuple[str, dict[str, int]]:
 
 def _checked(pattern: Any, special: Any, config_file: Path) -> tuple[str, dict[str, int]]:
     if not isinstance(pattern, str) or not pattern:
-        raise UserError(f"{config_file}: pat_str is {pattern!r}; give the pattern as a string")
+        raise UserError(f"{config_file}: pat_str is {shown(pattern)}; give the pattern as a string")
     if not isinstance(special, dict) or not all(
         re.search(r"\S", token) and type(token_id) is int for token, token_id in special.items()
     ):
         raise UserError(
-            f'{config_file}: special_tokens is {special!r}; give an object such as {{"<|endoftext|>": 50256}}'
+            f'{config_file}: special_tokens is {shown(special)}; give an object such as {{"<|endoftext|>": 50256}}'
         )
     return pattern, special

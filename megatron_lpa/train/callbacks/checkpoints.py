@@ -6,7 +6,7 @@ import sys
 
 from megatron_lpa.engine.checkpoint import CheckpointNotWritten, Saving
 from megatron_lpa.engine.fragments import state_is_finite
-from megatron_lpa.engine.store import retention_of
+from megatron_lpa.engine.store import due_at, retention_of
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import largest_of_all
 from megatron_lpa.records import Record
@@ -62,7 +62,7 @@ class Checkpoints(Callback):
             UserError: the checkpoint cannot be written and ``train.on_checkpoint_failure`` is ``stop``.
         """
         train = run.config.train
-        due = bool(train.checkpoint_interval) and run.progress.step % train.checkpoint_interval == 0
+        due = due_at(run.progress.step, train.checkpoint_interval)
         last = run.progress.step == run.steps
         if self._saving is not None:
             unwritten = largest_of_all(not self._saving.written_here, run.engine.groups)

@@ -22,6 +22,7 @@ from megatron_lpa.data.preparation.sources import file_sources
 from megatron_lpa.data.splits import open_splits
 from megatron_lpa.data.storage.indexed import HEADER, IndexedDataset
 from megatron_lpa.data.storage.manifest import read_manifest
+from megatron_lpa.data.tokenizers.gigatoken_engine import refusal
 from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
 from megatron_lpa.errors import UserError
 
@@ -159,6 +160,54 @@ def test_ranks_that_cannot_be_are_refused(tmp_path: Path, rank: object) -> None:
     (tmp_path / "own.json").write_text(json.dumps({"pat_str": ".", "special_tokens": {"<x>": rank}}))
     with pytest.raises(UserError, match=r"own\.(json|tiktoken)"):
         load_tokenizer(write_ranks(tmp_path / "own.tiktoken", {}))
+
+
+LONG = "x\n" * 50_000
+TAKEN = {LONG: 7}
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("own.json", {"pat_str": "."} | {"special_tokens": TAKEN}),
+        ("own.json", {"pat_str": "."} | {"special_tokens": {LONG: None}}),
+        ("own.json", {"pat_str": "."} | {"special_tokens": [LONG]}),
+        ("own.json", {"pat_str": [LONG]}),
+        ("own.json", {"pat_str": {LONG: LONG}}),
+        ("own.json", {"pat_str": "(" + LONG}),
+        ("tokenizer_config.json", {"pat_str": ".", "eos_token": LONG}),
+        ("tokenizer_config.json", {"pat_str": ".", "eos_token": {"content": LONG}}),
+    ],
+    ids=lambda value: repr(value)[:50],
+)
+def test_what_is_long_is_shown_by_its_beginning(tmp_path: Path, file: str, content: dict[str, Any]) -> None:
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(UserError) as told:
+        load_tokenizer(write_ranks(tmp_path / "own.tiktoken", {}))
+    line = str(told.value)
+    assert "\n" not in line and str(tmp_path) in line and len(line) < 450 + 2 * len(str(tmp_path))
+
+
+@pytest.mark.parametrize("rank", ["9" * 4000, "y" * 100_000])
+def test_a_rank_that_is_long_is_shown_by_its_beginning(tmp_path: Path, rank: str) -> None:
+    with pytest.raises(UserError, match=r"gpt2\.tiktoken") as told:
+        load_tokenizer(write_ranks(tmp_path / "gpt2.tiktoken", {b"ab": rank}))
+    assert "\n" not in str(told.value) and len(str(told.value)) < 450 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model": {"continuing_subword_prefix": LONG}},
+        {"model": {"end_of_word_suffix": [LONG]}},
+        {"added_tokens": [{"content": LONG, "single_word": True}]},
+    ],
+    ids=lambda config: repr(config)[:40],
+)
+def test_why_gigatoken_is_not_used_is_one_short_line(config: dict[str, Any]) -> None:
+    """It goes into records and onto the screen as the reason for the slower engine."""
+    reason = refusal(config)
+    assert reason is not None and "\n" not in reason and len(reason) < 200
 
 
 def test_ranks_and_special_tokens_may_leave_gaps(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from support.models import MODELS
 from megatron_lpa.engine.convert import TargetLayout, convert
 from megatron_lpa.engine.convert_source import find_source
 from megatron_lpa.engine.manifest import MANIFEST, DamagedCheckpoint, Progress, read_manifest, verify_files
-from megatron_lpa.engine.store import Retention, prune
+from megatron_lpa.engine.store import Retention, expendable, prune
 from megatron_lpa.errors import UserError
 
 MISSING = object()
@@ -212,10 +212,33 @@ def test_what_earlier_versions_did_not_write_has_defaults_and_what_later_ones_do
     sound = small_checkpoint(tmp_path, 3)
     del sound["validation_loss"], sound["progress"]["skipped_samples"]
     sound["progress"]["later"] = "x"
-    put(tmp_path / "step_00000003", {**sound, "decisions": {"losses": [1.5, None]}})
+    decisions = {"losses": [1.5], "of a later version": [None]}
+    put(tmp_path / "step_00000003", {**sound, "decisions": decisions})
     found = read_manifest(tmp_path / "step_00000003")
     assert found["progress"] == Progress(3, 24, 384, 0) and found["validation_loss"] is None
-    assert found["decisions"] == {"losses": [1.5, None]}
+    assert found["decisions"] == decisions and "at_interval" not in found
+
+
+WRONG_DECISIONS: list[dict[str, Any]] = [
+    {"decisions": value} for value in (None, [], "x", 7, {"losses": None}, {"losses": {}}, {"losses": [1.5, None]},
+    {"losses": [float("nan")]}, {"losses": [True]}, {"losses": [1e300]}, {"losses": ["x" * 10**6]},
+    {"rollbacks": -1}, {"rollbacks": True}, {"rollbacks": 1.0}, {"rollbacks": 10**30},
+    {"skipped_in_a_row": None}, {"skipped_in_a_row": "7"})
+] + [{"at_interval": value} for value in (None, 0, 1, "true", [], "x" * 10**6)]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRONG_DECISIONS, ids=lambda change: repr(change)[:60])
+def test_what_decides_is_checked_by_all_that_read_a_manifest(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Not by resuming alone: such a checkpoint counts for no rule, and no conversion writes it on."""
+    sound = small_checkpoint(tmp_path / "checkpoints", 3)
+    small_checkpoint(tmp_path / "checkpoints", 2)
+    checkpoint = tmp_path / "checkpoints/step_00000003"
+    put(checkpoint, {**sound, **change})
+    with pytest.raises(DamagedCheckpoint, match=next(iter(change))) as told:
+        read_manifest(checkpoint)
+    assert "\n" not in str(told.value) and len(str(told.value)) < 250 + 3 * len(str(checkpoint))
+    assert find_source(tmp_path).progress.step == 2
+    assert expendable(tmp_path / "checkpoints", Retention(newest=1)) == []
 
 
 def test_weights_can_be_used_with_less(tmp_path: Path) -> None:

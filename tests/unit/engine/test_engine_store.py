@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from support.manifests import whole_manifest
 
+from megatron_lpa import files
 from megatron_lpa.engine import store
 from megatron_lpa.engine.manifest import (
     MANIFEST,
@@ -19,6 +21,7 @@ from megatron_lpa.engine.manifest import (
     complete_checkpoints,
     read_manifest,
     sealed,
+    step_of,
     verify_files,
 )
 from megatron_lpa.engine.store import (
@@ -29,17 +32,19 @@ from megatron_lpa.engine.store import (
     expendable,
     has_checkpoints,
     partial_of,
+    pass_over,
     prune,
     publish,
     set_aside,
     tidy,
+    to_go_back_to,
 )
-from megatron_lpa.errors import UserError
-from megatron_lpa.files import sha256
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import UnusableFile, sha256
 
 
-def written(folder: Path, step: int, content: str = "x", loss: float | None = None, **more: object) -> None:
-    """A checkpoint of one small file, by way of ``publish``."""
+def prepared(folder: Path, step: int, content: str, loss: float | None = None, **more: object) -> str:
+    """A checkpoint of one small file under construction; returns its manifest."""
     final = folder / f"step_{step:08d}"
     partial = partial_of(final)
     store.remove(partial)
@@ -48,7 +53,12 @@ def written(folder: Path, step: int, content: str = "x", loss: float | None = No
     file.write_text(content * 100)
     files = {"state/rank_00000.safetensors": {"bytes": len(content) * 100, "sha256": sha256(file)}}
     manifest = whole_manifest(step, files) | {"validation_loss": loss, **more}
-    publish(final, json.dumps(sealed(manifest)))
+    return json.dumps(sealed(manifest))
+
+
+def written(folder: Path, step: int, content: str = "x", loss: float | None = None, **more: object) -> None:
+    """A checkpoint of one small file, by way of ``publish``."""
+    publish(folder / f"step_{step:08d}", prepared(folder, step, content, loss, **more))
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -85,6 +95,141 @@ def test_what_any_rule_names_stays(tmp_path, retention, left):
     prune(tmp_path, retention)
     assert steps_in(tmp_path) == left
     assert len(list(tmp_path.iterdir())) == len(left)
+
+
+@pytest.mark.parametrize(
+    ("retention", "left"),
+    [
+        (
+            Retention(newest=1, interval=5),
+            [6, 8],
+        ),  # the newest one that was due, whatever the interval is today
+        (Retention(newest=1, interval=1), [6, 8]),
+        (Retention(newest=1), [6, 8]),
+        (Retention(newest=3, interval=5), [6, 7, 8]),
+    ],
+)
+def test_the_newest_one_that_was_due_when_it_was_written_stays(tmp_path, retention, left):
+    """Of checkpoints at each step up to 6; then stops at 7 and 8, with an interval of 5."""
+    for step in range(1, 9):
+        written(tmp_path, step, at_interval=step <= 6)
+    assert [step_of(path) for path in to_go_back_to(tmp_path, retention.interval)] == [7, 8, 1, 2, 3, 4, 5, 6]
+    prune(tmp_path, retention)
+    assert steps_in(tmp_path) == left
+
+
+def test_of_manifests_that_do_not_say_todays_interval_tells(tmp_path):
+    for step in (4, 5, 6, 7, 9):
+        written(tmp_path, step)
+    written(tmp_path, 8, at_interval=False)
+    (tmp_path / "step_00000009" / MANIFEST).write_text("{")
+    assert [step_of(path) for path in to_go_back_to(tmp_path, 3)] == [4, 5, 7, 8, 6, 9]
+    assert [step_of(path) for path in to_go_back_to(tmp_path, 0)] == [4, 5, 6, 7, 8, 9]
+
+
+def test_a_manifest_that_the_disk_does_not_give_decides_nothing(tmp_path, monkeypatch):
+    for step in (4, 5):
+        written(tmp_path, step)
+
+    def fails(path: Path, complete: bool = True) -> None:
+        raise TryAgain(f"{path}: cannot be read")
+
+    monkeypatch.setattr(store, "described", fails)
+    with pytest.raises(TryAgain):
+        to_go_back_to(tmp_path, 4)
+    pass_over(tmp_path, 4, Retention(newest=1))  # nor is it removed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["passed_step_00000005", "step_00000004"]
+
+
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [
+        (Retention(), {100: "keep_checkpoints=0", 200: "keep_checkpoints=0", 300: "keep_checkpoints=0", 400: "keep_checkpoints=0"}),
+        (Retention(newest=2), {}),
+        (Retention(newest=2, every=150), {300: "keep_every=150"}),
+        (Retention(newest=9, best=True), {200: "keep_best"}),
+        (Retention(newest=1, every=400, best=True), {200: "keep_best", 400: "keep_every=400"}),
+        (Retention(newest=2, interval=100), {}),
+    ],
+)  # fmt: skip
+def test_going_back_removes_nothing_that_a_rule_names(tmp_path, retention, kept):
+    losses = {50: 3.0, 100: 2.9, 200: 2.0, 300: 2.1, 400: None}
+    for step, loss in losses.items():
+        written(tmp_path, step, loss=loss)
+    before = {step: contents(tmp_path / f"step_{step:08d}") for step in losses}
+    notes = pass_over(tmp_path, 50, retention)
+    assert steps_in(tmp_path) == [50] and not damaged_folders(tmp_path)
+    for step, note in zip((400, 300, 200, 100), notes, strict=True):
+        passed = tmp_path / f"passed_step_{step:08d}"
+        assert passed.exists() == (step in kept)
+        if step in kept:
+            assert contents(passed) == before[step]
+            assert note.startswith(f"step_{step:08d} is now {passed.name}: ") and kept[step] in note
+        else:
+            assert note.startswith(f"step_{step:08d} is removed: ")
+    # Nothing loads, counts or removes what was passed over, and the same step has a place for it once more.
+    for step in (100, 200, 300, 400):
+        written(tmp_path, step, "y", loss=losses[step])
+    tidy(tmp_path)
+    prune(tmp_path, Retention(newest=1))
+    assert steps_in(tmp_path) == [400] and has_checkpoints(tmp_path)
+    pass_over(tmp_path, 50, Retention())
+    both = [f"passed_step_00000400{end}" for end in (("", ".2") if 400 in kept else ("",))]
+    assert sorted(path.name for path in tmp_path.glob("passed_step_00000400*")) == both
+    for step in kept:
+        assert contents(tmp_path / f"passed_step_{step:08d}") == before[step]
+
+
+def test_what_is_damaged_is_not_removed_by_going_back(tmp_path):
+    for step in (4, 6, 7):
+        written(tmp_path, step)
+    (tmp_path / "step_00000006" / MANIFEST).write_text("{")
+    (tmp_path / "step_00000007" / MANIFEST).unlink()
+    notes = pass_over(tmp_path, 4, Retention(newest=1))
+    assert all("its manifest cannot be used" in note for note in notes) and len(notes) == 2
+    assert sorted(path.name for path in tmp_path.glob("passed*")) == [
+        f"passed_step_0000000{n}" for n in (6, 7)
+    ]
+
+
+def test_what_cannot_be_got_out_of_the_way_is_said(tmp_path, monkeypatch):
+    for step in (4, 6):
+        written(tmp_path, step)
+    monkeypatch.setattr(os, "rename", failing(os.rename, lambda *_: True))
+    for retention in (Retention(), Retention(newest=1)):
+        (note,) = pass_over(tmp_path, 4, retention)
+        assert (
+            note.startswith("step_00000006 cannot be got out of the way (") and "Input/output error" in note
+        )
+    assert steps_in(tmp_path) == [4, 6]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("call", ["stat", "lstat", "scandir"])
+def test_a_disk_that_does_not_answer_at_once_fails_no_checkpoint(tmp_path, monkeypatch, call, number):
+    """Each look of a save, of retention and of a start at each path fails the first time."""
+    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0, 0.0))
+    real = getattr(os, call)
+    failed: dict[str, int] = {}
+
+    def looks(path: object = ".", *more: object, **named: object) -> object:
+        if str(path).startswith(str(tmp_path)) and failed.setdefault(str(path), 0) < 1:
+            failed[str(path)] += 1
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *more, **named)
+
+    for step in (1, 2, 3):
+        written(tmp_path, step, "old")
+    (tmp_path / ".step_00000009.partial").mkdir()
+    manifest = prepared(tmp_path, 3, "new")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, looks)
+        publish(tmp_path / "step_00000003", manifest)
+        prune(tmp_path, Retention(newest=2))
+        tidy(tmp_path)
+    assert steps_in(tmp_path) == [2, 3] and failed
+    assert (tmp_path / "step_00000003/state/rank_00000.safetensors").read_text() == "new" * 100
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 def test_damaged_ones_count_for_no_rule_and_are_not_removed(tmp_path):
@@ -340,13 +485,16 @@ def test_a_linked_folder_or_checkpoint_is_left_alone(tmp_path, mine, capsys):
     linked = tmp_path / "checkpoints"
     linked.symlink_to(mine)
     prune(linked, Retention(newest=1))
-    assert f"{linked} is a link" in capsys.readouterr().err
-    with pytest.raises(OSError, match="is a link: nothing behind it is changed"):
-        tidy(linked)
-    with pytest.raises(OSError, match="is a link"):
-        set_aside(linked / "step_00000002", "a bit is wrong")
+    assert f"{linked}: a link, and nothing behind it is changed" in capsys.readouterr().err
+    for change in (
+        lambda: tidy(linked),
+        lambda: set_aside(linked / "step_00000002", "a bit is wrong"),
+        lambda: pass_over(linked, 1, Retention()),
+    ):
+        with pytest.raises(UnusableFile, match="a link, and nothing behind it is changed"):
+            change()
     (mine / "step_00000003").symlink_to("step_00000002")
-    with pytest.raises(OSError, match="is a link"):
+    with pytest.raises(UnusableFile, match="a link"):
         set_aside(mine / "step_00000003", "a bit is wrong")
     assert expendable(mine, Retention(newest=1)) == [mine / "step_00000001"]
     (mine / "step_00000003").unlink()

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_lpa import files
 from megatron_lpa.config import KernelConfig, load_config, save_config
 from megatron_lpa.data.tokenizers.loading import save_tokenizer
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.evaluate.trained import load_run, required_tokenizer
 from megatron_lpa.model.transformer import Decoder
 
@@ -73,6 +78,40 @@ def test_what_is_wrong_is_said(tmp_path: Path, save_run: SaveRun) -> None:
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"model\.safetensors: missing or not \d+ bytes long"):
         load_run(folder)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE])
+def test_a_disk_that_does_not_answer_is_asked_again_and_is_no_bad_run(
+    tmp_path: Path, save_run: SaveRun, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """At each place where something is looked for, by whatever call: as soon as it answers, all is well."""
+    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0, 0.0))
+    shutil.copytree(tokenizer_folder, tmp_path / "project/tok")
+    folder = save_run(tmp_path / "project/runs/a", tokenizer="tok")
+    real = os.stat
+    left: dict[str, int] = {}
+    seen: set[str] = set()
+
+    def looks(path: Any, *more: Any, **named: Any) -> os.stat_result:
+        seen.add(str(path))
+        if left.get(str(path), 0) > 0:
+            left[str(path)] -= 1
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(os, "stat", looks)
+    load_run(folder)
+    places = sorted(path for path in seen if path.startswith(str(tmp_path)))
+    assert {str(folder), str(folder / "config.yaml"), str(folder / "tokenizer")} <= set(places)
+    for path in places:
+        left[path] = 2
+        load_run(folder)
+        assert left[path] == 0
+        left[path] = 10**6
+        with pytest.raises(TryAgain) as told:
+            load_run(folder)
+        left[path] = 0
+        assert told.value.exit_code == 1 and path in str(told.value) and "\n" not in str(told.value)
 
 
 def test_opening_a_run_needs_no_deepspeed() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import runpy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from support.checkpoints import random_checkpoint
+from support.checkpoints import flip_bit, manifest_of, random_checkpoint
+from support.manifests import put
 
+from megatron_lpa import files
 from megatron_lpa.config import RunConfig, load_config, save_config
 from megatron_lpa.config.model import ModelConfig
 
@@ -84,6 +89,70 @@ def test_a_test_that_was_asked_for_belongs_to_the_run(
             (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
         assert tool.main([str(tmp_path)]) == (0 if step == 9 else 1)
         assert ("test is not on record" in capsys.readouterr().out) == (step != 9)
+
+
+def test_what_was_compared_is_said_and_contents_are_where_asked(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder(tmp_path, "--train.steps=9", steps=(5, 9))
+    assert tool.main([str(tmp_path), "--verify"]) == 0
+    assert "step_00000009 (contents compared)" in capsys.readouterr().out
+    flip_bit(tmp_path / "checkpoints" / "step_00000009" / "state" / "rank_00000.safetensors")
+    assert tool.main([str(tmp_path)]) == 0
+    assert "step_00000009 (sizes compared)" in capsys.readouterr().out
+    assert tool.main(["--verify", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "5 of 9 steps" in said and "(contents compared) (step_00000009: damaged)" in said
+
+
+def test_decisions_that_cannot_be_are_damage_here_too(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_folder(tmp_path, "--train.steps=9", steps=(9,))
+    checkpoint = tmp_path / "checkpoints" / "step_00000009"
+    put(checkpoint, {**manifest_of(checkpoint), "decisions": {"rollbacks": -1}})
+    assert tool.main([str(tmp_path)]) == 1
+    assert "(step_00000009: damaged)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints/step_00000009/manifest.json"])
+@pytest.mark.parametrize("times", [1, 3, 99])
+def test_a_disk_that_does_not_answer_asks_for_another_try(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    name: str, times: int,
+) -> None:  # fmt: skip
+    tested = ("--data.prefix=null", "--data.train_prefix=a", "--data.test_prefix=b", "--train.steps=9")
+    run_folder(tmp_path, *tested, steps=(9,))
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "test", "step": 9, "tokens": 1, "loss": 1.0}\n')
+    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0, 0.0))
+    real, failed = os.stat, []
+
+    def stat(path: Any, *more: Any, **named: Any) -> os.stat_result:
+        if str(path) == str(tmp_path / name) and len(failed) < times:
+            failed.append(path)
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(os, "stat", stat)
+    code = tool.main([str(tmp_path)])
+    said = capsys.readouterr()
+    if times < 99:
+        assert (code, said.err) == (0, "") and len(failed) == times
+    else:
+        assert code == 1 and said.err.count("\n") == 1 and str(tmp_path / name) in said.err
+        assert "Input/output error" in said.err
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_a_pipe_is_called_one(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    tested = ("--data.prefix=null", "--data.train_prefix=a", "--data.test_prefix=b", "--train.steps=9")
+    run_folder(tmp_path, *tested, steps=(9,))
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    assert tool.main([str(tmp_path)]) == 78
+    assert f"{tmp_path / name}: a named pipe" in capsys.readouterr().err
 
 
 def test_what_is_no_run_folder(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.manifests import put, small_checkpoint
 
 from megatron_lpa import files
+from megatron_lpa.config.run import TrainConfig
 from megatron_lpa.engine.decisions import AT_START, Decisions
-from megatron_lpa.engine.manifest import Progress
+from megatron_lpa.engine.manifest import MANIFEST, Progress
 from megatron_lpa.engine.resume import Resumed
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -27,7 +29,7 @@ SAVED, THEN = Decisions(2, (3.5, 0.1 + 0.2), 1), Decisions(0, (3.5, 3.25), 2)
 
 def run_at(folder: Path, step: int, seal: str = "s", decisions: Decisions | None = SAVED) -> Any:
     progress = Progress(step, 8 * step, 128 * step, 16)
-    train = SimpleNamespace(max_rollbacks=3, checkpoint_interval=4)
+    train = TrainConfig(max_rollbacks=3, checkpoint_interval=4, keep_checkpoints=2)
     return SimpleNamespace(
         checkpoints=folder, progress=progress, decisions=AT_START, is_main=True, saved_step=step, order=None,
         engine=SimpleNamespace(groups=ParallelGroups.single()), config=SimpleNamespace(train=train), lock=None,
@@ -122,12 +124,12 @@ def tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def bad_step(folder: Path, steps: tuple[int, ...], interval: int) -> Any:
+def bad_step(folder: Path, steps: tuple[int, ...], interval: int, **train: Any) -> Any:
     for step in steps:
-        (folder / f"step_{step:08d}").mkdir()
+        small_checkpoint(folder, step)
     run = run_at(folder, 15)
     run.decisions = Decisions(3, (3.0,) * 12, 1)
-    run.config.train.checkpoint_interval = interval
+    run.config.train = replace(run.config.train, checkpoint_interval=interval, **train)
     return run
 
 
@@ -141,12 +143,53 @@ def test_it_goes_back_to_where_a_run_that_was_never_stopped_would(
     resumed = roll_back(run, "a bad step")
     assert resumed.progress.step == taken and len(tried) == 4
     assert [path.name for path in sorted(tmp_path.glob("step_*"))] == [f"step_{step:08d}" for step in left]
-    assert [note.split()[0] for note in resumed.notes] == ["step_00000014"] * (taken != 14)
+    assert [note.split(":")[0] for note in resumed.notes] == ["step_00000014 is removed"] * (taken != 14)
     assert run.progress.position == 15 * 8 + 16  # behind the bad step, whatever was read since the checkpoint
     assert run.decisions.rollbacks == 2 and run.decisions.skipped_in_a_row == 0
     # Killed here, the next start decides alike.
     again = run_at(tmp_path, taken)
     assert recalled(again) == (run.progress.skipped_samples, run.decisions)
+
+
+def test_an_interval_that_was_changed_takes_it_no_further_back(tmp_path: Path, tried: list[str]) -> None:
+    """Steps 1 to 7 at an interval of 1, then 8 at a stop, with an interval of 5 and one rule that names them all."""
+    run = bad_step(tmp_path, tuple(range(1, 9)), 5, keep_every=1)
+    for step in range(1, 9):
+        path = tmp_path / f"step_{step:08d}"
+        put(path, {**json.loads((path / MANIFEST).read_text()), "at_interval": step < 8})
+    resumed = roll_back(run, "a bad step")
+    assert resumed.progress.step == 7
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == [f"step_{n:08d}" for n in range(1, 8)]
+    assert (tmp_path / "passed_step_00000008/state/x").read_bytes() == b"0123456789"
+    (note,) = resumed.notes
+    assert "step_00000008 is now passed_step_00000008" in note and "train.keep_every=1 keeps it" in note
+
+
+@pytest.mark.parametrize(
+    "error", [TryAgain("the disk"), UserError("not yours"), OSError(errno.EIO, "the disk")]
+)
+def test_a_folder_that_cannot_be_read_does_not_keep_a_run_from_going_back(
+    tmp_path: Path, tried: list[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The state has been replaced by then; rank 0 alone must not end."""
+
+    def fails(*_: Any) -> list[str]:
+        raise error
+
+    monkeypatch.setattr(rollback, "pass_over", fails)
+    (note,) = roll_back(bad_step(tmp_path, (4, 8), 4), "a bad step").notes
+    assert str(error) in note and "the next start may have to go back again" in note
+
+
+def test_what_nobody_foresaw_ends_all_ranks_together(
+    tmp_path: Path, tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> list[str]:
+        raise KeyError("x")
+
+    monkeypatch.setattr(rollback, "pass_over", fails)
+    with pytest.raises(TryAgain, match="KeyError: 'x'"):  # what ``together`` makes of it, on every rank
+        roll_back(bad_step(tmp_path, (4, 8), 4), "a bad step")
 
 
 def test_a_full_disk_does_not_keep_a_run_from_going_back(
