@@ -43,7 +43,7 @@ _WRITTEN = (
     (".*.partial", _FILE),
     (f"{CHECKPOINTS}/step_*", _FOLDER), (f"{CHECKPOINTS}/.step_*", _FOLDER), (f"{CHECKPOINTS}/damaged_*", _FOLDER),
     (f"{CHECKPOINTS}/{PASSED_OVER}", _FILE), (f"{CHECKPOINTS}/*step_*/{DAMAGE_NOTE}", _FILE),
-    (f"{TOKENIZER}/*", _FILE), (f"{TENSORBOARD}/*", _EITHER), (f"{LOGS}/*", _EITHER), (f"{LOGS}/*/*", _FILE),
+    (f"{TOKENIZER}/*", _FILE), (f"{TENSORBOARD}/*", _EITHER), (f"{LOGS}/*", _EITHER), (f"{LOGS}/{HANG}/*", _FILE),
 )  # fmt: skip
 _IS: dict[str, Callable[[int], bool]] = {
     _FOLDER: stat.S_ISDIR,

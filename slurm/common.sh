@@ -95,7 +95,7 @@ newest_step() {
     for manifest in "$run"/checkpoints/step_*/manifest.json; do
         step="${manifest%/manifest.json}"
         step="${step##*/step_}"
-        if [[ -f $manifest && $step =~ ^[0-9]+$ ]] && ((10#$step > newest)); then newest=$((10#$step)); fi
+        if [[ -f $manifest && $step =~ ^[0-9]{8,15}$ ]] && ((10#$step > newest)); then newest=$((10#$step)); fi
     done
     echo "$newest"
 }
@@ -105,9 +105,9 @@ newest_step() {
 count_idle_starts() {
     local job step count file="$run/logs/idle_starts"
     idle_starts=0
-    if [[ -f $file ]] && read -r job step count <"$file" && [[ "$job $step $count" =~ ^[0-9]+\ [0-9]+\ [0-9]+$ ]] &&
-        [[ $job == "$SLURM_JOB_ID" ]] && ((first_step <= step)); then
-        idle_starts=$((count + 1))
+    if [[ -f $file ]] && read -r job step count <"$file" && [[ "$job $step $count" =~ ^[0-9]+\ [0-9]{1,15}\ [0-9]{1,15}$ ]] &&
+        [[ $job == "$SLURM_JOB_ID" ]] && ((first_step <= 10#$step)); then
+        idle_starts=$((10#$count + 1))
     fi
     # A link that has one of these names is removed or replaced, not followed.
     rm -f -- "$file.partial"

@@ -68,6 +68,23 @@ def test_a_folder_in_place_of_the_count_ends_the_job(site: Path) -> None:
     assert done.stderr.endswith("error: run/logs/idle_starts cannot be written\n")
 
 
+@pytest.mark.parametrize(
+    ("content", "counted"),
+    [("7 4 2", 3), ("7 04 08", 9), ("8 4 2", 0), ("7 3 2", 0), ("7 4", 0), ("7 4 x", 0), (f"7 4 {'9' * 30}", 0), ("7 4 a[$(x)]", 0)],
+)  # fmt: skip
+def test_what_a_count_of_idle_starts_may_say(site: Path, content: str, counted: int) -> None:
+    (site / "run" / "logs" / "idle_starts").write_text(f"{content}\n")
+    done = bash('count_idle_starts; echo "$idle_starts"', site)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{counted}\n", "")
+
+
+def test_the_newest_step_is_that_of_a_checkpoint(site: Path) -> None:
+    for name in ("step_00000008", "step_00000012_backup", "step_9", f"step_{'9' * 30}"):
+        (site / "run" / "checkpoints" / name).mkdir(parents=True)
+        (site / "run" / "checkpoints" / name / "manifest.json").touch()
+    assert bash("newest_step", site).stdout == "8\n"
+
+
 @pytest.mark.parametrize("kind", ["nothing", "folder", *KINDS])
 def test_the_logs_of_a_start_are_in_a_new_folder(site: Path, kind: str) -> None:
     """A log that was there already would be appended to, and what it says of the end of training believed."""

@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import tarfile
 import time
 import urllib.parse
@@ -19,6 +20,7 @@ import yaml
 
 from megatron_lpa.config import load_config
 from megatron_lpa.config.redaction import Redaction
+from megatron_lpa.run_folder import refuse_links
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "snapshot_run.py"
 
@@ -312,9 +314,7 @@ def outside(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "fifo", "folder"])
-@pytest.mark.parametrize(
-    "name", ["logs", "logs/starts.jsonl", "snapshot", "checkpoints", "logs/7.0/rank_0000.log"]
-)
+@pytest.mark.parametrize("name", ["logs", "logs/starts.jsonl", "snapshot", "checkpoints"])
 def test_nothing_is_written_where_a_strangers_run_folder_leads(
     tool: SimpleNamespace, tmp_path: Path, name: str, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -334,11 +334,29 @@ def test_nothing_is_written_where_a_strangers_run_folder_leads(
     printed = capsys.readouterr()
     assert [path.name for path in theirs.iterdir()] == ["file"]
     assert (theirs / "file").read_text() == "theirs\n"
-    belongs_there = (kind == "folder") == ("." not in name) or (kind == "hard link" and name.endswith(".log"))
-    if kind in ("link", "dangling", "fifo") or not belongs_there:
-        assert code == 78
+    belongs_there = kind == "folder" and name != "logs/starts.jsonl"
+    assert code == (0 if belongs_there else 78)
+    if not belongs_there:
         assert printed.err.count("\n") == 1 and str(path.relative_to(tmp_path)) in printed.err, printed.err
         assert name == "logs/starts.jsonl" or sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_killed_start_leaves_stops_no_later_one(
+    tool: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", killed)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a killed process tidies nothing
+        with pytest.raises(SystemExit):
+            tool.main(options())
+    run = tmp_path / "runs" / "a run"
+    assert len(list(run.iterdir())) == 1
+    refuse_links(run)
+    assert tool.main(options()) == 0
+    assert (run / "snapshot" / "config.yaml").exists()
 
 
 def test_a_file_in_place_of_the_run_folder(

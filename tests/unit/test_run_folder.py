@@ -22,7 +22,6 @@ FILES = [
     ".lock", "metrics.jsonl", ".metrics.jsonl.partial", "metrics.damaged.jsonl", "metrics.damaged.2.jsonl", "config.yaml",
     "wandb_id", "tokenizer/tokenizer.json", "tokenizer/any.tiktoken", "checkpoints/passed_over.json",
     "checkpoints/step_00000010/DAMAGED.txt", "tensorboard/events.out.tfevents.1", "logs/hang/rank_00000.json",
-    "logs/77.0/rank_0000.log",
 ]  # fmt: skip
 
 
