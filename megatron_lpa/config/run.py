@@ -121,7 +121,7 @@ class TrainConfig:
         eval_interval: optimizer steps between validations; 0 turns them off.
         eval_batches: global batches per validation; 0 reads the whole split.
         checkpoint_interval: optimizer steps between checkpoints; 0 saves only at the end.
-        keep_checkpoints: newest checkpoints kept, and the newest one at checkpoint_interval; 0 keeps all.
+        keep_checkpoints: newest checkpoints kept, and the newest one written at checkpoint_interval; 0 keeps all.
         keep_every: checkpoints whose step is a multiple of this are never removed; 0 turns the rule off.
         keep_best: keep the checkpoint with the lowest validation loss too, of those at whose step
             validation ran.

@@ -185,13 +185,14 @@ def described(checkpoint: Path, complete: bool = True) -> dict[str, Any]:
         UserError: it is of another version, or must not be read.
     """
     path = checkpoint / MANIFEST
-
-    def read() -> Any:
-        _inside(path)
-        return read_json(path, MOST_MANIFEST_BYTES)
-
     try:
-        manifest = undamaged(read, path)
+        undamaged(functools.partial(_inside, path), path)
+        if not exists(path):
+            raise DamagedCheckpoint(f"{path}: no such file")
+    except DamagedCheckpoint as error:
+        raise DamagedCheckpoint(f"{error}; {checkpoint} is not a complete checkpoint") from error
+    try:
+        manifest = undamaged(functools.partial(read_json, path, MOST_MANIFEST_BYTES), path)
     except DamagedCheckpoint as error:
         raise DamagedCheckpoint(f"{error}: not a checkpoint manifest; delete {checkpoint}") from error
     try:
