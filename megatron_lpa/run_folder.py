@@ -42,6 +42,7 @@ _WRITTEN = (
     (LOCK, _FILE), (METRICS, _FILE), ("metrics.damaged*.jsonl", _FILE), (CONFIG, _FILE), (WANDB_ID, _FILE),
     (".*.partial", _FILE),
     (f"{CHECKPOINTS}/step_*", _FOLDER), (f"{CHECKPOINTS}/.step_*", _FOLDER), (f"{CHECKPOINTS}/damaged_*", _FOLDER),
+    (f"{CHECKPOINTS}/passed_step_*", _FOLDER),
     (f"{CHECKPOINTS}/{PASSED_OVER}", _FILE), (f"{CHECKPOINTS}/*step_*/{DAMAGE_NOTE}", _FILE),
     (f"{TOKENIZER}/*", _FILE), (f"{TENSORBOARD}/*", _EITHER), (f"{LOGS}/*", _EITHER), (f"{LOGS}/{HANG}/*", _FILE),
 )  # fmt: skip
