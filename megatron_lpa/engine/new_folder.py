@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_lpa.engine.store import check_free_space, fsync_tree, partial_of
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import fsync_folder
+from megatron_lpa.files import fsync_folder, status
 
 
 @contextlib.contextmanager
@@ -55,5 +55,5 @@ def new_folder(output: Path, needed_bytes: int) -> Iterator[Path]:
 
 
 def _refuse_existing(output: Path) -> None:
-    if os.path.lexists(output):
+    if status(output, follow_links=False) is not None:
         raise UserError(f"{output}: exists already; choose another --output, or remove it first")

@@ -167,7 +167,7 @@ def tidy(folder: Path) -> None:
     _own(folder)
     for path in paths_in(folder, REPLACED):
         final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
-        if not os.path.lexists(final):
+        if status(final, follow_links=False) is None:
             os.rename(path, final)
     for path in paths_in(folder, r"\.step_.*\.(partial|removed|replaced)"):
         try:
