@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from megatron_lpa.errors import TryAgain
-from megatron_lpa.files import fsync_folder, new_file, open_regular, patiently
+from megatron_lpa.files import fsync_folder, is_dir, new_file, open_regular, patiently, status
 
 Record = dict[str, Any]
 """One line of ``metrics.jsonl``; ``kind`` is train, valid, test or event."""
@@ -189,7 +189,7 @@ def keep_records(path: Path, wanted: Callable[[Record], bool], aside: str) -> Ke
         os.replace(partial, path)
     except FileNotFoundError:
         _remove(partial)
-        if path.parent.is_dir() and not os.path.lexists(path):
+        if is_dir(path.parent) and status(path, follow_links=False) is None:
             return Kept()
         raise
     except BaseException:

@@ -89,7 +89,7 @@ class RunLock:
                 f"{self._folder}: the run folder was moved or removed while the run was writing it{self._where_now()}; "
                 "nothing more is written. Bring it back under that name, or give its new one, and start again"
             )
-        gone = not os.path.lexists(self._path)
+        gone = not _is_there(self._path)
         file = open_own(self._path)
         try:
             taken = _taken(file) if self._locked else gone
@@ -244,6 +244,15 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
             return False
         raise
     return _same(status, lambda: os.lstat(path))
+
+
+def _is_there(path: Path) -> bool:
+    """Whether anything has that name, be it a link to nothing. An error of the disk is none of both."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _same(status: os.stat_result, look: Callable[[], os.stat_result]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 
 from megatron_lpa.config.redaction import Redaction
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import LASTING, new_file, patiently, read_text, write_whole
+from megatron_lpa.files import LASTING, exists, new_file, patiently, read_text, write_whole
 from megatron_lpa.records import Record, keep_records
 from megatron_lpa.run_folder import DAMAGED_METRICS, METRICS, TENSORBOARD, WANDB_ID, open_own
 from megatron_lpa.train.callbacks.base import Sink
@@ -354,7 +354,7 @@ class WandB(Sink):
                 "logging.wandb needs the package wandb: pip install 'megatron_lpa[wandb]', or set logging.wandb=off"
             ) from None
         id_file = run.folder / WANDB_ID
-        if not id_file.exists():
+        if not exists(id_file):
             write_whole(id_file, os.urandom(4).hex())
         self._run = wandb.init(
             project=run.config.logging.wandb_project,
