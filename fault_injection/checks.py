@@ -16,7 +16,7 @@ SAME = ("tokens", "samples", "loss", "lr", "grad_norm", "skipped_steps", "perple
 """Fields of records that follow from the run and not from the machine."""
 
 FOREIGN = re.compile(r"Traceback|Fatal Python error|terminate called|Exception ignored|^chaos:", re.MULTILINE)
-KNOWN_LINES = ("error: ", "warning: ", "note: ")
+KNOWN_LINES = ("error: ", "warning: ", "note: ", "exit code 78: ")
 ROUNDING = 1e-4
 
 

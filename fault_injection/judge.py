@@ -8,7 +8,7 @@ from fault_injection.checks import of_logs
 from fault_injection.kinds import ENDING, STOPPING
 from fault_injection.plan import INTERVAL, Fault
 from fault_injection.start import Start
-from megatron_lpa.errors import EXIT_HANG
+from megatron_lpa.errors import EXIT_HANG, EXIT_REFUSED
 
 
 def of_start(start: Start) -> list[str]:
@@ -84,10 +84,15 @@ def _wrong_of_full_disk(start: Start) -> str:
     Nor are records that cannot be written, as long as there is room again before the run ends.
     """
     codes = set(start.ranks.codes.values())
-    may_end = start.scenario.on_failure == "stop" or start.reached >= start.scenario.steps - 1
+    stops = start.scenario.on_failure == "stop"
+    may_end = stops or start.reached >= start.scenario.steps - 1
     if codes == {0}:
         return ""
-    return "" if may_end and codes == {1} else "a full disk ends the run with 1 where the config says so"
+    # Whoever asks for a stop does not want another start.
+    due = EXIT_REFUSED if stops else 1
+    return (
+        "" if may_end and codes == {due} else f"a full disk ends the run with {due} where the config says so"
+    )
 
 
 def of_progress(start: Start, newest: int, previous_failures: int) -> list[str]:
@@ -105,6 +110,9 @@ def of_progress(start: Start, newest: int, previous_failures: int) -> list[str]:
         found.append(
             f"{start.reached} steps were done and the newest checkpoint has {newest}: more than {allowed} lost"
         )
+    back = start.went_back_to()
+    if back is not None and newest >= back:
+        return found  # later checkpoints are gone on purpose, and steps behind it are done again
     if newest < start.base:
         found.append(f"the run went on from {start.base} and now has {newest} at most")
     signals = [r.fault for r in start.struck.values() if r.fault.kind in STOPPING]

@@ -124,9 +124,12 @@ def error_lines(errors: Sequence[str]) -> list[str]:
 
 
 def of_planted(errors: Sequence[str], name: str) -> list[str]:
-    """Violations of what is said when a start is refused for a link or a pipe: one line, which names it."""
+    """Violations of what is said when a start is refused for a link or a pipe: one line, which names it.
+
+    Before they have met, ranks say the same each with its own name in front.
+    """
     lines = error_lines(errors)
-    if len(lines) != 1:
+    if len({re.sub(r"^error: (rank \d+ \([^)]*\): )?", "", line) for line in lines}) != 1:
         return [f"{len(lines)} lines of errors where one was due"]
     return [] if name in lines[0] else [f"the line of the error does not name {name}: {lines[0][:200]}"]
 

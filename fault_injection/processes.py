@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# As the entry point does, and before torch is imported.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 ROOT = Path(__file__).resolve().parents[1]
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl.h
 GRACE_S = 20.0

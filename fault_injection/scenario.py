@@ -143,7 +143,8 @@ class Going:
         self._planted = None
         if changed := planted.changed_outside():
             result.violations.append(f"files outside the run folder have changed: {', '.join(changed)}")
-        refused = not start.trained
+        # A run that is complete trains no step either.
+        refused = not start.trained and set(start.ranks.codes.values()) != {0}
         if refused:
             codes, errors = [code for _, code in sorted(start.ranks.codes.items())], start.ranks.text("err")
             result.codes = codes

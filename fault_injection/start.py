@@ -300,6 +300,11 @@ class Start:
             return int(found[1].replace(",", ""))
         return 0 if self.trained else None
 
+    def went_back_to(self) -> int | None:
+        """The step of the checkpoint that the run went back to last; None if it never did."""
+        found = re.findall(r"went back to step_(\d+) because of", self.ranks.text("err")[0])
+        return int(found[-1]) if found else None
+
     def failed_saves(self) -> int:
         """Checkpoints that could not be written."""
         return self.ranks.text("err")[0].count("the checkpoint could not be written")

@@ -124,6 +124,16 @@ def _recalled(path: Path, resumed: Resumed) -> tuple[int, dict[str, Any]]:
     return skipped, dataclasses.asdict(decisions)
 
 
+def check_passed_over(checkpoints: Path) -> None:
+    """Make sure that what an earlier start remembered can be used, before a start changes anything.
+
+    Raises:
+        UserError: the file is not what ``roll_back`` wrote.
+        TryAgain: the disk does not give it.
+    """
+    _remembered(checkpoints / PASSED_OVER)
+
+
 def _remembered(path: Path) -> tuple[int, str, int, Decisions] | None:
     """Step and hash of the checkpoint that a run went back to, samples passed over, ``Decisions``; None if it never did."""
     try:

@@ -43,6 +43,7 @@ from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.callbacks.sinks import Console, MetricsFile, TensorBoard, WandB
 from megatron_lpa.train.data import check_tokenizer, open_data
 from megatron_lpa.train.loop import train
+from megatron_lpa.train.rollback import check_passed_over
 from megatron_lpa.train.run_lock import RunLock, lock_run
 from megatron_lpa.train.schedule import total_steps
 from megatron_lpa.train.signals import StopRequest
@@ -215,6 +216,7 @@ def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: Paralle
     if config.data.tokenizer is not None:  # before anything is made: a refused run leaves no folder
         check_tokenizer(load_tokenizer(config.data.tokenizer), splits, config)
     refuse_links(folder)
+    check_passed_over(folder / CHECKPOINTS)
     try:
         patiently(lambda: folder.mkdir(parents=True, exist_ok=True), folder, "made")
     except OSError as error:

@@ -142,6 +142,20 @@ if "megatron_lpa.pretrain" in sys.orig_argv:
 """
 
 
+def test_a_memory_that_cannot_be_used_is_refused_before_anything_is_set_aside(folder):
+    """A damaged checkpoint is renamed when an older one is loaded; a start that is refused renames nothing."""
+    run = folder / "runs" / "remembers"
+    more = ["--train.checkpoint_interval", "2", "--train.keep_checkpoints", "0", "--train.steps", "4"]
+    assert launch(arguments("remembers", *more), 1, folder).codes == [0]
+    newest = run / "checkpoints" / "step_00000004"
+    next(newest.glob("state/*")).unlink()
+    (run / "checkpoints" / "passed_over.json").write_text("{}")
+    before = sorted(str(path.relative_to(run)) for path in run.rglob("*"))
+    refused = launch(arguments("remembers", *more), 1, folder)
+    assert refused.codes == [78] and "passed_over.json" in refused.errors[0]
+    assert sorted(str(path.relative_to(run)) for path in run.rglob("*")) == before
+
+
 @pytest.mark.parametrize("choice", ["continue", "stop"])
 def test_a_disk_that_is_full_for_a_while(folder, tmp_path, choice, monkeypatch):
     """Writes of states up to step 4 go to a device that is always full."""
