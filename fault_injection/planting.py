@@ -129,7 +129,10 @@ def of_planted(errors: Sequence[str], name: str) -> list[str]:
     Before they have met, ranks say the same each with its own name in front.
     """
     lines = error_lines(errors)
-    if len({re.sub(r"^error: (rank \d+ \([^)]*\): )?", "", line) for line in lines}) != 1:
+    own_name = re.compile(r"^error: rank \d+ \([^)]*\): ")
+    plain = [line for line in lines if not own_name.search(line)]
+    texts = {own_name.sub("error: ", line) for line in lines}
+    if len(plain) != 1 or len(texts) != 1:
         return [f"{len(lines)} lines of errors where one was due"]
     return [] if name in lines[0] else [f"the line of the error does not name {name}: {lines[0][:200]}"]
 

@@ -88,6 +88,11 @@ def test_a_refusal_is_one_line_with_the_right_code_and_name_in_time() -> None:
     assert "traceback" in refusal([78, 78], ["Traceback (most recent call last):\n"], 2.0, 30.0)[0]
     assert "does not name .lock" in of_planted(good, ".lock")[0]
     assert "2 lines" in of_planted([good[0], good[0]], "metrics.jsonl")[0]
+    # Before ranks have met, each tells for itself.
+    named = "error: rank 1 (node): run/metrics.jsonl: a link; remove it\n"
+    assert of_planted([good[0], named], "metrics.jsonl") == []
+    assert "2 lines" in of_planted([good[0], named.replace("link", "pipe")], "metrics.jsonl")[0]
+    assert "0 lines" in of_planted(["", ""], "metrics.jsonl")[0]
 
 
 def test_a_mismatch_has_to_name_the_rank_and_the_key() -> None:
