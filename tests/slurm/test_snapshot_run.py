@@ -10,7 +10,6 @@ import runpy
 import shlex
 import shutil
 import tarfile
-import time
 import urllib.parse
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,11 +56,6 @@ def recorded(*lines: str) -> str:
     return kept
 
 
-def redacted(text: str) -> str:
-    """As the text, JSON and YAML of a snapshot are redacted."""
-    return Redaction(os.environ).tree({"a": [text]})["a"][0]
-
-
 def test_the_first_start_records_everything_and_later_ones_leave_it_alone(
     tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,42 +100,6 @@ def test_other_code_than_at_the_first_start_is_told_of(
     capsys.readouterr()
     assert tool.main(options()) == 0
     assert "note: the code is not that of the first start" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *(
-            "WANDB_API_KEY",
-            "HF_TOKEN",
-            "GH_PAT",
-            "HF_AUTH",
-            "DB_PWD",
-            "my_password",
-            "AUTH_HEADER",
-            "SSHPASS",
-        ),
-        *("AZURE_STORAGE_CONN_STR", "CONNECTION_STRING", "SENTRY_DSN", "DATABASE_URL", "MYSQL_PWD", "NETRC"),
-        *(
-            "SLACK_WEBHOOK",
-            "SLACK_WEBHOOK_URL",
-            "SESSION_COOKIE",
-            "API_BEARER",
-            "REDIS_URL",
-            "HTTPS_PROXY_URL",
-        ),
-    ],
-)
-def test_what_is_called_like_a_secret(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, "/9j2kd83hs")
-    assert redacted("a /9j2kd83hs b") == f"a <{name}> b"
-
-
-@pytest.mark.parametrize("name", ["TOKENIZER", "PATH_TO_DATA", "AUTHOR", "SSH_KEY_FILE", "PWD"])
-def test_a_path_is_no_secret(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a snapshot's config would name no data that exists."""
-    monkeypatch.setenv(name, str(tmp_path))
-    assert redacted(f"prefix: {tmp_path}") == f"prefix: {tmp_path}"
 
 
 def test_secrets_stay_out(tool: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,41 +158,6 @@ def test_a_secret_stays_out_however_it_is_quoted(
     assert len(lines) == len(quoted) and all("<MY_SECRET>" in line for line in lines), lines
 
 
-def test_the_longest_secret_is_removed_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("A_TOKEN", "12345678"), ("B_TOKEN", "123456789abc"), ("C_TOKEN", "x12345678y")):
-        monkeypatch.setenv(name, value)
-    found = redacted("123456789abc 12345678 x12345678y 1234567")
-    assert found == "<B_TOKEN> <A_TOKEN> <C_TOKEN> 1234567"
-
-
-@pytest.mark.parametrize(
-    ("url", "expected"),
-    [
-        ("https://user:p/a@ss@host/x", "https://<removed>@host/x"),
-        ("https://user:p@ss/w@rd@host", "https://<removed>@host"),
-        ("https://ghp_token@github.com/a/b.git", "https://<removed>@github.com/a/b.git"),
-        ("postgres://u:p@h:5432/d?x=1", "postgres://<removed>@h:5432/d?x=1"),
-        ("git+https://github.com/a/b@v1.0", "git+https://github.com/a/b@v1.0"),
-        ("https://host/@scope/p", "https://host/@scope/p"),
-        ("https://host:8080/x", "https://host:8080/x"),
-        ("https://h/x?sv=1&sig=aZ%2f9&se=2", "https://h/x?sv=1&sig=<removed>&se=2"),
-        ("https://h/x?api_key=abc#part", "https://h/x?api_key=<removed>#part"),
-        (
-            "https://h/x?X-Amz-Signature=abc&x-amz-credential=d",
-            "https://h/x?X-Amz-Signature=<removed>&x-amz-credential=<removed>",
-        ),
-        ("'https://u:p@h', 'a@b'", "'https://<removed>@h', 'a@b'"),
-    ],
-)
-def test_secrets_of_a_url_are_removed(url: str, expected: str) -> None:
-    assert redacted(f"x {url} y") == f"x {expected} y"
-
-
-def test_the_password_of_a_url_is_removed_where_it_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SERVICE", "https://user:pass/w@rd1@host/x")
-    assert redacted("curl -u user:pass/w@rd1 x") == "curl -u user:<SERVICE> x"
-
-
 PLANTED = "sword-fish9"
 SECRET_LINES = [
     *(f"export {name}={PLANTED}" for name in (
@@ -261,27 +184,6 @@ def test_what_is_given_to_a_secret_name_stays_out_of_scripts_and_their_changes(
     assert PLANTED not in found and re.search("<removed>", found)
     diff = "".join(f"diff --git a/{name} b/{name}\n+{line}\n" for name in ("a.sh", ".env", "a.yaml"))
     assert PLANTED not in tool._without_secrets_of_files(diff, Redaction({}))
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        *("HF_TOKEN=$HF_TOKEN", "HF_TOKEN=${HF_TOKEN}", 'export A_KEY="$1" B=c', "HF_TOKEN=", "--train.tokens=51e9", "tokens: 51e9"),
-        *("TOKENIZER=/t", "srun --nodes=2 --mpi=none", "FORWARD=a", "tiktoken==0.14.0", "OLDPWD=/a", "COMPASS=n", "BYPASS=1"),
-    ],
-)  # fmt: skip
-def test_what_is_no_secret_stays(line: str) -> None:
-    assert Redaction({}).shell(line) == line
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["a=" * 10**5, "A_KEY=" * 10**5, "a" * 10**6, "A_KEY='" + "x" * 10**6, "\\\n" * 10**5, "(" * 10**5],
-)
-def test_the_time_grows_with_the_text(text: str) -> None:
-    start = time.monotonic()
-    Redaction({}).shell(text)
-    assert time.monotonic() - start < 20
 
 
 def test_of_a_job_script_little_is_recorded(tool: SimpleNamespace) -> None:
@@ -403,11 +305,6 @@ def test_the_snapshot_has_the_umasks_permissions(tool: SimpleNamespace, tmp_path
         os.umask(before)
     snapshot = tmp_path / "runs" / "a run" / "snapshot"
     assert {path.stat().st_mode & 0o777 for path in snapshot.iterdir()} == {0o600}
-
-
-def test_a_secret_that_looks_like_a_path_too_long_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOME_KEY", "/" + "x" * 5000)
-    assert redacted("/" + "x" * 5000) == "<SOME_KEY>"
 
 
 def test_a_damaged_record_of_the_first_start_is_told_of_and_stops_nothing(
