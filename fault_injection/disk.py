@@ -85,7 +85,9 @@ def damage(checkpoints: Path, newest: Path, kind: str, seed: int) -> Path | None
     elif kind == "manifest-missing":
         manifest.unlink()
     elif kind == "half-copied":
-        copy = checkpoints / f"step_{int(newest.name[5:]) + INTERVAL:08d}"
+        # After the last of all: one that an earlier fault damaged may lie behind the newest sound one.
+        last = max(int(folder.name[5:]) for folder in checkpoints.glob("step_*"))
+        copy = checkpoints / f"step_{last + INTERVAL:08d}"
         shutil.copytree(newest, copy)
         (copy / victim.relative_to(newest)).unlink()
         return copy

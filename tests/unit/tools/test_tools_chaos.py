@@ -102,6 +102,16 @@ def test_damage_leaves_a_checkpoint_unsound(kind: str, tmp_path: Path) -> None:
     assert (damaged == newest) == (kind != "half-copied")
 
 
+@pytest.mark.parametrize("first", [kind for kind in DAMAGES if kind != "deleted"])
+def test_damage_of_one_checkpoint_after_another(first: str, tmp_path: Path) -> None:
+    for step in (3, 6):
+        checkpoint(tmp_path / f"step_{step:08d}", 1.0)
+    damaged = damage(tmp_path, tmp_path / "step_00000006", first, 5)
+    copied = damage(tmp_path, tmp_path / "step_00000003", "half-copied", 5)
+    assert copied not in (None, damaged) and checks.unsound(copied) and checks.unsound(damaged)
+    assert checks.unsound(tmp_path / "step_00000003") == ""
+
+
 def test_logs_with_tracebacks_and_lines_of_unknown_kinds_are_found_out() -> None:
     assert checks.of_logs(["note: a\nwarning: b\nerror: c\n", ""]) == []
     assert checks.of_logs(["", "Traceback (most recent call last):\nValueError: no\n"]) == [
