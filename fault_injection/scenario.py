@@ -272,7 +272,8 @@ class Going:
             if self._tries[fault.number] > 6:
                 self.violations.append(f"fault {fault.number} ({fault}) did not strike in 6 starts")
             else:  # sooner next time, as another fault or the end of the run came first
-                self._queue.insert(0, dataclasses.replace(fault, after=1))
+                amount = fault.amount / 2 if fault.kind == "kill-random" else fault.amount
+                self._queue.insert(0, dataclasses.replace(fault, after=1, amount=amount))
 
     # What comes next
 
