@@ -313,6 +313,8 @@ def _numbered(scenarios: list[Scenario]) -> list[Scenario]:
     for position, scenario in enumerate(scenarios, start=1):
         scenario.number = position
         moving = scenario.moving
+        if moving:  # to layouts of one precision, so that the end can be compared
+            scenario.layout = replace(scenario.layout, precision=MOVES[0].precision)
         for index, fault in enumerate(scenario.faults):
             number += 1
             of_rank = not moving and (fault.kind not in BETWEEN or fault.kind == "rank-mismatch")
