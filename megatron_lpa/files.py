@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import hashlib
 import json
 import os
@@ -145,6 +146,43 @@ def is_link(path: str | os.PathLike[str]) -> bool:
     """Whether it is a symbolic link, wherever that leads. Raises as :func:`status`."""
     found = status(path, follow_links=False)
     return found is not None and stat.S_ISLNK(found.st_mode)
+
+
+def names_in(folder: str | os.PathLike[str]) -> list[str]:
+    """What a folder holds, in order; nothing where it is no folder.
+
+    ``glob`` is not used: it takes any error of the disk for an empty folder, or ends at the first one.
+
+    Raises:
+        UserError: it may not be read.
+        TryAgain: the disk does not answer.
+    """
+
+    def look() -> list[str]:
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(entry.name for entry in entries)
+        except OSError as error:
+            if error.errno in _ABSENT:
+                return []
+            raise
+
+    return from_disk(look, folder)
+
+
+def files_below(folder: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> list[Path]:
+    """The regular files whose names any of ``patterns`` fits, in sub-folders too, in order. Links to folders are not entered.
+
+    Raises:
+        UserError, TryAgain: as :func:`names_in`.
+    """
+    found: list[Path] = []
+    for path in (Path(folder) / name for name in names_in(folder)):
+        if is_dir(path) and not is_link(path):
+            found += files_below(path, patterns)
+        elif any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns) and is_file(path):
+            found.append(path)
+    return sorted(found)
 
 
 def refuse_link(path: str | os.PathLike[str], why: str) -> None:
@@ -293,12 +331,12 @@ def tree_digest(folder: str | os.PathLike[str], patterns: Sequence[str] = ("*",)
     """One hash of the names and contents of a folder's files that any of ``patterns`` fits, sub-folders included.
 
     Raises:
-        OSError, TryAgain: as ``read_bytes``.
+        OSError, UserError, TryAgain: as ``read_bytes`` and ``names_in``.
     """
-    top, digest = Path(folder), hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in top.rglob(pattern) if is_file(path)}):
+    digest = hashlib.sha256()
+    for path in files_below(folder, patterns):
         content = read_bytes(path)
-        digest.update(f"{path.relative_to(top).as_posix()}\0{len(content)}\0".encode() + content)
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 

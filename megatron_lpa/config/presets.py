@@ -13,6 +13,7 @@ from typing import Any
 from megatron_lpa.config.schema import nearest
 from megatron_lpa.config.yaml_io import read_yaml
 from megatron_lpa.errors import UserError, shown
+from megatron_lpa.files import names_in
 
 PRESET_DIR = Path(str(resources.files("megatron_lpa"))) / "presets"
 
@@ -25,7 +26,7 @@ def _variants(family: str) -> dict[str, Any]:
 
 def preset_names() -> list[str]:
     """Every ``family/variant``, families in alphabetical order, variants in the file's order."""
-    families = sorted(path.stem for path in PRESET_DIR.glob("*.yaml"))
+    families = [name[:-5] for name in names_in(PRESET_DIR) if name.endswith(".yaml")]
     return [f"{family}/{variant}" for family in families for variant in _variants(family)]
 
 

@@ -8,6 +8,8 @@ that is in keeps the file open, so on one machine it can be told whether there i
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import os
 import sys
 import tempfile
@@ -15,6 +17,9 @@ import time
 from pathlib import Path
 
 from torch.utils.cpp_extension import get_default_build_root
+
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import LASTING, patiently
 
 STALE_S = 600.0
 """No operator takes that long to compile, so nobody holds a lock of this age."""
@@ -51,6 +56,10 @@ def wait_for_compilers(
         root: folder of compiled extensions; by default ``TORCH_EXTENSIONS_DIR``, or where PyTorch puts them.
         stale_s: age from which on any lock is left over.
         unheld_stale_s: age from which on a lock is that nobody here holds and nobody elsewhere can.
+
+    Raises:
+        UserError: such a lock cannot be removed, or a folder cannot be read.
+        TryAgain: the disk does not answer.
     """
     folder = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     told: set[Path] = set()
@@ -61,9 +70,11 @@ def wait_for_compilers(
             unheld = _nobody_holds(lock)
             left_s = (unheld_stale_s if unheld else stale_s) - age_s
             if left_s <= 0:
-                with contextlib.suppress(OSError):
-                    lock.unlink()
-                    _tell(f"{lock}: removed; a process that was killed had left it")
+                try:
+                    lock.unlink(missing_ok=True)
+                except OSError as error:
+                    raise _unremovable(lock, error) from error
+                _tell(f"{lock}: removed; a process that was killed had left it")
             elif (unheld or age_s >= _QUIET_S) and lock not in told:
                 told.add(lock)
                 why = (
@@ -77,14 +88,40 @@ def wait_for_compilers(
         time.sleep(_POLL_S)
 
 
+def _unremovable(lock: Path, error: OSError) -> UserError:
+    kind = UserError if error.errno in LASTING or error.errno == errno.EROFS else TryAgain
+    return kind(
+        f"{lock}: a process that was killed has left it, and it cannot be removed ({error.strerror}); remove it, or set "
+        "TORCH_EXTENSIONS_DIR to a folder of your own"
+    )
+
+
 def _locks(folder: Path) -> dict[Path, os.stat_result]:
     """Every lock. PyTorch's folders lie one or two levels down."""
+    above = [folder / name for name in _names(folder)]
+    above += [path / name for path in above for name in _names(path)]
     found = {}
-    for pattern in ("*/lock", "*/*/lock"):
-        for lock in folder.glob(pattern):
-            with contextlib.suppress(OSError):  # gone in the meantime
-                found[lock] = lock.stat()
+    for path in above:
+        with contextlib.suppress(PermissionError):  # another user's, who compiles in it alone
+            lock = path / "lock"
+            if (seen := patiently(functools.partial(_seen, lock), lock)) is not None:
+                found[lock] = seen
     return found
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in it; nothing where it is no folder, has gone, or is another user's."""
+    try:
+        return patiently(functools.partial(os.listdir, folder), folder)
+    except OSError:
+        return []
+
+
+def _seen(lock: Path) -> os.stat_result | None:
+    try:
+        return lock.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 class _Ages:

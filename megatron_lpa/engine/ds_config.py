@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_lpa.config import RunConfig
 from megatron_lpa.errors import UserError, named, shown
-from megatron_lpa.files import LASTING, patiently, read_json
+from megatron_lpa.files import LASTING, names_in, patiently, read_json
 
 MOST_BYTES = 1 << 20
 
@@ -59,7 +59,7 @@ def find_ds_config(name: str) -> Path:
     for path in candidates:
         if _is_there(path):
             return path
-    shipped = sorted(path.stem for path in SHIPPED.glob("*.json"))
+    shipped = [name[:-5] for name in names_in(SHIPPED) if name.endswith(".json")]
     near = difflib.get_close_matches(name[:100], shipped, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(

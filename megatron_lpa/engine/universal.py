@@ -40,7 +40,7 @@ from megatron_lpa.engine.manifest import size_of
 from megatron_lpa.engine.new_folder import new_folder
 from megatron_lpa.engine.reshard import MASTER, MOMENTS
 from megatron_lpa.engine.store import write_durably
-from megatron_lpa.files import new_file, patiently, sha256
+from megatron_lpa.files import files_below, new_file, patiently, sha256
 
 LATEST = "latest_universal"
 SUMS = "SHA256SUMS"
@@ -76,7 +76,7 @@ def write_universal(source: Source, output: Path, lowdim_layout: str | None = No
                 raise OSError(f"{folder / name} reads back otherwise than it was written")
         write_durably(folder / SUMS, "".join(f"{value}  {name}\n" for name, value in sums.items()))
         write_durably(partial / LATEST, tag)
-        written = sum(patiently(functools.partial(size_of, path), path) or 0 for path in partial.rglob("*"))
+        written = sum(patiently(functools.partial(size_of, path), path) or 0 for path in files_below(partial))
     return Converted(output, len(sums) + 2, written)
 
 

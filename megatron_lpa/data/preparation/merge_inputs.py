@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_lpa.data.preparation.patterns import files_matching
 from megatron_lpa.data.storage.block_check import check_checksums, wrong_blocks
 from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
 from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
@@ -94,12 +94,12 @@ def _expand(name: str, output_prefix: str) -> list[str]:
         return [name]
     if not any(character in name for character in "*?[") or exists(name):
         return [_without_ending(name)]  # a missing one is refused when it is opened
-    found = [path for path in glob.glob(name, recursive=True) if path.endswith(_ENDINGS)]
-    found += glob.glob(f"{name}.idx", recursive=True)
+    found = [path for path in files_matching(name) if path.endswith(_ENDINGS)]
+    found += files_matching(f"{name}.idx")
     prefixes = sorted({_without_ending(path) for path in found}, key=natural_key)
     # A shard that is still being written has no index yet. Passed over, it would be missing for good.
     partial_ending = f".bin{PARTIAL_SUFFIX}"
-    for path in sorted(glob.glob(f"{_without_ending(name)}{partial_ending}", recursive=True)):
+    for path in files_matching(f"{_without_ending(name)}{partial_ending}"):
         prefix = path[: -len(partial_ending)]
         if not exists(idx_path(prefix)) and Path(prefix).resolve() != Path(output_prefix).resolve():
             raise UserError(

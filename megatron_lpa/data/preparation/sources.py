@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import stat
 import sys
@@ -12,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
+from megatron_lpa.data.preparation.patterns import files_matching
 from megatron_lpa.data.storage.reading import exists, from_disk, is_dir, is_file, status
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import kind_of
@@ -85,7 +85,7 @@ def resolve_inputs(inputs: Sequence[str]) -> list[Path]:
                 )
             found = [path]
         else:
-            found = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if is_file(p))
+            found = [Path(path) for path in files_matching(name)]
             if not found:
                 raise UserError(
                     f"{name}: no such file, and no file matches it; check the path or the pattern"

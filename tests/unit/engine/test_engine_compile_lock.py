@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.utils.cpp_extension import _get_build_directory
 from torch.utils.file_baton import FileBaton
 
+from megatron_lpa import files
 from megatron_lpa.engine import compile_lock
 from megatron_lpa.engine.compile_lock import wait_for_compilers
+from megatron_lpa.errors import TryAgain, UserError
 
 
 def lock_in(folder: Path, age_s: float = 0.0, held: bool = True) -> Path:
@@ -135,3 +139,40 @@ def test_a_lock_that_another_process_takes_next_is_young_again(tmp_path: Path) -
     assert waiter.is_alive() and lock.exists()
     waiter.join(5)
     assert not lock.exists()
+
+
+def test_a_lock_that_cannot_be_removed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = lock_in(tmp_path / "op", 700)
+    for number, kind in ((errno.EPERM, UserError), (errno.EROFS, UserError), (errno.EIO, TryAgain)):
+
+        def refuse(*_: object, number: int = number, **__: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        with (
+            monkeypatch.context() as patched,
+            pytest.raises(UserError, match=r"op/lock: .* cannot be removed") as raised,
+        ):
+            patched.setattr(os, "unlink", refuse)
+            wait_for_compilers(tmp_path)
+        assert type(raised.value) is kind and lock.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE, errno.EACCES])
+def test_a_folder_that_cannot_be_listed_at_once_ends_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """As where another run removes what it built."""
+    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0, 0.0))
+    (tmp_path / "py311_cpu" / "op").mkdir(parents=True)
+    for call in ("listdir", "scandir"):
+        real, failed = getattr(os, call), []
+
+        def fails(path: object = ".", call: Any = real, failed: list[int] = failed) -> Any:
+            if str(path).endswith("py311_cpu") and not failed:
+                failed.append(number)
+                raise OSError(number, os.strerror(number), str(path))
+            return call(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, fails)
+            wait_for_compilers(tmp_path)
