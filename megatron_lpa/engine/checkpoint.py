@@ -155,7 +155,7 @@ class Saving:
 
     def _make_folders(self, kinds: int) -> list[WrittenFile]:
         if self._engine.groups.rank == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             remove(self._partial)
             check_free_space(self._folder, _checkpoint_bytes(self._engine, kinds))
             self._partial.mkdir()

@@ -94,7 +94,7 @@ def write_lazily(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)  # not what is above: the run folder may have been moved
     digest = hashlib.sha256()
     try:
         with open(path, "xb") as file:  # follows no link, and writes over nothing

@@ -75,6 +75,10 @@ def _train_all_steps(run: Run, callbacks: Sequence[Callback]) -> None:
 
 
 def _go_back(run: Run, callbacks: Sequence[Callback], reason: str) -> None:
+    if (
+        run.has_lost_folder()
+    ):  # what is in it may be another run's: the next step is agreed on, and ends this one
+        return
     bad = run.progress
     for callback in callbacks:
         callback.before_rollback(run)

@@ -207,13 +207,15 @@ class Watchdog:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
             return
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (path.parents[1], path.parent):  # not the run folder: it may have been moved
+                folder.mkdir(exist_ok=True)
             with new_file(path) as file:
                 file.write(f"{told}\n\n".encode())
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError as error:  # the disk may be what is wrong
             say(f"rank {self._rank}'s stacks cannot be written: {error}")
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
     def _leave_anyway(self) -> None:
         time.sleep(LAST_WORDS_S)

@@ -160,3 +160,44 @@ def test_a_run_folder_that_is_moved_away_ends_the_run_on_all_ranks(folder: Path)
     assert "runs/moved: the run folder was moved or removed" in error and "runs/elsewhere now)" in error
     assert not run.exists(), "no half of a run is left under the old name"
     assert "Traceback" not in "".join(finished.stderr)
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "words"),
+    [("moved", 78, "was moved or removed"), ("taken", 1, "another run has taken this folder over")],
+)
+def test_a_run_that_has_lost_its_folder_does_not_go_back_in_it(
+    folder: Path, how: str, code: int, words: str
+) -> None:
+    """Retention would remove checkpoints that are another run's by now."""
+    name = f"lost-{how}"
+    more = [
+        "--train.steps", "10", "--train.eval_interval", "0", "--train.checkpoint_interval", "2", "--train.keep_checkpoints", "1",
+        "--train.max_skipped_steps", "2", "--train.checkpoint_overlap", "false",
+    ]  # fmt: skip
+    finished = launch(arguments(name, *more), 2, folder, {5: "nan", 6: how})
+    assert finished.codes == [code, code], finished.stderr
+    (error,) = finished.errors
+    assert words in error and "went back" not in "".join(finished.stderr)
+    run = folder / "runs" / (f"{name}.moved" if how == "moved" else name)
+    left = ["step_00000006"] if how == "moved" else ["step_00000002", "step_00000006"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == left
+    assert (folder / "runs" / name).exists() == (how == "taken")
+
+
+def test_a_run_folder_that_is_moved_amid_a_save_is_not_made_again(folder: Path) -> None:
+    more = ["--train.checkpoint_interval", "2", "--train.checkpoint_overlap", "false"]
+    finished = launch(arguments("saving", *more), 1, folder, {"write": "moved"})
+    assert finished.codes == [78], finished.stderr
+    (error,) = finished.errors
+    assert "runs/saving: the run folder was moved or removed" in error
+    assert not (folder / "runs" / "saving").exists()
+
+
+def test_a_run_folder_that_is_moved_before_a_hang_is_not_made_again(folder: Path) -> None:
+    finished = launch(arguments("hanging", "--train.step_timeout_s", "6"), 1, folder, {"3": "moved, hang"})
+    assert finished.codes == [75], finished.stderr
+    assert "rank 0" in finished.errors[0] and "read_batches" in finished.stderr[0], (
+        "its stacks are on stderr instead"
+    )
+    assert not (folder / "runs" / "hanging").exists()

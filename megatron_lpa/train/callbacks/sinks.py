@@ -365,7 +365,12 @@ class WandB(Sink):
             dir=str(run.folder),
             config=Redaction(os.environ).tree(dataclasses.asdict(run.config)),
             settings=wandb.Settings(
-                x_disable_machine_info=True, x_disable_meta=True, disable_git=True, disable_code=True
+                x_disable_machine_info=True,
+                x_disable_meta=True,
+                disable_git=True,
+                disable_code=True,
+                console="off",
+                x_save_requirements=False,
             ),
         )
 

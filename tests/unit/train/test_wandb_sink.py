@@ -22,6 +22,8 @@ folder = Path(sys.argv[1])
 config = load_config(["--preset", "tiny/lpa", "--data.prefix", "/data/open-" + "secret-of-prefix"])
 sink = WandB("offline")
 sink.open(SimpleNamespace(folder=folder, config=config))
+print("printed-" + "while-it-ran")
+print("printed-" + "while-it-ran", file=sys.stderr)
 sink.write({"kind": "train", "step": 1, "time": 0.0, "loss": 2.5})
 sink.close()
 """
@@ -54,6 +56,7 @@ def test_nothing_of_the_environment_the_command_or_the_repository_is_recorded(tm
     (record,) = [path for path in files if path.suffix == ".wandb"]
     content = record.read_bytes()
     assert b"hidden_size" in content and b"train/loss" in content and b"<MY_TOKEN>" in content
-    for secret in (*SECRETS.values(), "given-to-the-command", "pass-of-the-remote"):
+    for secret in (*SECRETS.values(), "given-to-the-command", "pass-of-the-remote", "printed-while-it-ran"):
         holders = [path for path in files if secret.encode() in path.read_bytes()]
         assert holders == [], secret
+    assert {path.name for path in files} & {"output.log", "requirements.txt"} == set()
