@@ -69,18 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else default
+    return int(text) if text.isdecimal() and len(text) < 10 else default
 
 
 def _tell(error: UserError) -> None:
     """Once per machine: whatever all ranks know, or one machine alone lacks. And whatever one rank alone has found."""
     message = str(error)
     rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
-    if not isinstance(error, RankError) and rank and local_rank:
+    if not isinstance(error, RankError) and local_rank:
         # Launchers end all processes when the first has ended. Who is still here then is alone with its error.
         time.sleep(AFTER_OTHERS_S if error.known_to_all else ALONE_S)
         if error.known_to_all:
             return
+    if rank and not isinstance(error, RankError) and not error.known_to_all:
         message = f"rank {rank} ({socket.gethostname()}): {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     if error.exit_code == EXIT_REFUSED:

@@ -230,6 +230,8 @@ train_on_slurm() {
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    # On one machine nobody else needs to reach the processes.
+    if ((${#hosts[@]} == 1)); then export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"; fi
     export MASTER_ADDR="${MASTER_ADDR:-${hosts[0]}}"
     # Below the ports that systems hand out by themselves, and those that SLURM's own traffic usually has.
     export MASTER_PORT="${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 10000))}"

@@ -22,6 +22,7 @@ import deepspeed
 from megatron_lpa.engine.compile_lock import wait_for_compilers
 from megatron_lpa.errors import EXIT_REFUSED, RankError, RankHang
 from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
+from megatron_lpa.parallel.address import is_loopback, loopback_interface
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.meeting import Meeting, meet
 from megatron_lpa.parallel.place import place_from_environment
@@ -30,13 +31,15 @@ TIMEOUT = datetime.timedelta(minutes=30)
 AFTER_WATCHDOG = datetime.timedelta(minutes=5)
 
 
-def collective_timeout(step_timeout_s: float) -> datetime.timedelta:
+def collective_timeout(*limits_s: float) -> datetime.timedelta:
     """How long a collective waits for other ranks: longer than the watchdog, which can say who is missing and where.
 
     Args:
-        step_timeout_s: ``train.step_timeout_s``; 0 watches nothing.
+        limits_s: of the watchdog; where one is 0, which watches nothing, nothing ends a wait for ten years.
     """
-    return max(TIMEOUT, datetime.timedelta(seconds=step_timeout_s) + AFTER_WATCHDOG)
+    if not all(limits_s):
+        return datetime.timedelta(days=3650)
+    return max(TIMEOUT, datetime.timedelta(seconds=max(limits_s)) + AFTER_WATCHDOG)
 
 
 def quiet_libraries() -> None:
@@ -103,6 +106,11 @@ def start_distributed(
 
 def _join_process_group(meeting: Meeting, timeout: datetime.timedelta) -> None:
     place = meeting.place
+    # Gloo listens where the machine's name leads to, which on a cluster is its network. On one machine nobody out there
+    # needs to reach it.
+    alone = place.world_size == 1 or is_loopback(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    if alone and (interface := loopback_interface()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     # NCCL fetches its ids from the store with the store's own time-out.
     meeting.store.set_timeout(timeout)
     several_gpus = torch.cuda.is_available() and place.world_size > 1

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_lpa.errors import RankError, RankHang, TryAgain, UserError
+from megatron_lpa.errors import EXIT_REFUSED, RankError, RankHang, TryAgain, UserError, shown
+from megatron_lpa.parallel.address import is_loopback, master_address, why_unknown
 from megatron_lpa.parallel.disagreement import disagreement, named
 from megatron_lpa.parallel.place import Place
 
@@ -148,6 +149,8 @@ class _Patience:
     def __init__(self, limit_s: float, enter: Say, say: Say) -> None:
         self.since_s = time.monotonic()
         self._limit_s, self._enter, self._say, self._next_s = limit_s, enter, say, NOTE_AFTER_S
+        self.doubt = ""
+        """What may be why nobody comes."""
 
     @property
     def waited_s(self) -> float:
@@ -166,6 +169,10 @@ class _Patience:
     def left_s(self) -> float:
         return max(1.0, self._limit_s - self.waited_s)
 
+    def tell(self, line: str) -> None:
+        """Say a line now."""
+        self._say(line)
+
     def pause(self, for_what: Callable[[], str]) -> None:
         """Wait a moment; say for what when it takes long. The wait has its own end, so no watchdog needs to count it."""
         self._enter("waiting for other ranks to start")
@@ -182,15 +189,6 @@ def _wait_until(done: Callable[[], bool], within_s: float) -> None:
             time.sleep(_POLL_S)
 
 
-def _address() -> tuple[str, int]:
-    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), os.environ.get("MASTER_PORT")
-    if port is None:
-        raise UserError("WORLD_SIZE is above 1 but MASTER_PORT is not set; start through a launcher")
-    if not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise UserError(f"MASTER_PORT is {port[:40]!r}, but must be a number from 1 to 65535")
-    return host, int(port)
-
-
 def _serves(place: Place) -> bool:
     """Torchrun's agent serves a store of its own, before any process starts."""
     return place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -202,9 +200,11 @@ def _launch_of() -> list[str | None]:
 
 
 def _serve(place: Place, waiting: _Patience) -> dist.Store:
-    host, port = _address()
+    host, port = master_address()
+    while not _resolves(host, port, place, waiting):
+        pass
     # Where all processes are on this machine, nobody else needs to reach the port.
-    local = place.local_size >= place.world_size and _is_loopback(host)
+    local = place.local_size >= place.world_size and is_loopback(host)
     dual = socket.has_dualstack_ipv6() and not local
     try:
         listener = socket.create_server(
@@ -222,40 +222,49 @@ def _serve(place: Place, waiting: _Patience) -> dist.Store:
         raise RankError(
             f"the processes cannot meet at {host}:{port}: {error.strerror}; if another run uses this port, {hint}"
         ) from error
-    return dist.TCPStore(
-        "127.0.0.1" if _is_loopback(host) else host,
+    store = dist.TCPStore(
+        "127.0.0.1",  # whatever MASTER_ADDR is: PyTorch would wait for a wrong one without a word
         port,
         is_master=True,
         wait_for_workers=False,
         timeout=datetime.timedelta(seconds=waiting.left_s),
         master_listen_fd=listener.detach(),
     )
+    try:
+        socket.create_connection((host, port), timeout=min(5.0, waiting.left_s)).close()
+    except OSError as error:
+        waiting.doubt = f"rank 0 ({place.host}) does not reach itself at {host}:{port} ({error}): MASTER_ADDR has to be its address"
+        waiting.tell(waiting.doubt)
+    return store
 
 
-def _is_loopback(host: str) -> bool:
-    return host in ("127.0.0.1", "localhost")
+def _resolves(host: str, port: int, place: Place, waiting: _Patience) -> bool:
+    """Whether this machine knows the name; after a moment, if not."""
+    if not (reason := why_unknown(host, port)):
+        return True
+    if waiting.over:
+        raise RankError(
+            f"{place}: MASTER_ADDR={shown(host)} is no name that this machine knows ({reason}); set it to rank 0's address"
+        )
+    waiting.pause(lambda: f"the name {shown(host)} (MASTER_ADDR) to resolve on {place.host}")
+    return False
 
 
 def _join(place: Place, waiting: _Patience) -> dist.Store:
-    host, port = _address()
+    host, port = master_address()
     while True:
+        if not _resolves(host, port, place, waiting):
+            continue
         try:
             # PyTorch's client tries again by itself, but says so in many lines.
             socket.create_connection((host, port), timeout=min(10.0, waiting.left_s)).close()
             return dist.TCPStore(
-                "127.0.0.1" if _is_loopback(host) else host,
+                "127.0.0.1" if is_loopback(host) else host,
                 port,
                 is_master=False,
                 wait_for_workers=False,
                 timeout=datetime.timedelta(seconds=min(10.0, waiting.left_s)),
             )
-        except socket.gaierror as error:
-            if waiting.over:
-                raise RankError(
-                    f"{place}: MASTER_ADDR={host} is no name that this machine knows ({error.strerror}); set it to rank 0's "
-                    "address"
-                ) from error
-            waiting.pause(lambda: f"the name {host} (MASTER_ADDR) to resolve on {place.host}")
         except (OSError, dist.DistError) as error:
             if waiting.over:
                 raise RankHang(
@@ -293,7 +302,8 @@ def _gather(
             return answers, {
                 "kind": "missing",
                 "message": f"{len(missing)} of {place.world_size} processes have not come after {waiting.waited_s:.0f} s "
-                f"(train.start_timeout_s): rank {named(missing)}; look at their logs and machines",
+                f"(train.start_timeout_s): rank {named(missing)}; "
+                + (waiting.doubt or "look at their logs and machines"),
             }
         if missing:
             waiting.pause(partial(_to_start, missing, place.world_size))
@@ -304,7 +314,9 @@ def _gather(
     message = disagreement(facts, hosts)
     foreign = any(len({json.dumps(f.get(name)) for f in facts}) > 1 for name in OF_ONE_RUN)
     if foreign:
-        message += f". Or another run uses port {_address()[1]}: give the launcher another --master_port"
+        message += (
+            f". Or another run uses port {master_address()[1]}: give the launcher another --master_port"
+        )
     return answers, {
         "kind": "fine" if not message else "foreign" if foreign else "unlike",
         "message": message,
@@ -337,6 +349,11 @@ def _answer(
                 store.add("verdict/read", 1)
                 return answered, verdict
         if waiting.long_over:
+            if told and call["word"] != answered and store.check([f"answer/{place.rank}"]):
+                raise RankHang(
+                    f"{place}: another process is this rank already, and trains; look at what the launcher sets as RANK. Or "
+                    f"rank 0 has not come, for {waiting.waited_s:.0f} s (train.start_timeout_s): look at its log"
+                )
             raise RankHang(
                 f"{place}: rank 0 has not seen all processes after {waiting.waited_s:.0f} s (train.start_timeout_s); look "
                 "at its log for those that are missing"
@@ -349,12 +366,13 @@ def _check_call(call: Mapping[str, Any], place: Place) -> None:
         theirs and ours and theirs != ours for theirs, ours in zip(call["launch"], _launch_of(), strict=True)
     ):
         raise RankError(
-            f"{place}: another run's rank 0 answers at port {_address()[1]}; give the launcher another --master_port"
+            f"{place}: another run's rank 0 answers at port {master_address()[1]}; give the launcher another --master_port"
         )
     if place.rank >= call["world_size"]:
         raise RankError(
             f"{place} was started with WORLD_SIZE={place.world_size}, but rank 0 with {call['world_size']}; start all "
-            "processes by one command"
+            "processes by one command",
+            EXIT_REFUSED,
         )
 
 

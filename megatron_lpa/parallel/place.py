@@ -55,9 +55,9 @@ def place_from_environment() -> Place:
         number(str(world_size), "LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
         socket.gethostname(),
     )
-    if not 0 <= place.rank < world_size or place.local_rank < 0:
+    if not 0 <= place.rank < world_size or not 0 <= place.local_rank < place.local_size:
         raise UserError(
-            f"RANK={place.rank}, WORLD_SIZE={world_size} and LOCAL_RANK={place.local_rank} do not fit together; start "
-            "through a launcher"
+            f"RANK={place.rank}, WORLD_SIZE={world_size}, LOCAL_RANK={place.local_rank} and "
+            f"LOCAL_WORLD_SIZE={place.local_size} do not fit together; start through a launcher"
         )
     return place

@@ -74,6 +74,7 @@ def run_training(config: RunConfig, watchdog: Watchdog | None = None, stop: Stop
     watchdog.enter("reading code and configuration")
     requested_path(config.kernels.lowdim)  # the environment may name one that does not exist
     facts = start_facts(config)
+    watchdog.join_board(None, place.world_size)
     with explained_losses():
         meeting = meet(place, facts, config.train.start_timeout_s, watchdog.enter, _note)
         watchdog.join_board(meeting.connection(), place.world_size)
@@ -95,7 +96,7 @@ def _note(line: str) -> None:
 
 def _train_together(config: RunConfig, meeting: Meeting, watchdog: Watchdog, stop: StopRequest) -> int:
     with explained_losses():
-        timeout = collective_timeout(max(config.train.step_timeout_s, config.train.start_timeout_s))
+        timeout = collective_timeout(config.train.step_timeout_s, config.train.start_timeout_s)
         groups = start_distributed(
             config.parallel.tensor_parallel_size, timeout, meeting, watchdog.wait, watchdog.enter
         )

@@ -79,6 +79,7 @@ class Watchdog:
         self._limit_s, self._limit_key = 0.0, ""
         self._folder: Path | None = None
         self._board: Any = None
+        self._asks: threading.Thread | None = None
         self._world_size = 1
         self._posted = self._gave_up = False
         self._where, self._since_s = Whereabouts("starting"), time.monotonic()
@@ -163,10 +164,8 @@ class Watchdog:
         if self._board is None or not (long or self._posted):
             return
         text = json.dumps(asdict(self._where) if long else None)
-        if _briefly(lambda: self._board.set(f"whereabouts/{self._rank}", text) or True):
+        if self._briefly(lambda: self._board.set(f"whereabouts/{self._rank}", text) or True):
             self._posted = long
-        else:
-            self._board = None
 
     def _give_up(self, waited_s: float) -> None:
         self._gave_up = True
@@ -188,10 +187,29 @@ class Watchdog:
     def _suspects(self) -> list[str]:
         if self._world_size == 1:
             return []
-        found = None if self._board is None else _briefly(self._ask_board)
+        found = None if self._board is None else self._briefly(self._ask_board)
         if found is None:
-            return ["rank 0, which knows where the others are, does not answer: look at it first"]
+            return [
+                "rank 0, which knows where the others are, does not answer: look at it first, and whether this machine reaches it"
+            ]
         return suspects({**found, self._rank: self._where}, self._world_size)
+
+    def _briefly(self, work: Callable[[], Result]) -> Result | None:
+        """What ``work`` gives within ``BOARD_S``; None where it fails, or hangs, as with a rank 0 that stands still."""
+        if self._asks is not None and self._asks.is_alive():  # the last attempt still hangs
+            self._asks.join(BOARD_S)
+            if self._asks.is_alive():
+                return None
+        results: list[Result] = []
+
+        def attempt() -> None:
+            with contextlib.suppress(RuntimeError, ValueError):
+                results.append(work())
+
+        self._asks = threading.Thread(target=attempt, name="watchdog's board", daemon=True)
+        self._asks.start()
+        self._asks.join(BOARD_S)
+        return results[0] if results else None
 
     def _ask_board(self) -> dict[int, Whereabouts]:
         found = {}
@@ -220,20 +238,6 @@ class Watchdog:
     def _leave_anyway(self) -> None:
         time.sleep(LAST_WORDS_S)
         self._leave(EXIT_HANG)
-
-
-def _briefly(work: Callable[[], Result]) -> Result | None:
-    """What ``work`` gives within ``BOARD_S``; None where it fails, or hangs, as with a rank 0 that stands still."""
-    results: list[Result] = []
-
-    def attempt() -> None:
-        with contextlib.suppress(RuntimeError, ValueError):
-            results.append(work())
-
-    thread = threading.Thread(target=attempt, name="watchdog's board", daemon=True)
-    thread.start()
-    thread.join(BOARD_S)
-    return results[0] if results else None
 
 
 def say(line: str) -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
+import shutil
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 from support.world import free_port
 
 from megatron_lpa.errors import RankError, RankHang, UserError
@@ -179,15 +185,63 @@ def test_another_number_of_processes_is_named(world: Any) -> None:
     assert all("WORLD_SIZE is 4 on rank 1 (node1), but 2 on rank 0" in result[1] for result in results), (
         results
     )
-    first, (kind, message, *_) = world(2).run(met, free_port(), [place(0, 2), place(3, 4)], [ALIKE] * 2, 2.0)
+    first, (kind, message, code, _) = world(2).run(
+        met, free_port(), [place(0, 2), place(3, 4)], [ALIKE] * 2, 2.0
+    )
     assert first[0] == "RankHang" and kind == "RankError" and "WORLD_SIZE=4, but rank 0 with 2" in message
+    assert code == 78
 
 
-def test_a_name_that_does_not_resolve_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ["no-such-host.invalid", "x" * 70 + ".com", "a..b"])
+def test_a_name_that_does_not_resolve_is_said(monkeypatch: pytest.MonkeyPatch, rank: int, name: str) -> None:
+    monkeypatch.setenv("MASTER_ADDR", name)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setattr(meeting, "NOTE_AFTER_S", 0.2)
+    notes: list[str] = []
+    with pytest.raises(RankError, match=rf"rank {rank} .* MASTER_ADDR='{name[:20]}.* is no name") as raised:
+        meet(place(rank, 2), {}, 1.0, say=notes.append)
+    assert raised.value.exit_code == 1 and notes and "to resolve" in notes[0]
+
+
+def test_an_address_that_is_empty_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", " ")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    with pytest.raises(RankError, match=r"rank 1 .* MASTER_ADDR=no-such-host.invalid is no name"):
-        meet(place(1, 2), {}, 1.0)
+    with pytest.raises(UserError, match="MASTER_ADDR is empty") as raised:
+        meet(place(0, 2), {}, 1.0)
+    assert raised.value.exit_code == 78
+
+
+def test_a_rank_0_that_is_not_at_the_address_says_so_and_counts_who_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """192.0.2.0/24 is nobody's (RFC 5737)."""
+    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    notes: list[str] = []
+    words = r"rank 0 \(node0\) does not reach itself at 192.0.2.1"
+    with pytest.raises(RankHang, match=rf"1 of 2 processes have not come .* rank 1; {words}"):
+        meet(place(0, 2), {}, 2.0, say=notes.append)
+    assert len(notes) == 1 and "MASTER_ADDR has to be its address" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("came", "words"), [(True, "another process is this rank already"), (False, "has not seen all")]
+)
+def test_a_process_that_comes_when_all_have_met_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, came: bool, words: str
+) -> None:
+    monkeypatch.setattr(meeting, "VERDICT_S", 0.1)
+    shared = dist.HashStore()
+    call = {"word": "w", "launch": [None, None], "world_size": 2}
+    shared.set(meeting.CALL, json.dumps(call))
+    first = dist.PrefixStore("megatron_lpa/w", shared)
+    if came:
+        first.set("answer/1", "{}")
+    first.set("verdict", json.dumps({"kind": "fine", "words": {"0": "a", "1": "b"}}))
+    patience = meeting._Patience(0.3, lambda stage: None, lambda line: None)
+    with pytest.raises(RankHang, match=words):
+        meeting._answer(shared, place(1, 2), {"word": "late"}, patience)
 
 
 def test_a_port_that_is_taken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +268,7 @@ def served(address: str, port: int) -> set[str]:
 
 
 def test_processes_of_one_machine_are_not_open_to_others(world: Any) -> None:
-    """They can only be listened to through the loopback, and a process alone opens no port at all."""
+    """The store at which they meet can only be reached through the loopback."""
     (outside,) = world(1).run(served, "0.0.0.0", free_port())
     assert outside & {"::", "0.0.0.0"}, "the check would see a port that is open to all"
     (inside,) = world(1).run(served, "127.0.0.1", free_port())
@@ -222,6 +276,50 @@ def test_processes_of_one_machine_are_not_open_to_others(world: Any) -> None:
     before = listening()
     assert meet(place(0, 1), {}, 1.0).connection() is None
     assert listening() == before
+
+
+PROCESS = """
+import os, psutil
+from megatron_lpa.engine.launch import start_distributed
+start_distributed(1)
+print(sorted({c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"}))
+"""
+
+
+def test_no_port_is_open_to_others_where_the_machines_name_leads_to_its_network(tmp_path: Path) -> None:
+    """As on a cluster's node: gloo listens where the name leads to, if nobody says otherwise."""
+    outside = next(
+        (
+            address.address
+            for addresses in psutil.net_if_addrs().values()
+            for address in addresses
+            if address.family == socket.AF_INET and not address.address.startswith("127.")
+        ),
+        None,
+    )
+    renamed = ["unshare", "-mu", "bash", "-c"]
+    setup = f"hostname a-node && mount --bind {tmp_path}/hosts /etc/hosts && "
+    (tmp_path / "hosts").write_text(f"127.0.0.1 localhost\n{outside} a-node\n")
+    if (
+        outside is None
+        or not shutil.which("unshare")
+        or subprocess.run([*renamed, f"{setup}true"], check=False).returncode
+    ):
+        pytest.skip("needs a network address, and the right to give a process another host name")
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "GLOO_"))
+    }
+    environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+    def listened_to(**more: str) -> str:
+        return subprocess.run(
+            [*renamed, f'{setup}exec "{sys.executable}" -c "$0"', PROCESS],
+            env=environment | more, capture_output=True, text=True, check=True, timeout=120,
+        ).stdout.splitlines()[-1]  # fmt: skip
+
+    assert listened_to() == "['127.0.0.1']"
+    interface = next(n for n, a in psutil.net_if_addrs().items() if any(x.address == outside for x in a))
+    assert outside in listened_to(GLOO_SOCKET_IFNAME=interface), "what a user sets is left alone"
 
 
 def test_the_odd_one_out_is_the_one_in_the_minority() -> None:
