@@ -322,7 +322,11 @@ def _is_same(path: Path, kept: Path, found: os.stat_result) -> bool:
     """Whether another file has the same contents; ``found`` is its status."""
     if not stat.S_ISREG(found.st_mode) or found.st_size != os.stat(path).st_size:
         return False
-    return patiently(lambda: sha256(kept), kept) == patiently(lambda: sha256(path), path)
+    try:
+        contents = patiently(lambda: sha256(kept), kept)
+    except OSError:  # it may not be read
+        return False
+    return contents == patiently(lambda: sha256(path), path)
 
 
 def write_again(file: BinaryIO, path: Path) -> int:

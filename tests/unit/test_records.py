@@ -109,6 +109,21 @@ def test_another_file_with_that_name_is_left_alone(path: Path) -> None:
     assert (path.parent / "metrics.damaged.2.jsonl").read_bytes() == DAMAGED
 
 
+def test_one_that_may_not_be_read_is_left_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (path.parent / ASIDE).write_bytes(DAMAGED)
+    real = records.sha256
+
+    def refused(asked: Path) -> str:
+        if asked.name == ASIDE:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return real(asked)
+
+    monkeypatch.setattr(records, "sha256", refused)
+    kept(path)
+    assert path.read_bytes() == MENDED
+    assert names(path.parent) == {METRICS, ASIDE, "metrics.damaged.2.jsonl"}
+
+
 def test_what_was_done_is_said_where_the_folder_cannot_be_brought_to_disk(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
