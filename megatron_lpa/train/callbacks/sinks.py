@@ -84,7 +84,8 @@ class MetricsFile(Sink):
         return kept
 
     def _open_anew(self) -> None:
-        file = open_own(self._path)
+        # A copy may be made of hard links at any instant; that is looked at before each line.
+        file = open_own(self._path, other_names=True)
         if self._file is not None:
             self._file.close()
         self._file, self._torn = file, False

@@ -118,3 +118,18 @@ def test_a_copy_keeps_its_contents_where_the_file_cannot_be_written_anew(
     sink.write(record(4))
     sink.close()
     assert lines(run) == [1, 2, 3, 4] and len((tmp_path / "copy").read_text().splitlines()) == 2
+
+
+def test_a_copy_made_while_the_file_is_written_anew_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    run.mkdir()
+    written(run, 1).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "fsync_folder", lambda _: os.link(run / METRICS, copy))
+        sink = MetricsFile()
+        sink.open(FakeRun(run, Progress(step=1)))  # type: ignore[arg-type]
+    sink.write(record(2))
+    sink.close()
+    assert lines(run) == [1, 2] and len(copy.read_text().splitlines()) == 1
