@@ -233,11 +233,32 @@ def _without_secrets_of_files(diff: str, redaction: Redaction) -> str:
     )
 
 
+def _add_line(path: Path, line: bytes) -> None:
+    """Where the file has another name as well (``cp -al``), it is written anew: what that leads to keeps its contents.
+
+    Of such a file only what lines of starts look like is taken over: it may be any of a stranger's choice.
+    """
+    with open_own(path, other_names=True) as log:
+        if os.fstat(log.fileno()).st_nlink < 2:
+            log.write(line)
+            return
+    lines = (b"%s\n" % one for one in read_bytes(path).splitlines())
+    write_whole(path, b"".join([*filter(_is_start, lines), line]))
+
+
+def _is_start(line: bytes) -> bool:
+    try:
+        start = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(start, dict) and "code_sha256" in start
+
+
 def note_start(run: Path, processes: int) -> list[str]:
     """Adds a line to ``logs/starts.jsonl``; what the user should know of this start.
 
     Raises:
-        UnusableFile: that file is a link, no regular file, or has another name as well.
+        UnusableFile: that file is a link, or no regular file.
         OSError: it cannot be written.
     """
     (run / LOGS).mkdir(exist_ok=True)
@@ -254,8 +275,7 @@ def note_start(run: Path, processes: int) -> list[str]:
         "processes": processes,
         "code_sha256": code_digest(),
     }
-    with open_own(run / LOGS / "starts.jsonl") as log:
-        log.write(f"{json.dumps(start)}\n".encode())
+    _add_line(run / LOGS / "starts.jsonl", f"{json.dumps(start)}\n".encode())
     if start["code_sha256"] == first_digest:
         return []
     return [f"the code is not that of the first start, which {run / 'snapshot' / 'code.tar.gz'} holds"]

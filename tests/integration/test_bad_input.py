@@ -154,7 +154,7 @@ if "megatron_lpa.pretrain" in sys.orig_argv:
                 return full.write(data)
         def __getattr__(self, name):
             return getattr(self.file, name)
-    sinks.open_own = lambda path: Full(real(path))
+    sinks.open_own = lambda path, **options: Full(real(path, **options))
 """
 
 

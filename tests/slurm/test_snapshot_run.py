@@ -236,11 +236,28 @@ def test_nothing_is_written_where_a_strangers_run_folder_leads(
     printed = capsys.readouterr()
     assert [path.name for path in theirs.iterdir()] == ["file"]
     assert (theirs / "file").read_text() == "theirs\n"
-    belongs_there = kind == "folder" and name != "logs/starts.jsonl"
+    belongs_there = (kind == "folder") == (name != "logs/starts.jsonl") and kind in ("folder", "hard link")
     assert code == (0 if belongs_there else 78)
-    if not belongs_there:
+    if belongs_there:
+        (line,) = (tmp_path / "runs" / "a run" / "logs" / "starts.jsonl").read_text().splitlines()
+        assert json.loads(line)["processes"] == 2, "nothing of theirs is taken over"
+    else:
         assert printed.err.count("\n") == 1 and str(path.relative_to(tmp_path)) in printed.err, printed.err
         assert name == "logs/starts.jsonl" or sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_copy_made_of_hard_links_keeps_its_contents_and_stops_no_start(
+    tool: SimpleNamespace, tmp_path: Path
+) -> None:
+    """As ``cp -al`` makes them."""
+    log = tmp_path / "runs" / "a run" / "logs" / "starts.jsonl"
+    for number in (1, 2, 3):
+        assert tool.main(options()) == 0
+        assert log.stat().st_nlink == 1
+        os.link(log, tmp_path / f"copy{number}")
+    first = (tmp_path / "copy1").read_text()
+    assert (tmp_path / "copy2").read_text().startswith(first) and log.read_text().startswith(first)
+    assert [len((tmp_path / f"copy{number}").read_text().splitlines()) for number in (1, 2, 3)] == [1, 2, 3]
 
 
 def test_what_a_killed_start_leaves_stops_no_later_one(

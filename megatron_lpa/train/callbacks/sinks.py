@@ -16,8 +16,8 @@ from typing import Any, BinaryIO, Literal
 
 from megatron_lpa.config.redaction import Redaction
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import LASTING, exists, new_file, patiently, read_text, write_whole
-from megatron_lpa.records import Record, keep_records
+from megatron_lpa.files import LASTING, exists, patiently, read_text, write_whole
+from megatron_lpa.records import Kept, Record, Steps, keep_records, write_again
 from megatron_lpa.run_folder import DAMAGED_METRICS, METRICS, TENSORBOARD, WANDB_ID, open_own
 from megatron_lpa.train.callbacks.base import Sink
 from megatron_lpa.train.run_lock import RunLock
@@ -32,7 +32,8 @@ class MetricsFile(Sink):
 
     Records that cannot be written wait in memory, and are tried again with each one that follows: a disk that is full
     for a while ends no run and leaves no gap. A file that somebody removes, replaces or cuts meanwhile is made whole
-    again as far as it can be, and says itself what is missing.
+    again as far as it can be, and says itself what is missing. One that gets a second name is written anew under the
+    first: a copy made with ``cp -al`` keeps what it has.
     """
 
     required = True
@@ -46,6 +47,7 @@ class MetricsFile(Sink):
         # Some file systems give the same file another identity at each look.
         self._known = True
         self._last_step: float = 0
+        self._steps = Steps()
         self._waiting: list[Record] = []
         self._warned = False
         self._rewind_to: int | None = None
@@ -61,25 +63,29 @@ class MetricsFile(Sink):
         self._path, self._lock = run.folder / METRICS, run.lock
         self._last_step = step = run.progress.step
         try:
-            last = self._keep(lambda record: record["step"] <= step and record["kind"] != "test")
+            kept = self._keep(lambda record: record["step"] <= step and record["kind"] != "test")
         except OSError as error:
             if error.errno in LASTING:
                 raise UserError(
                     f"{self._path}: cannot be opened ({error.strerror}); see to its permissions"
                 ) from error
             raise
-        self._last_step = max(last, 0)
+        self._last_step = max(kept.last_step, 0)
 
-    def _keep(self, wanted: Callable[[Record], bool]) -> float:
-        """Write the file anew with the records that are wanted, and open that one; the last step that stayed."""
+    def _keep(self, wanted: Callable[[Record], bool]) -> Kept:
+        """Write the file anew with the records that are wanted, and open that one."""
         kept = keep_records(self._path, wanted, DAMAGED_METRICS)
-        patiently(self._open_anew, self._path, "opened")
+        self._steps = kept.steps
         if kept.damage:
             self._note(kept.damage)
-        return kept.last_step
+        if kept.not_on_disk:
+            _say(f"{self._path} is complete, but its folder could not be brought to disk: {kept.not_on_disk}")
+        patiently(self._open_anew, self._path, "opened")
+        return kept
 
     def _open_anew(self) -> None:
-        file = open_own(self._path)
+        # A copy may be made of hard links at any instant; that is looked at before each line.
+        file = open_own(self._path, other_names=True)
         if self._file is not None:
             self._file.close()
         self._file, self._torn = file, False
@@ -88,7 +94,7 @@ class MetricsFile(Sink):
 
     def _note(self, message: str) -> None:
         """Say it, and record it before what waits."""
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        _say(message)
         event = {"kind": "event", "step": self._last_step, "message": message, "time": time.time()}
         self._waiting.insert(0, event)
 
@@ -109,10 +115,7 @@ class MetricsFile(Sink):
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
-            print(
-                f"warning: metrics cannot be written, and wait in memory: {self._path}: {error}",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+            _say(f"metrics cannot be written, and wait in memory: {self._path}: {error}")
         self._warned = True
 
     def flush(self) -> None:
@@ -149,6 +152,7 @@ class MetricsFile(Sink):
         self._torn = False
         self._whole_bytes += len(line)
         self._last_step = record["step"]
+        self._steps.add(record)
 
     def _cut(self) -> None:
         """Take back what was written of a line."""
@@ -163,14 +167,17 @@ class MetricsFile(Sink):
             OSError: it cannot be written anew; nothing has changed then.
         """
         assert self._file is not None
-        own_bytes, is_there = self._look()
+        own_bytes, is_there, names = self._look()
         if self._torn and own_bytes > self._whole_bytes:
-            self._cut()
+            if names < 2:
+                self._cut()
             own_bytes = self._whole_bytes
         is_there = is_there or (not self._known and own_bytes >= 0 and _is_regular(self._path))
+        happened = ""
         if is_there and own_bytes == self._whole_bytes:
-            return
-        if is_there:
+            if names < 2:
+                return
+        elif is_there:
             happened = f"was changed by somebody else, from {self._whole_bytes:,} to {own_bytes:,} bytes"
         elif _is_regular(self._path):
             happened = "was replaced by somebody else"
@@ -179,25 +186,26 @@ class MetricsFile(Sink):
             if self._bring_back():
                 self._note(f"{self._path} {happened}, and is written again with all its records")
                 return
-        until = self._last_step
-        last = self._keep(lambda record: True)
-        if last < until:
-            happened += f"; records after step {max(last, 0):g} and up to step {until:g} are missing"
-        self._note(f"{self._path} {happened}")
+        before = self._steps
+        self._keep(lambda record: True)
+        if missing := before.missing_in(self._steps):
+            happened = f"{happened or 'was changed by somebody else'}; {missing} are missing"
+        if happened:
+            self._note(f"{self._path} {happened}")
 
-    def _look(self) -> tuple[int, bool]:
-        """Bytes of the file that is open, -1 where it cannot be read any more, and whether it has its name."""
+    def _look(self) -> tuple[int, bool, int]:
+        """Of the open file: its bytes, -1 where it cannot be read any more; whether it has its name; how many it has."""
         assert self._file is not None
         try:
             own = os.fstat(self._file.fileno())
         except OSError as error:
             if error.errno != errno.ESTALE:  # removed on another machine
                 raise
-            return -1, False
+            return -1, False, 0
         try:
-            return own.st_size, os.path.samestat(own, os.lstat(self._path))
+            return own.st_size, os.path.samestat(own, os.lstat(self._path)), own.st_nlink
         except FileNotFoundError:
-            return own.st_size, False
+            return own.st_size, False, own.st_nlink
 
     def _bring_back(self) -> bool:
         """Give the open file's contents their name again: most disks have them as long as it is open.
@@ -206,23 +214,10 @@ class MetricsFile(Sink):
             Whether they are all there.
         """
         assert self._file is not None
-        partial, copied = self._path.with_name(f".{METRICS}.partial"), 0
-        with new_file(partial) as file:
-            while block := self._read_open(copied):
-                copied += file.write(block)
-        os.replace(partial, self._path)
-        if copied != self._whole_bytes:
+        if write_again(self._file, self._path) != self._whole_bytes:
             return False
         self._open_anew()
         return True
-
-    def _read_open(self, offset: int) -> bytes:
-        """A piece of the open file; empty at its end, and where the disk has it no more."""
-        assert self._file is not None
-        try:
-            return os.pread(self._file.fileno(), 1 << 20, offset)
-        except OSError:
-            return b""
 
     def rewind(self, run: Run) -> None:
         """Drop later steps; events stay. Where the file cannot be written anew, that waits like records."""
@@ -241,6 +236,10 @@ class MetricsFile(Sink):
                 self.flush()
             finally:
                 self._file.close()
+
+
+def _say(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _is_regular(path: Path) -> bool:

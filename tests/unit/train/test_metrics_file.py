@@ -29,7 +29,7 @@ class FakeRun:
 
 
 def record(step: int, kind: str = "train") -> dict[str, Any]:
-    return {"kind": kind, "step": step, "loss": 0.5}
+    return {"kind": kind, "step": step, "tokens": 8 * step, "loss": 0.5, "step_ms": 9.0}
 
 
 def lines(folder: Path) -> list[int]:
@@ -166,7 +166,7 @@ def test_what_the_disk_no_longer_has_is_said_to_be_missing(
     sink.write(record(3))
     sink.close()
     assert lines(tmp_path) == [2, 3]
-    assert "was removed; records after step 0 and up to step 2 are missing" in events(tmp_path)[0]
+    assert "was removed; train records of steps 1 to 2 are missing" in events(tmp_path)[0]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_file_that_is_cut_or_replaced_says_what_is_missing(
     assert lines(tmp_path) == [*range(1, kept_lines + 1), *([3] if changed else []), 4, 5]
     assert len(events(tmp_path)) == changed
     if missing is not None:
-        assert f"records after step {missing} and up to step 3 are missing" in events(tmp_path)[0]
+        assert f"; train records of steps {missing + 1} to 3 are missing" in events(tmp_path)[0]
 
 
 @pytest.mark.parametrize("kind", ["symbolic", "hard", "pipe"])
@@ -251,7 +251,8 @@ DAMAGED = [
     b'{"kind": "train", "step": 2, "loss": "\xff"}', b'{"kind": "train", "step": "2"}', b'{"kind": "train", "step": null}',
     b'{"kind": "train", "step": [2]}', b'{"kind": "train", "step": NaN}', b'{"kind": "train", "step": true}',
     b'{"kind": "train", "step": 1e400}', b'{"kind": "train", "step": -1}', b'{"kind": "train"}', b'{"step": 2}',
-    b'{"kind": ["train"], "step": 2}', b"[2]", b"2", b"\0" * 30, b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}",
+    b'{"kind": ["train"], "step": 2}', b"[2]", b'{"kind": "train", "step": 2, "tokens": 9, "step_ms": 1}',
+    b'{"kind": "valid", "step": 2, "tokens": "9", "loss": 1}', b"2", b"\0" * 30, b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}",
     b'{"kind": "tra{"kind": "train", "step": 2}', b" " + b"x" * records.MOST_RECORD_BYTES,
 ]  # fmt: skip
 
@@ -377,4 +378,4 @@ def test_a_file_that_goes_while_a_line_is_written_is_no_end(tmp_path: Path) -> N
     sink.write(record(3))
     sink.close()
     assert lines(tmp_path) == [1, 2, 3]
-    assert "was removed; records after step 0 and up to step 1 are missing" in events(tmp_path)[0]
+    assert "was removed; train records of step 1 are missing" in events(tmp_path)[0]
