@@ -354,6 +354,8 @@ def test_names_of_values_are_those_that_a_user_knows() -> None:
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1"),
         ({"LOCAL_WORLD_SIZE": "8.5"}, "LOCAL_WORLD_SIZE is '8.5'"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0"),
+        ({"LOCAL_RANK": "2", "LOCAL_SIZE": "2"}, "LOCAL_RANK=2 and LOCAL_WORLD_SIZE=2"),
     ],
 )
 def test_a_launcher_s_variables_that_make_no_sense(

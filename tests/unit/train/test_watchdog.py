@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -149,6 +151,56 @@ def test_a_rank_0_that_stands_still_as_a_whole_is_named(tmp_path: Path) -> None:
         "rank 0, which knows where the others are, does not answer: look at it first" in said
         and "error: rank 1 is reading data" in said
     )
+
+
+class Store:
+    """A store that others' answers come from; while ``broken``, it fails."""
+
+    def __init__(self, **reports: Whereabouts) -> None:
+        self.broken, self.told = False, {key: json.dumps(asdict(where)) for key, where in reports.items()}
+
+    def set(self, key: str, value: str) -> None:
+        if self.broken:
+            raise RuntimeError("Connection reset by peer")
+        self.told[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        if self.broken:
+            raise RuntimeError("Connection reset by peer")
+        return all(key in self.told for key in keys)
+
+    def get(self, key: str) -> str:
+        if self.broken:
+            raise RuntimeError("Connection reset by peer")
+        return self.told[key]
+
+
+def test_a_store_that_failed_once_is_asked_again() -> None:
+    store = Store()
+    watchdog = Watchdog(1)
+    watchdog.join_board(store, 2)
+    watchdog.enter("computing", 4)
+    store.broken = True
+    watchdog._post(True)
+    assert watchdog._suspects() == [
+        "rank 0, which knows where the others are, does not answer: look at it first, and whether this machine reaches it"
+    ]
+    store.broken = False
+    store.told["whereabouts/0"] = json.dumps(asdict(Whereabouts("reading data", 4)))
+    watchdog._post(True)
+    assert json.loads(store.told["whereabouts/1"])["stage"] == "computing"
+    watchdog.wait(True)
+    assert watchdog._suspects() == [
+        "rank 0 is reading data after 4 steps, and 1 waits for it: look at it first"
+    ]
+    watchdog._post(False)
+    assert json.loads(store.told["whereabouts/1"]) is None
+
+
+def test_before_all_have_met_a_rank_0_that_is_silent_is_named() -> None:
+    watchdog = Watchdog(1)
+    watchdog.join_board(None, 2)
+    assert "rank 0" in watchdog._suspects()[0]
 
 
 def at(stage: str, step: int = 7, waits: bool = False) -> Whereabouts:
