@@ -111,16 +111,24 @@ def of_progress(start: Start, newest: int, previous_failures: int) -> list[str]:
             f"{start.reached} steps were done and the newest checkpoint has {newest}: more than {allowed} lost"
         )
     back = start.went_back_to()
-    if back is not None and newest >= back:
-        return found  # later checkpoints are gone on purpose, and steps behind it are done again
+    signals = [r.fault for r in start.struck.values() if r.fault.kind in STOPPING]
+    if back and newest >= back[-1]:
+        # Later checkpoints are gone on purpose, and steps behind it are done again.
+        since = [fault for fault in signals if start.backs_before.get(fault.number) == len(back)]
+        return found + (_of_signal(max(start.at.values()), newest) if since else [])
     if newest < start.base:
         found.append(f"the run went on from {start.base} and now has {newest} at most")
-    signals = [r.fault for r in start.struck.values() if r.fault.kind in STOPPING]
-    if signals and newest != start.reached:
-        found.append(f"stopped by a signal after {start.reached} steps, with a checkpoint of {newest}")
+    if signals:
+        found += _of_signal(start.reached, newest)
     kinds = {result.fault.kind for result in start.struck.values()}
     if kinds & {"read-error", "read-error-lasting"} and "disk-full" not in kinds and newest != start.reached:
         found.append(
             f"ended in order after {start.reached} steps, as data cannot be read, with a checkpoint of {newest}"
         )
     return found
+
+
+def _of_signal(done: int, newest: int) -> list[str]:
+    return (
+        [] if newest == done else [f"stopped by a signal after {done} steps, with a checkpoint of {newest}"]
+    )

@@ -80,6 +80,13 @@ LINKS = (
 )
 """A sort of link and the name in a run folder at which it is planted."""
 
+MAY_STAY = {
+    *(f"{sort} {name}" for sort in ("symbolic", "hard", "dangling")
+      for name in ("metrics.partial", "checkpoints/.passed_over.json.partial")),
+    "hard checkpoints/passed_over.json",
+}  # fmt: skip
+"""Links that a run may leave alone: at a name that it never writes, or writes only when it goes back."""
+
 PIPES = ("config", "data-manifest", "metrics.jsonl", "manifest", "config.yaml", "state", ".lock", "weights")
 """Where a named pipe lies in place of a file: given to the command, in the run folder, or in its newest checkpoint."""
 

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fault_injection.checks import FOREIGN
+from fault_injection.kinds import MAY_STAY
 from megatron_lpa.errors import EXIT_REFUSED
 
 NOT_OURS = "not of this run\n"
 
 
 def tree(folder: Path, without: Sequence[str] = ()) -> dict[str, str]:
-    """Every file, link and pipe below a folder: what it is, and the hash of what it holds.
+    """Everything below a folder: what it is, and of a file the hash of what it holds.
 
     Args:
         folder: may be missing.
@@ -27,9 +28,11 @@ def tree(folder: Path, without: Sequence[str] = ()) -> dict[str, str]:
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         mode = path.lstat().st_mode
-        if Path(name).parts[0] in without or stat.S_ISDIR(mode):
+        if Path(name).parts[0] in without:
             continue
-        if stat.S_ISLNK(mode):
+        if stat.S_ISDIR(mode):
+            found[name] = "folder"
+        elif stat.S_ISLNK(mode):
             found[name] = f"link to {os.readlink(path)}"
         elif stat.S_ISREG(mode):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -77,26 +80,53 @@ class Planted:
         else:
             self.path.symlink_to(target)
         self._told = self.path.lstat()
+        self._run, self._run_before = run, tree(run)
         self._before = tree(self._outside)
 
     def changed_outside(self) -> list[str]:
-        """Names of files outside the run folder that are not what they were."""
-        after = tree(self._outside)
-        return sorted(
-            name for name in self._before.keys() | after.keys() if self._before.get(name) != after.get(name)
+        """Names outside the run folder at which there is not what there was."""
+        return _changed(self._before, tree(self._outside))
+
+    def of_refused_start(
+        self, codes: Sequence[int], errors: Sequence[str], seconds: float, limit_s: float
+    ) -> list[str]:
+        """Violations of a start that did not train. See ``refusal`` for the arguments."""
+        found = refusal(codes, errors, seconds, limit_s) + of_planted(errors, self.name)
+        if self.name.startswith("checkpoints/step_"):
+            found.append(f"no step was trained for {self.name}, where an older checkpoint was due")
+        elif changed := _changed(self._run_before, tree(self._run)):
+            found.append(f"refused, and the run folder has changed: {', '.join(changed)}")
+        return found
+
+    def of_start(self) -> list[str]:
+        """Violations of a start that trained, and so has written every name that each start writes."""
+        if f"{self.sort} {self.name}" in MAY_STAY or not self._is_there():
+            return []
+        return [f"not refused, and {self.name} is still what was planted ({self.sort})"]
+
+    def _is_there(self) -> bool:
+        if not os.path.lexists(self.path):
+            return False
+        found = self.path.lstat()
+        # A file system gives the number of what is gone to the next file.
+        return os.path.samestat(found, self._told) and stat.S_IFMT(found.st_mode) == stat.S_IFMT(
+            self._told.st_mode
         )
 
     def remove(self) -> None:
         """Take it away where it still is, and bring back what had the name."""
         if os.path.lexists(self.path):
-            found = self.path.lstat()
-            if (found.st_dev, found.st_ino) != (self._told.st_dev, self._told.st_ino):
+            if not self._is_there():
                 shutil.rmtree(self._aside)
                 return  # the run's own
             self.path.unlink()
         if self._had and self.path.parent.is_dir():  # and not a checkpoint that has been set aside since
             os.rename(self._aside / "original", self.path)
         shutil.rmtree(self._aside)
+
+
+def _changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 
 
 def refusal(codes: Sequence[int], errors: Sequence[str], seconds: float, limit_s: float) -> list[str]:

@@ -12,7 +12,7 @@ from fault_injection import checks, judge, refusals
 from fault_injection.disk import SmallDisk, damage
 from fault_injection.kinds import BEFORE_TRAINING, BETWEEN, ENDING, OF_CHECKPOINT
 from fault_injection.plan import MOVES, Fault, Layout, Scenario
-from fault_injection.planting import Planted, of_planted, refusal
+from fault_injection.planting import Planted
 from fault_injection.processes import remove_compile_locks
 from fault_injection.runs import References, arguments
 from fault_injection.start import Result, Start
@@ -148,10 +148,11 @@ class Going:
         if refused:
             codes, errors = [code for _, code in sorted(start.ranks.codes.items())], start.ranks.text("err")
             result.codes = codes
-            result.violations += refusal(codes, errors, seconds, refusals.LIMIT_S)
-            result.violations += of_planted(errors, planted.name)
+            result.violations += planted.of_refused_start(codes, errors, seconds, refusals.LIMIT_S)
             self._queue[0:0] = [fault for fault in start.faults.values() if fault.number]
             self._skipped = [folder for folder in self._skipped if folder not in planted.path.parents]
+        else:
+            result.violations += planted.of_start()
         planted.remove()
         for path in self._run.glob("checkpoints/damaged_*/**/*"):
             if path.is_fifo():

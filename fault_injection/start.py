@@ -85,6 +85,12 @@ class Start:
         self.faults = {fault.number: fault for fault in faults}
         self.reached = base
         """The most optimizer steps that any process has told of."""
+        self.at: dict[int, int] = {}
+        """The step that each process has told of last: less than ``reached`` after going back."""
+        self.backs: dict[int, int] = {}
+        """How often each process has told of a step again."""
+        self.backs_before: dict[int, int] = {}
+        """How often the process that a fault struck had done so, by the fault's number."""
         self.trained = False
         self.hung = False
         self.struck: dict[int, Result] = {}
@@ -210,6 +216,9 @@ class Start:
                 self.trained = True
                 self._plan_random(event.seconds, "training")
             self.reached = max(self.reached, content["step"])
+            if content["step"] <= self.at.get(event.rank, -1):
+                self.backs[event.rank] = self.backs.get(event.rank, 0) + 1
+            self.at[event.rank] = content["step"]
             on_step(content["step"], event.seconds)
             for result in self.struck.values():
                 if (
@@ -248,6 +257,7 @@ class Start:
             self._kill(fault, rank)
             return
         self._note(fault)
+        self.backs_before[fault.number] = self.backs.get(rank, 0)
         if fault.kind == "hang-start":  # it goes on standing still
             return
         if fault.kind in ("signal", "stop-between-bad") or (fault.kind == "signal-twice" and not again):
@@ -300,10 +310,10 @@ class Start:
             return int(found[1].replace(",", ""))
         return 0 if self.trained else None
 
-    def went_back_to(self) -> int | None:
-        """The step of the checkpoint that the run went back to last; None if it never did."""
+    def went_back_to(self) -> list[int]:
+        """The steps of the checkpoints that the run went back to, one after another."""
         found = re.findall(r"went back to step_(\d+) because of", self.ranks.text("err")[0])
-        return int(found[-1]) if found else None
+        return [int(step) for step in found]
 
     def failed_saves(self) -> int:
         """Checkpoints that could not be written."""

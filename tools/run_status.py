@@ -6,7 +6,8 @@
 A launcher's exit code does not tell: that of ``deepspeed`` is 0 too when what it started was killed. Here a run is
 complete when the checkpoint of its last step is, and the final test is on record where ``data.test_prefix`` asks for
 one. Of a checkpoint's files the sizes are compared with its manifest, with ``--verify`` the contents too: some GB per
-second. Ends with 0 then, with 1 when the same command would go on with it, and with 78 when that cannot be told.
+second. Ends with 0 then, with 1 when the same command would go on with it, and with 78 when it would not, as no whole
+checkpoint is left, or when that cannot be told.
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ from pathlib import Path
 from megatron_lpa.engine.manifest import (
     MANIFEST,
     DamagedCheckpoint,
+    checkpoint_folders,
     complete_checkpoints,
+    paths_in,
     read_manifest,
     verify_files,
 )
+from megatron_lpa.engine.store import REPLACED, damaged_folders
 from megatron_lpa.errors import EXIT_FAILED, UserError
-from megatron_lpa.evaluate.metrics_file import METRICS, read_metrics, records_of
 from megatron_lpa.evaluate.trained import read_config
 from megatron_lpa.files import exists
+from megatron_lpa.records import NoRecord, read_lines
+from megatron_lpa.run_folder import CHECKPOINTS, METRICS, shown
 from megatron_lpa.train.schedule import total_steps
 
 
@@ -38,12 +43,12 @@ def status(folder: Path, verify: bool = False) -> tuple[bool, str]:
         verify: compare the contents of a checkpoint's files with their hashes, not their sizes alone.
 
     Raises:
-        UserError: not a run folder.
+        UserError: not a run folder, or one whose checkpoints are all damaged.
         TryAgain: the disk does not give a file.
     """
     config = read_config(folder)
     damaged = []
-    for checkpoint in reversed(complete_checkpoints(folder / "checkpoints")):
+    for checkpoint in reversed(complete_checkpoints(folder / CHECKPOINTS)):
         try:
             manifest = read_manifest(checkpoint)
             if verify:
@@ -60,24 +65,61 @@ def status(folder: Path, verify: bool = False) -> tuple[bool, str]:
             ) from error
         break
     else:
-        return False, "incomplete: no whole checkpoint yet" + _damage(damaged)
+        _refuse_loss(folder / CHECKPOINTS)
+        return False, "incomplete: no whole checkpoint yet"
     compared = "contents compared" if verify else "sizes compared"
     words = f"{step:,} of {steps:,} steps are in {checkpoint} ({compared})" + _damage(damaged)
     if step < steps:
         return False, f"incomplete: {words}"
-    if config.data.test_prefix is not None and not _is_tested(folder, step):
-        return False, f"incomplete: {words}, but the final test is not on record"
-    return True, f"complete: {words}"
+    if config.data.test_prefix is None:
+        return True, f"complete: {words}"
+    tested, note = _tested(folder / METRICS, step)
+    if not tested:
+        return False, f"incomplete: {words}, but the final test is not on record{note}"
+    return True, f"complete: {words}{note}"
 
 
 def _damage(names: list[str]) -> str:
     return f" ({', '.join(names)}: damaged)" if names else ""
 
 
-def _is_tested(folder: Path, step: int) -> bool:
-    if not exists(folder / METRICS):
-        return False
-    return any(record["step"] == step for record in records_of(read_metrics(folder), "test"))
+def _refuse_loss(checkpoints: Path) -> None:
+    """As a start does where no checkpoint is whole: only a run that never had one begins from nothing.
+
+    Raises:
+        UserError: there are or have been some.
+    """
+    if paths_in(checkpoints, REPLACED):
+        return  # a start brings it back
+    names = [path.name for path in [*checkpoint_folders(checkpoints), *damaged_folders(checkpoints)]]
+    if names:
+        raise UserError(
+            f"{checkpoints}: no whole checkpoint is left ({', '.join(map(shown, names))}), and a start would be refused; bring one back from a "
+            "copy, or start anew under another logging.name"
+        )
+
+
+def _tested(path: Path, step: int) -> tuple[bool, str]:
+    """Whether the test of a step is on record, and a note of lines that are none: a start leaves them out."""
+    if not exists(path):
+        return False, ""
+    tested, damaged = False, []
+    try:
+        for line in read_lines(path):
+            if not line.ended:
+                continue  # still being written
+            try:
+                record = line.record()
+            except NoRecord:
+                damaged.append(line.number)
+                continue
+            tested |= record["kind"] == "test" and record["step"] == step
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not damaged:
+        return tested, ""
+    more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+    return tested, f" (note: {path}: line {damaged[0]}{more}: damaged)"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -28,9 +28,25 @@ SECRET_NAME = re.compile(
 SHORTEST_SECRET = 8
 """Characters. A shorter value is part of too many words, and of no use as a secret."""
 
-_URL = re.compile(r"(?P<scheme>\w://)(?P<rest>[^\s\"'`]+)")
+_URL = re.compile(r"\w://")
+_OPENING = re.compile(r"""(\\*)(["'`])[\w+.=-]*\Z""")
+_MOST_BEFORE = 60
+"""Characters between a quote and a URL's ``://``: an option and a scheme."""
+_BEHIND = r"(?=[\s,;:()\[\]{}<>|&+]|\Z)"
+"""What follows a quote that ends a text. A quote with a letter behind it may belong to a password."""
+_ESCAPED = r"""'"'"'|'\\''|\\\S"""
+"""How shells, JSON and Python write a quote between quotes."""
+_TO_BLANK = re.compile(r"\S*")
+_TO_QUOTE = {
+    "": re.compile(rf"""(?:{_ESCAPED}|[^\s"'`]|["'`](?!{_BEHIND}))*"""),
+    "'": re.compile(rf"""(?:{_ESCAPED}|''(?!{_BEHIND})|[^\s']|'(?!{_BEHIND}))*"""),
+    '"': re.compile(rf"""(?:{_ESCAPED}|[^\s"]|"(?!{_BEHIND}))*"""),
+    "`": re.compile(rf"""(?:{_ESCAPED}|[^\s`]|`(?!{_BEHIND}))*"""),
+    "\\": re.compile(rf"""(?:\\\\\\["'`]|\\\\|['`]|(?:"|\\["'`])(?!{_BEHIND})|\\(?!["'`\\])|[^\s"'`\\])*"""),
+}
+"""What follows ``://``, by the quote before the URL; the last one for a quote that is itself escaped."""
 _PASSWORD = re.compile(r"\w://[^\s/:@]*:(?P<password>\S+)@")
-_QUERY = re.compile(r"(?P<head>[?&;](?P<name>[\w.-]+)=)[^&;#\s]+")
+_QUERY = re.compile(r"(?P<head>[?&;#](?P<name>[\w.-]+)=)[^&;#\s]+")
 _SIGNATURE = re.compile(r"(^|[_-])sig(nature)?$", re.IGNORECASE)
 _ESCAPE = re.compile(r"%[0-9a-fA-F]{2}")
 
@@ -96,9 +112,16 @@ class Redaction:
 
     def text(self, text: str) -> str:
         """``text`` with ``<NAME>`` for each secret, and without user names, passwords and signatures in URLs."""
-        if self._known is not None:
-            text = self._known.sub(lambda match: f"<{self._names[_upper_escapes(match[0])]}>", text)
-        return _URL.sub(lambda match: match["scheme"] + _without_password(match["rest"]), text)
+        return _without_passwords(self._without_known(text), quoted=True)
+
+    def _without_known(self, text: str) -> str:
+        if self._known is None:
+            return text
+        return self._known.sub(lambda match: f"<{self._names[_upper_escapes(match[0])]}>", text)
+
+    def _value(self, text: str) -> str:
+        """The same for a text without quotes of its own: those in a URL, up to the next blank, are the URL's."""
+        return _without_passwords(self._without_known(text), quoted=False)
 
     def shell(self, text: str) -> str:
         """The same for shell scripts, command lines, YAML and JSON, where a value is known by the name it is given to."""
@@ -115,7 +138,7 @@ class Redaction:
             elif of_secret and "=" not in found[-1] and not word.startswith("-"):
                 found.append("<removed>")
             else:
-                found.append(self.text(word))
+                found.append(self._value(word))
         return found
 
     def tree(self, tree: Any) -> Any:
@@ -124,7 +147,7 @@ class Redaction:
             return {self.tree(key): self.tree(value) for key, value in tree.items()}
         if isinstance(tree, (list, tuple)):
             return [self.tree(value) for value in tree]
-        return self.text(tree) if isinstance(tree, str) else tree
+        return self._value(tree) if isinstance(tree, str) else tree
 
 
 def _names_a_file(value: str) -> bool:
@@ -164,6 +187,22 @@ def _upper_escapes(text: str) -> str:
 def _pattern_of(form: str) -> str:
     """What finds a form, its percent escapes in upper or lower case."""
     return _ESCAPE.sub(lambda match: f"%(?i:{match[0][1:]})", re.escape(form))
+
+
+def _without_passwords(text: str, quoted: bool) -> str:
+    parts: list[str] = []
+    place = 0
+    while found := _URL.search(text, place):
+        start = found.end()
+        pattern = _TO_BLANK
+        if quoted:
+            opening = _OPENING.search(text[max(place, start - _MOST_BEFORE) : start - len("://")])
+            pattern = _TO_QUOTE[opening[1][:1] or opening[2] if opening else ""]
+        rest = pattern.match(text, start)
+        assert rest is not None
+        parts += [text[place:start], _without_password(rest[0])]
+        place = rest.end()
+    return "".join([*parts, text[place:]])
 
 
 def _without_password(rest: str) -> str:

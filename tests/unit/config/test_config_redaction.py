@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import time
 from pathlib import Path
 
@@ -76,10 +78,48 @@ def test_the_longest_secret_is_removed_first(monkeypatch: pytest.MonkeyPatch) ->
             "https://h/x?X-Amz-Signature=<removed>&x-amz-credential=<removed>",
         ),
         ("'https://u:p@h', 'a@b'", "'https://<removed>@h', 'a@b'"),
+        ("https://bob:pa'ssw0rd@host/x", "https://<removed>@host/x"),
+        ('https://bob:pa"ssw0rd@host/x', "https://<removed>@host/x"),
+        ("https://bob:pa',`ssw0rd@host/x", "https://<removed>@host/x"),
+        ("https://h/x#access_token=abc", "https://h/x#access_token=<removed>"),
+        ("https://h/x?a=b#id=1&access_token=abc", "https://h/x?a=b#id=1&access_token=<removed>"),
+        ("https://h/x#part", "https://h/x#part"),
     ],
 )
 def test_secrets_of_a_url_are_removed(url: str, expected: str) -> None:
     assert redacted(f"x {url} y") == f"x {expected} y"
+
+
+@pytest.mark.parametrize("password", ["pa'ss", 'pa"ss', "pa',s", 'pa",s', "p`a'\"s", "it's'", "'ab'"])
+def test_a_quote_in_a_password_does_not_end_it(password: str) -> None:
+    url = f"https://bob:{password}@host/x"
+    assert Redaction({}).words([url]) == ["https://<removed>@host/x"]
+    quoted = [
+        shlex.quote(url),
+        shlex.quote(f"--proxy={url}"),
+        json.dumps(url),
+        json.dumps({"a": url, "b": "c@d"}),
+    ]
+    for text in [*quoted, json.dumps(json.dumps({"a": url, "b": "c@d"}))]:
+        found = Redaction({}).shell(f"run {text} 'a@b'")
+        assert "https://<removed>@host/x" in found and found.endswith(" 'a@b'") and "bob" not in found, found
+        assert ("c@d" in text) == ("c@d" in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("""f('https://u:p@h','a@b')""", """f('https://<removed>@h','a@b')"""),
+        ("""{"a":"https://u:p@h","b":"c@d"}""", """{"a":"https://<removed>@h","b":"c@d"}"""),
+        ("""<a href="https://h:80/x">c@d</a>""", """<a href="https://h:80/x">c@d</a>"""),
+        ("""x=`curl https://u:p@h`;y=c@d""", """x=`curl https://<removed>@h`;y=c@d"""),
+        ("""a: https://bob:pa'ss@h/x\nb: c@d""", """a: https://<removed>@h/x\nb: c@d"""),
+        ("""a: 'https://bob:pa''ss@h/x'\nb: c@d""", """a: 'https://<removed>@h/x'\nb: c@d"""),
+        ("""git clone https://bob:pa'ss@h/x""", """git clone https://<removed>@h/x"""),
+    ],
+)
+def test_the_next_quoted_word_stays(text: str, expected: str) -> None:
+    assert Redaction({}).text(text) == expected
 
 
 def test_the_password_of_a_url_is_removed_where_it_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +140,20 @@ def test_what_is_no_secret_stays(line: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a=" * 10**5, "A_KEY=" * 10**5, "a" * 10**6, "A_KEY='" + "x" * 10**6, "\\\n" * 10**5, "(" * 10**5],
+    [
+        "a=" * 10**5,
+        "A_KEY=" * 10**5,
+        "a" * 10**6,
+        "A_KEY='" + "x" * 10**6,
+        "\\\n" * 10**5,
+        "(" * 10**5,
+        '"a://b",' * 10**5,
+        "'a://" + "'" * 10**6,
+        "a://" * 10**5,
+        "a://" + "\\" * 10**6,
+        '\\"a://' + "\\" * 10**5,
+        "a:b://#a=" * 10**5,
+    ],
 )
 def test_the_time_grows_with_the_text(text: str) -> None:
     start = time.monotonic()

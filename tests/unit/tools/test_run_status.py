@@ -111,8 +111,55 @@ def test_decisions_that_cannot_be_are_damage_here_too(
     run_folder(tmp_path, "--train.steps=9", steps=(9,))
     checkpoint = tmp_path / "checkpoints" / "step_00000009"
     put(checkpoint, {**manifest_of(checkpoint), "decisions": {"rollbacks": -1}})
+    assert tool.main([str(tmp_path)]) == 78
+    assert "no whole checkpoint is left (step_00000009)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sort", ["cut", "without a manifest", "set aside"])
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_go_on(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], sort: str
+) -> None:
+    run_folder(tmp_path, "--train.steps=9", steps=(5,))
+    checkpoint = tmp_path / "checkpoints" / "step_00000005"
+    name = checkpoint.name
+    if sort == "cut":
+        (checkpoint / "weights" / "model.safetensors").write_bytes(b"")
+    elif sort == "without a manifest":
+        (checkpoint / "manifest.json").unlink()
+    else:
+        name = f"damaged_{name}"
+        checkpoint.rename(tmp_path / "checkpoints" / name)
+    assert tool.main([str(tmp_path)]) == 78
+    said = capsys.readouterr()
+    assert f"no whole checkpoint is left ({name})" in said.err and said.out == ""
+
+
+def test_a_checkpoint_that_a_start_brings_back_is_no_loss(tool: SimpleNamespace, tmp_path: Path) -> None:
+    run_folder(tmp_path, "--train.steps=9", steps=(5,))
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "step_00000005").rename(checkpoints / ".step_00000005.replaced")
     assert tool.main([str(tmp_path)]) == 1
-    assert "(step_00000009: damaged)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tested", [True, False])
+def test_a_damaged_line_of_the_records_is_noted(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], tested: bool
+) -> None:
+    """A start leaves it out, and goes on."""
+    run_folder(
+        tmp_path,
+        "--data.prefix=null",
+        "--data.train_prefix=a",
+        "--data.test_prefix=b",
+        "--train.steps=9",
+        steps=(9,),
+    )
+    line = '{"kind": "test", "step": 9, "tokens": 1, "loss": 1.0}'
+    (tmp_path / "metrics.jsonl").write_text(f"{{}}\n\0\n{line if tested else line[:20]}\n")
+    assert tool.main([str(tmp_path)]) == (0 if tested else 1)
+    said = capsys.readouterr()
+    assert said.err == "" and "metrics.jsonl: line 1 and" in said.out and "damaged)" in said.out
+    assert ("not on record" in said.out) != tested
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints/step_00000009/manifest.json"])
