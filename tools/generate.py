@@ -10,13 +10,14 @@ Without a prompt a new document is started. The same seed gives the same text.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import UserError, named
 from megatron_lpa.evaluate.generation import Sampling, generate_text
 from megatron_lpa.evaluate.trained import load_run, required_tokenizer
+from megatron_lpa.files import read_text
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -40,13 +41,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[str]:
-    """All prompts, in the order --prompt, --prompt-file; one empty prompt when there are none."""
+    """All prompts, in the order --prompt, --prompt-file; one empty prompt when there are none.
+
+    Raises:
+        UserError: a file is none of text, or cannot be read.
+        TryAgain: the disk does not give it.
+    """
     prompts = list(arguments.prompt)
     for name in arguments.prompt_file:
         try:
-            prompts.append(Path(name).read_text(encoding="utf-8").rstrip("\n"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt-file {name}: cannot be read as UTF-8 text ({error})") from error
+            prompts.append("\n".join(re.split("\r\n|\r|\n", read_text(name))).rstrip("\n"))
+        except OSError as error:
+            raise UserError(f"--prompt-file {named(name)}: cannot be read ({error.strerror})") from error
+        except UserError as error:
+            raise type(error)(f"--prompt-file {error}") from error
     return prompts or [""]
 
 

@@ -21,7 +21,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
 from megatron_lpa.engine.manifest import complete_checkpoints
 from megatron_lpa.engine.store import retention_of
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import UserError, shown
 from megatron_lpa.files import tree_digest
 from megatron_lpa.model.accounting import count_parameters
 from megatron_lpa.run_folder import CHECKPOINTS, SNAPSHOT
@@ -42,6 +42,7 @@ MAX_SKEW_S = 30.0
 # fp32 master and two moments, and the weights in the run's precision, with room to spare.
 CHECKPOINT_BYTES_PER_PARAMETER = 20
 MAX_GPU_SHARE_IN_USE = 0.1
+LATEST_S = 1e12  # no clock shows more seconds
 LONGEST = 600  # characters of a problem: srun keeps lines of several nodes apart only while they are short
 
 
@@ -200,12 +201,20 @@ def judge(lines: Iterable[str], nodes: Sequence[str]) -> list[str]:
     """
     problems: list[str] = []
     facts: dict[str, dict[str, str]] = {}
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
         try:
             report = json.loads(line)
             node = report["node"]
+            key = _not_as_written(report)
+            strange = shown(report[key]) if key else ""
+        except RecursionError:
+            print(f"line {number}: {shown(line)}: nested too deeply for a report", file=sys.stderr)
+            continue
         except (ValueError, TypeError, KeyError):
             print(line, end="", file=sys.stderr)  # a library's own words
+            continue
+        if key:
+            problems.append(f"line {number}: {strange} is no {key} of a report")
             continue
         if "time" in report and abs(skew := report["time"] - time.time()) > MAX_SKEW_S:
             problems.append(
@@ -219,6 +228,21 @@ def judge(lines: Iterable[str], nodes: Sequence[str]) -> list[str]:
         f"{node}: did not report; look above for what it said" for node in nodes if node not in facts
     ]
     return problems + list(_differences(facts))
+
+
+def _not_as_written(report: dict[str, Any]) -> str | None:
+    """The first key of a report whose value :func:`look` cannot have written, None if there is none."""
+    checks: dict[str, Callable[[Any], bool]] = {
+        "node": lambda value: isinstance(value, str) and value.isprintable(),
+        "time": lambda value: (
+            type(value) in (int, float) and abs(value) < LATEST_S
+        ),  # not a number is not below
+        "problem": lambda value: isinstance(value, str),
+        "facts": lambda value: (
+            isinstance(value, dict) and all(isinstance(fact, str) for fact in value.values())
+        ),
+    }
+    return next((key for key, check in checks.items() if key in report and not check(report[key])), None)
 
 
 def _differences(facts: dict[str, dict[str, str]]) -> Iterator[str]:

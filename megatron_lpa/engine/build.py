@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lpa.config import OptimConfig, RunConfig
+from megatron_lpa.engine.cpu_adam import not_built
 from megatron_lpa.engine.ds_config import build_ds_config
 from megatron_lpa.engine.launch import device_of_rank  # imported first: sets the accelerator
 from megatron_lpa.engine.mpu import ModelParallelUnit
-from megatron_lpa.errors import UserError
 from megatron_lpa.model.init import initialize
 from megatron_lpa.model.recompute import recompute_for
 from megatron_lpa.model.transformer import Decoder, DecoderLayer
@@ -109,10 +109,7 @@ class Engine:
             try:
                 return deepspeed.ops.adam.DeepSpeedCPUAdam(param_groups, adamw_mode=True, **arguments)
             except Exception as error:  # it is compiled here, and compilers fail in many ways
-                raise UserError(
-                    f"{self.config.train.deepspeed_config}: DeepSpeed's CPU Adam cannot be built: {error}; install "
-                    "the CUDA toolkit that PyTorch was built for, or choose a configuration without offload"
-                ) from error
+                raise not_built(error, self.config.train.deepspeed_config) from error
         return torch.optim.AdamW(param_groups, fused=True, **arguments)
 
     @property

@@ -22,7 +22,11 @@ FOLDERS = ("state", "weights")
 """The folders of a checkpoint; every file but the manifest lies in one of them."""
 
 MOST_COUNT = 1 << 53
-"""Of steps, samples and tokens: what a double can count, so that sums of a few fit 64 bits."""
+"""Of samples of an epoch, a step or a micro-batch: what a double can count."""
+
+MOST_PROGRESS = 1 << 60
+"""Of steps, samples and tokens up to now. Far above ``MOST_COUNT``, so that what any run can have reached is below it
+by more than a run's length, and its next checkpoint is accepted too. Sums of a few fit 64 bits."""
 
 MOST_BYTES = 1 << 50
 """Of one file."""
@@ -202,15 +206,16 @@ def _decisions(value: Any, key: str, complete: bool) -> None:
 
 
 _COUNT = _whole(0, MOST_COUNT)
+_PROGRESS = _whole(0, MOST_PROGRESS)
 _MANIFEST = _section(
     {
         "versions": _section({"deepspeed": _text}),
         "progress": _section(
             {
-                "step": _COUNT,
-                "consumed_samples": _COUNT,
-                "consumed_tokens": _COUNT,
-                "skipped_samples": _COUNT,
+                "step": _PROGRESS,
+                "consumed_samples": _PROGRESS,
+                "consumed_tokens": _PROGRESS,
+                "skipped_samples": _PROGRESS,
             },
             always=("step",),
             newer=("skipped_samples",),
@@ -240,8 +245,8 @@ _MANIFEST = _section(
         "config": _section({"train": _section({"precision": _one_of("bf16", "fp32")})}),
         "state": _section(
             {
-                "optimizer_step": _COUNT,
-                "skipped_steps": _COUNT,
+                "optimizer_step": _PROGRESS,
+                "skipped_steps": _PROGRESS,
                 "parameters": _table(
                     _section({"shape": _shape, "tp_dim": _or_none(_whole(0, 1))}), _parameter_name
                 ),

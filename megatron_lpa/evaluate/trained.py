@@ -91,7 +91,13 @@ def find_checkpoint(path: Path, step: int | None = None) -> tuple[Path, Path]:
     if exists(path / MANIFEST):
         if step is not None:
             raise UserError(f"{path} is one checkpoint already; leave --step out, or give the run folder")
-        return path.resolve().parents[1], path
+        above = path.resolve().parents
+        if len(above) < 2:
+            raise UserError(
+                f"{path}: a checkpoint outside of a run folder, whose {CONFIG} is needed too; move it to "
+                "RUN/checkpoints, beside that file"
+            )
+        return above[1], path
     complete = complete_checkpoints(path / "checkpoints")
     if not complete:
         raise UserError(

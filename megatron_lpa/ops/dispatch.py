@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from megatron_lpa.errors import UserError
+from megatron_lpa import files
+from megatron_lpa.errors import UserError, named, shown
 from megatron_lpa.kernels.tiles import FEW_TOKENS, MAX_PAIRS, Tile, default_tile, why_not
 from megatron_lpa.ops.cost import least_joined_tokens
 
@@ -265,13 +265,20 @@ def table_path(capability: tuple[int, int]) -> Path:
 
 @functools.cache
 def read_table(capability: tuple[int, int], device: str) -> dict[Case, tuple[Measured, ...]]:
-    """The lines for a device by case; empty for one without a table."""
+    """The lines for a device by case; empty for one without a table.
+
+    Raises:
+        UserError: the table is not as it is written.
+        TryAgain: the disk does not give it.
+    """
     path = table_path(capability)
-    return parse_table(json.loads(path.read_text()), path, capability, device) if path.is_file() else {}
+    if not files.is_file(path):
+        return {}
+    return parse_table(files.from_disk(lambda: files.read_json(path), path), path, capability, device)
 
 
 def parse_table(
-    content: dict[str, Any], path: Path, capability: tuple[int, int], device: str
+    content: Any, path: Path, capability: tuple[int, int], device: str
 ) -> dict[Case, tuple[Measured, ...]]:
     """Checks a table's lines, and takes those for a device.
 
@@ -286,32 +293,57 @@ def parse_table(
         by case, lines by rising number of tokens.
 
     Raises:
-        UserError: a line that names no path, or a tile that cannot run.
+        UserError: no table, a line that names no path, or a tile that cannot run.
     """
     table: dict[Case, list[Measured]] = {}
     own: dict[Case, list[Measured]] = {}
-    for number, line in enumerate(content["cases"], start=1):
+    cases = content.get("cases") if isinstance(content, dict) else None
+    if not isinstance(cases, list):
+        raise UserError(f"{path}: not a tuning table, which has a list of cases; copy the file again")
+    for number, line in enumerate(cases, start=1):
         where = f"{path}, case {number}"
-        plan = Plan(line["path"], line.get("forward_tile", ""), line.get("backward_tile", ""))
-        if plan.path not in PATHS[1:]:
-            raise UserError(f"{where}: the path is {plan.path!r}; give one of {', '.join(PATHS[1:])}")
-        dtype = getattr(torch, line["dtype"])
-        ranks, widths = tuple(line["ranks"]), tuple(line["widths"])
-        rotary = line.get("rotary", False)
-        for text, latents, rotates in (
-            (plan.forward_tile, 1, rotary),
-            (plan.backward_tile, len(ranks), False),
-        ):
-            reason = text and why_not(
-                Tile.parse(text), max(ranks), latents, dtype.itemsize, capability, rotates
-            )
-            if reason:
-                raise UserError(f"{where}: tile {text} cannot run: {reason}")
-        if (plan.path == "fused") != bool(plan.forward_tile or plan.backward_tile):
-            raise UserError(f"{where}: tiles go with the path 'fused', and only with it")
-        case = Case(dtype, line["d_in"], ranks, widths, line["norm"], line["training"], rotary)
-        measured = (line["tokens"], (plan.path, plan.forward_tile, plan.backward_tile))
+        try:
+            case, measured = _read_line(line, where, capability)
+        except UserError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
+            raise UserError(
+                f"{where}: not a line of a tuning table ({type(error).__name__}: {named(error)}); copy the file again"
+            ) from error
         table.setdefault(case, []).append(measured)
         if line.get("device") == device:
             own.setdefault(case, []).append(measured)
     return {case: tuple(sorted(lines)) for case, lines in (table | own).items()}
+
+
+def _read_line(line: dict[str, Any], where: str, capability: tuple[int, int]) -> tuple[Case, Measured]:
+    """Raises UserError where a plan cannot run, and Python's own errors where a line is none."""
+    plan = Plan(line["path"], line.get("forward_tile", ""), line.get("backward_tile", ""))
+    if plan.path not in PATHS[1:]:
+        raise UserError(f"{where}: the path is {shown(plan.path)}; give one of {', '.join(PATHS[1:])}")
+    dtype = getattr(torch, line["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype is {shown(line['dtype'])}")
+    ranks, widths = tuple(line["ranks"]), tuple(line["widths"])
+    for key, numbers in (
+        ("ranks", ranks),
+        ("widths", widths),
+        ("d_in, tokens", (line["d_in"], line["tokens"])),
+    ):
+        if not numbers or any(type(number) is not int or number < 1 for number in numbers):
+            raise ValueError(f"{key}: {shown(numbers)}")
+    rotary = line.get("rotary", False)
+    for key, flag in (("norm", line["norm"]), ("training", line["training"]), ("rotary", rotary)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{key} is {shown(flag)}")
+    for text, latents, rotates in (
+        (plan.forward_tile, 1, rotary),
+        (plan.backward_tile, len(ranks), False),
+    ):
+        reason = text and why_not(Tile.parse(text), max(ranks), latents, dtype.itemsize, capability, rotates)
+        if reason:
+            raise UserError(f"{where}: tile {text} cannot run: {reason}")
+    if (plan.path == "fused") != bool(plan.forward_tile or plan.backward_tile):
+        raise UserError(f"{where}: tiles go with the path 'fused', and only with it")
+    case = Case(dtype, line["d_in"], ranks, widths, line["norm"], line["training"], rotary)
+    return case, (line["tokens"], (plan.path, plan.forward_tile, plan.backward_tile))

@@ -7,8 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_lpa import errors
+
 _MOST_NAMED = 8
 _LONGEST_VALUE = 120
+_ABSENT = "not there"
+_BEFORE = 40
+"""Characters that are shown before the first that differs."""
 
 
 def named(ranks: Sequence[int]) -> str:
@@ -30,7 +35,7 @@ def disagreement(facts: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> st
     parts = []
     names = sorted({name for found in facts for name in found})
     for name in names:
-        texts = [json.dumps(found[name], sort_keys=True) if name in found else "" for found in facts]
+        texts = [_member(found, name) for found in facts]
         if len(set(texts)) > 1:
             parts.append(_described(name, texts, hosts))
     if not parts:
@@ -45,20 +50,69 @@ def disagreement(facts: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> st
 def _described(name: str, texts: Sequence[str], hosts: Sequence[str]) -> str:
     counts = Counter(texts)
     usual = max(counts, key=lambda text: (counts[text], text == texts[0]))
-    groups = []
-    for text in dict.fromkeys(texts):
-        if text != usual:
-            ranks = [rank for rank, own in enumerate(texts) if own == text]
-            where = ", ".join(dict.fromkeys(hosts[rank] for rank in ranks[:_MOST_NAMED]))
-            groups.append(f"{_short(text)} on rank {named(ranks)} ({where})")
     first = texts.index(usual)
-    return f"{name} is {', '.join(groups)}, but {_short(usual)} on rank {first} ({hosts[first]})"
+    beside = f"on rank {first} ({hosts[first]})"
+    others = [text for text in counts if text != usual]
+    where = {}
+    for text in others:
+        ranks = [rank for rank, own in enumerate(texts) if own == text]
+        on = ", ".join(dict.fromkeys(hosts[rank] for rank in ranks[:_MOST_NAMED]))
+        where[text] = f"on rank {named(ranks)} ({on})"
+    if all(len(text) <= _LONGEST_VALUE for text in counts):
+        groups = [f"{text or _ABSENT} {where[text]}" for text in others]
+        return f"{name} is {', '.join(groups)}, but {usual or _ABSENT} {beside}"
+    parts = []
+    for text in others[:_MOST_NAMED]:
+        place, own, theirs = _first_difference(name, text, usual)
+        parts.append(f"{place} is {own} {where[text]}, but {theirs} {beside}")
+    more = len(others) - len(parts)
+    return "; ".join(parts) + (f"; and {more} more values of {name}" if more else "")
 
 
-def _short(text: str) -> str:
+def _first_difference(name: str, own: str, theirs: str) -> tuple[str, str, str]:
+    """The name of the innermost member where two texts of JSON differ first, and what each has there, cut to fit."""
+    while own and theirs and max(len(own), len(theirs)) > _LONGEST_VALUE:
+        ours, others = json.loads(own), json.loads(theirs)
+        if isinstance(ours, dict) and isinstance(others, dict):
+            key = next(key for key in sorted({*ours, *others}) if _member(ours, key) != _member(others, key))
+            name, own, theirs = f"{name}.{errors.named(key)}", _member(ours, key), _member(others, key)
+        elif isinstance(ours, list) and isinstance(others, list):
+            index = next(
+                (
+                    n
+                    for n, pair in enumerate(zip(ours, others, strict=False))
+                    if _text(pair[0]) != _text(pair[1])
+                ),
+                min(len(ours), len(others)),
+            )
+            name = f"{name}[{index}]"
+            own, theirs = (_text(of[index]) if index < len(of) else "" for of in (ours, others))
+        else:
+            break
+    at = next(
+        (n for n, pair in enumerate(zip(own, theirs, strict=False)) if pair[0] != pair[1]),
+        min(len(own), len(theirs)),
+    )
+    return name, _around(own, at), _around(theirs, at)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _member(of: Mapping[str, Any], key: str) -> str:
+    return _text(of[key]) if key in of else ""
+
+
+def _around(text: str, at: int) -> str:
+    """A window of a text around a place in it, all of a short one."""
     if not text:
-        return "not there"
-    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+        return _ABSENT
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    start = max(0, at - _BEFORE)
+    end = start + _LONGEST_VALUE
+    return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
 
 
 def flat(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:

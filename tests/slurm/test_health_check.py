@@ -59,6 +59,30 @@ def test_a_node_that_does_not_report_to_the_end(tool: SimpleNamespace, lines: in
     assert problems == ["b: did not report; look above for what it said"]
 
 
+def test_a_line_nested_without_end_is_no_report(
+    tool: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.judge([*report("a"), "[" * 1_000_000 + "\n"], ["a"]) == []
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("line 3: '[[[") and "nested too deeply" in line and len(line) < 200
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("time", "x"), ("time", None), ("time", True), ("time", [1]), ("time", float("nan")), ("time", 10**400),
+        ("node", []), ("node", 7), ("node", "n\nerror: y"), ("problem", {"a": 1}), ("facts", []), ("facts", "x"), ("facts", {"torch": []}),
+        ("facts", "x\nerror: y" * 10_000),
+    ],
+)  # fmt: skip
+def test_a_report_that_no_node_writes_is_a_problem_in_one_line(
+    tool: SimpleNamespace, key: str, value: Any
+) -> None:
+    (problem,) = tool.judge([*report("a"), json.dumps({"node": "n", key: value}) + "\n"], ["a"])
+    assert problem.startswith("line 3: ") and problem.endswith(f" is no {key} of a report")
+    assert problem.isprintable() and len(problem) < 200
+
+
 def test_the_judge_ends_with_1_and_says_why(
     tool: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ from megatron_lpa.run_folder import refuse_links
 
 FOLDERS = [
     "checkpoints", "checkpoints/step_00000010", "checkpoints/.step_00000010.partial", "checkpoints/.step_00000010.removed",
-    "checkpoints/.step_00000010.replaced", "checkpoints/damaged_step_00000010", "logs", "logs/hang", "logs/77.0", ".snapshot.7.1", "tokenizer",
+    "checkpoints/.step_00000010.replaced", "checkpoints/damaged_step_00000010", "checkpoints/passed_step_00000010", "logs", "logs/hang", "logs/77.0", ".snapshot.7.1", "tokenizer",
     "tensorboard", "wandb", ".wandb", "snapshot",
 ]  # fmt: skip
 FILES = [

@@ -15,7 +15,7 @@ from megatron_lpa.data.storage.block_check import check_checksums, wrong_blocks
 from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
 from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
 from megatron_lpa.data.storage.reading import exists, from_disk, status, unreadable
-from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.errors import TryAgain, UserError, shown
 from megatron_lpa.files import kind_of
 
 
@@ -76,7 +76,7 @@ def _read_manifest(prefix: str, log: ProblemLog) -> Manifest | None:
             return None
         check_checksums(prefix, manifest)
         if manifest.dtype not in ("uint16", "int32"):
-            raise UserError(f"{path}: a damaged manifest (dtype is {manifest.dtype!r})")
+            raise UserError(f"{path}: a damaged manifest (dtype is {shown(manifest.dtype)})")
     except TryAgain:
         raise
     except UserError as error:

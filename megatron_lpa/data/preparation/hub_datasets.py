@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_lpa.data.preparation.sources import Source
-from megatron_lpa.data.storage.reading import exists, from_disk
-from megatron_lpa.errors import UserError
+from megatron_lpa.data.storage.reading import exists, from_disk, status
+from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import LASTING
 
 
 def dataset_source(name: str, config: str | None, split: str) -> Source:
@@ -39,10 +42,18 @@ def _revision(name: str) -> str | None:
 def _state_of(folder: Path) -> str:
     """A hash over the names, sizes and dates of a folder's files. One attempt."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        status = path.stat()
-        digest.update(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for path in sorted(
+        Path(name, file) for name, _, files in os.walk(folder, onerror=_raise) for file in files
+    ):
+        found = status(path)
+        if found is not None and stat.S_ISREG(found.st_mode):
+            digest.update(f"{path.relative_to(folder)} {found.st_size} {found.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def _raise(error: OSError) -> None:
+    if not isinstance(error, NotADirectoryError):  # a file, which has none inside
+        raise error
 
 
 def record_batches(source: Source, columns: tuple[str, ...], rows: int) -> Iterator[Any]:
@@ -50,6 +61,7 @@ def record_batches(source: Source, columns: tuple[str, ...], rows: int) -> Itera
 
     Raises:
         UserError: ``datasets`` cannot give this dataset.
+        TryAgain: a disk or the network does not answer.
     """
     import datasets  # here: it takes a second, which reading files should not pay
 
@@ -63,11 +75,21 @@ def record_batches(source: Source, columns: tuple[str, ...], rows: int) -> Itera
     except UserError:
         raise
     except Exception as error:  # datasets and the hub's client raise errors of many libraries
-        raise UserError(
+        kind = TryAgain if _may_be_gone(error) else UserError
+        raise kind(
             f"dataset {source.name!r}, split {source.split!r}: {type(error).__name__}: "
             f"{str(error).partition(chr(10))[0][:300]}; check the name, --dataset-config and --dataset-split, "
             "and for a name on the hub the network"
         ) from error
+
+
+def _may_be_gone(error: BaseException | None) -> bool:
+    """Whether the system said something that does not last, behind whatever a library made of it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:  # without a number it is a library's own
+            return error.errno not in LASTING
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
 
 
 def _open(datasets: Any, source: Source) -> Any:

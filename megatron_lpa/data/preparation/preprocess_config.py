@@ -8,7 +8,8 @@ from typing import Literal
 
 from megatron_lpa.data.preparation.records import PILE_SUBSET, Selection
 from megatron_lpa.data.storage.indexed import check_output_prefix
-from megatron_lpa.errors import UserError
+from megatron_lpa.data.storage.manifest import why_unfit
+from megatron_lpa.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,18 @@ def check_options(config: PreprocessConfig) -> None:
     for key in config.json_keys:
         if "/" in key or "\0" in key or not key:
             raise UserError(f"--json-keys: {key!r} cannot be part of a file name; rename the key")
+    for option, values in (
+        ("--tokenizer", [config.tokenizer]),
+        ("--dataset", [config.dataset or ""]),
+        ("--dataset-config", [config.dataset_config or ""]),
+        ("--dataset-split", [config.dataset_split]),
+        ("--json-keys", config.json_keys),
+        ("--keep-subsets", config.keep_subsets),
+        ("--drop-subsets", config.drop_subsets),
+    ):
+        for value in values:
+            if reason := why_unfit(value):
+                raise UserError(f"{option} is {shown(value)}, {reason}; give another name")
     both = set(config.keep_subsets) & set(config.drop_subsets)
     if both:
         raise UserError(f"subset {sorted(both)[0]!r} is both to be kept and to be dropped; name it once")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,18 @@ from typing import Any
 from megatron_lpa.data.storage.checksums import BLOCK_BYTES
 from megatron_lpa.data.storage.partial_file import write_json
 from megatron_lpa.data.storage.reading import unreadable
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import UserError, named, shown
 from megatron_lpa.files import UnusableFile, read_json
 
 FORMAT = 2
 # The Pile's, of 51 billion tokens, has 0.2 MB: 1,600 checksums and 30 sources. A source for each of a million input files
 # are 0.4 GB.
 MOST_MANIFEST_BYTES = 1 << 30
+MOST_CHARACTERS = 4096
+"""Of a text: the longest path that Linux takes. Names of subsets may be longer."""
+
+_NO_TEXT = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_LONGEST_ERROR = 300
 _REPAIR = "preprocess the text again, or remove the file to do without what it says"
 
 
@@ -151,7 +157,9 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     try:
         return _from_json(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: a damaged manifest ({error!r}); {_REPAIR}") from error
+        said = repr(error)  # Python's own words quote keys whole
+        said = said if len(said) <= _LONGEST_ERROR else f"{said[:_LONGEST_ERROR]}..."
+        raise UserError(f"{path}: a damaged manifest ({said}); {_REPAIR}") from error
 
 
 def _from_json(content: dict[str, Any]) -> Manifest:
@@ -173,7 +181,7 @@ def _check_values(manifest: Manifest) -> None:
     for name in ("dtype", "json_key", "version"):
         _text(getattr(manifest, name), name)
     if not isinstance(manifest.append_eod, bool):
-        raise ValueError(f"append_eod is {manifest.append_eod!r}")
+        raise ValueError(f"append_eod is {shown(manifest.append_eod)}")
     tokenizer = manifest.tokenizer
     _text(tokenizer.name, "tokenizer.name")
     _text(tokenizer.fingerprint, "tokenizer.fingerprint")
@@ -188,23 +196,23 @@ def _check_values(manifest: Manifest) -> None:
             if getattr(source, name) is not None:
                 _text(getattr(source, name), f"sources.{name}")
     for name, count in manifest.subsets.items():
-        _text(name, "subsets")
-        _whole(count.documents, f"subsets.{name}.documents")
-        _whole(count.tokens, f"subsets.{name}.tokens")
+        _text(name, "subsets", None)
+        _whole(count.documents, f"subsets.{named(name)}.documents")
+        _whole(count.tokens, f"subsets.{named(name)}.tokens")
     for name in ("keep_subsets", "drop_subsets"):
         subsets = getattr(manifest, name)
         if not isinstance(subsets, list):
-            raise ValueError(f"{name} is {subsets!r}")
+            raise ValueError(f"{name} is {shown(subsets)}")
         for subset in subsets:
-            _text(subset, name)
+            _text(subset, name, None)
     for name, count_ in manifest.dropped_subsets.items():
-        _text(name, "dropped_subsets")
-        _whole(count_, f"dropped_subsets.{name}")
+        _text(name, "dropped_subsets", None)
+        _whole(count_, f"dropped_subsets.{named(name)}")
     if manifest.job is not None:
         _text(manifest.job, "job")
     if manifest.shard is not None:
         if not isinstance(manifest.shard, list) or len(manifest.shard) != 2:
-            raise ValueError(f"shard is {manifest.shard!r}")
+            raise ValueError(f"shard is {shown(manifest.shard)}")
         for number in manifest.shard:
             _whole(number, "shard")
     checksums = manifest.checksums
@@ -217,11 +225,26 @@ def _check_values(manifest: Manifest) -> None:
 
 def _whole(value: object, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
-        raise ValueError(f"{name} is {value!r}")
+        raise ValueError(f"{name} is {shown(value)}")
     return value
 
 
-def _text(value: object, name: str) -> None:
+def _text(value: object, name: str, most: int | None = MOST_CHARACTERS) -> None:
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}")
-    value.encode()  # half a surrogate pair could not be written again
+        raise ValueError(f"{name} is {shown(value)}")
+    if reason := why_unfit(value, most):
+        raise ValueError(f"{name} is {shown(value)}, {reason}")
+
+
+def why_unfit(text: str, most: int | None = MOST_CHARACTERS) -> str | None:
+    """Why a text cannot be part of a manifest, whose texts go into messages and lists of one line each; else None.
+
+    Args:
+        text: a name, a path or a hash.
+        most: characters; None for any number.
+    """
+    if found := _NO_TEXT.search(text):
+        return f"in which {shown(found[0])} has no place"
+    if most is not None and len(text) > most:
+        return f"of {len(text):,} characters, and {most:,} are the most"
+    return None

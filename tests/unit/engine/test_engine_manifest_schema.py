@@ -18,6 +18,7 @@ from support.models import MODELS
 from megatron_lpa.engine.convert import TargetLayout, convert
 from megatron_lpa.engine.convert_source import find_source
 from megatron_lpa.engine.manifest import MANIFEST, DamagedCheckpoint, Progress, read_manifest, verify_files
+from megatron_lpa.engine.manifest_schema import check_manifest
 from megatron_lpa.engine.store import Retention, expendable, prune
 from megatron_lpa.errors import UserError
 
@@ -133,6 +134,21 @@ def test_a_manifest_that_says_what_cannot_be_is_damage_in_one_short_line(tmp_pat
         except BaseException as error:
             problems.append(f"{words}: {type(error).__name__}: {str(error)[:200]}")
     assert problems == []
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ("progress", "step"), ("progress", "consumed_samples"), ("progress", "consumed_tokens"),
+        ("progress", "skipped_samples"), ("state", "optimizer_step"), ("state", "skipped_steps"),
+    ],
+)  # fmt: skip
+def test_a_count_that_is_accepted_can_go_on_for_the_length_of_a_run(place: tuple[str, str]) -> None:
+    sound = whole_manifest(3, {})
+    for value in (2**53, 2**53 + 256, 2**53 + 10**15, 2**60):
+        check_manifest(changed(sound, place, value), complete=True)
+    with pytest.raises(ValueError, match=place[-1]):
+        check_manifest(changed(sound, place, 2**60 + 1), complete=True)
 
 
 @pytest.mark.parametrize("value", [None, [], {}, True, 0.5, float("nan"), "1"])

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import runpy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
+from megatron_lpa import files
 from megatron_lpa.config import ModelConfig
 from megatron_lpa.data.tokenizers.loading import Tokenizer
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.evaluate.generation import Sampling, generate_ids, generate_text
 from megatron_lpa.model.transformer import Decoder
 
@@ -125,3 +128,52 @@ def test_the_tool_continues_all_prompts(
     assert out.count("\nA function call") == 2
     with pytest.raises(UserError):
         Sampling(max_new_tokens=-1)
+
+
+@pytest.mark.timeout(60)  # a pipe that is waited for never answers
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("pipe", "a named pipe, not a regular file"), ("device", "a device, not a regular file"),
+        ("folder", "a folder, not a regular file"), ("absent", "cannot be read (No such file or directory)"),
+        ("bytes", "line 2: not UTF-8 text"), ("long", "more than the"),
+    ],
+)  # fmt: skip
+def test_a_prompt_file_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, words: str
+) -> None:
+    path = tmp_path / "prompt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path = Path("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "bytes":
+        path.write_bytes(b"a\n\xff")
+    elif kind == "long":
+        with path.open("wb") as file:
+            file.truncate(files.MOST_TEXT_BYTES + 1)
+    main = runpy.run_path(str(TOOL))["main"]
+    assert main(["--run", "unread", "--prompt-file", str(path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --prompt-file {path}") and words in line
+
+
+def test_a_prompt_file_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompt.txt").write_bytes(b"A function\r\ncall\n\n")
+    tool = runpy.run_path(str(TOOL))
+    arguments = tool["parse_arguments"](["--run", "unread", "--prompt-file", str(tmp_path / "prompt.txt")])
+    monkeypatch.setattr(files, "PAUSES_S", (0.0,))
+    real, failures = os.open, [errno.EIO]
+
+    def failing(path: Any, *more: Any, **named: Any) -> int:
+        if failures and str(path).endswith("prompt.txt"):
+            raise OSError(failures.pop(), "Input/output error")
+        return real(path, *more, **named)
+
+    monkeypatch.setattr(files.os, "open", failing)
+    assert tool["prompts_of"](arguments) == ["A function\ncall"]
+    failures += [errno.EIO] * 2
+    with pytest.raises(TryAgain, match=r"--prompt-file .*prompt\.txt: cannot be read \(Input/output error\)"):
+        tool["prompts_of"](arguments)

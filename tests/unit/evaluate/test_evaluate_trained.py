@@ -19,7 +19,7 @@ from megatron_lpa import files
 from megatron_lpa.config import KernelConfig, load_config, save_config
 from megatron_lpa.data.tokenizers.loading import save_tokenizer
 from megatron_lpa.errors import TryAgain, UserError
-from megatron_lpa.evaluate.trained import load_run, required_tokenizer
+from megatron_lpa.evaluate.trained import find_checkpoint, load_run, required_tokenizer
 from megatron_lpa.model.transformer import Decoder
 
 SaveRun = Callable[..., Path]
@@ -57,6 +57,16 @@ def test_the_tokenizer_is_found_from_anywhere(
     assert required_tokenizer(load_run(folder)).vocab_size == 300
     monkeypatch.chdir(folder)
     assert required_tokenizer(load_run(".")).vocab_size == 300
+
+
+@pytest.mark.parametrize("place", ["/", "/ckpt"])
+def test_a_checkpoint_directly_below_the_root_has_no_run_folder(
+    tmp_path: Path, save_run: SaveRun, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    checkpoint = save_run(tmp_path / "runs" / "a", (10,)) / "checkpoints" / "step_00000010"
+    monkeypatch.setattr(Path, "resolve", lambda path: Path(place))
+    with pytest.raises(UserError, match=r"step_00000010: a checkpoint outside of a run folder"):
+        find_checkpoint(checkpoint)
 
 
 def test_what_is_wrong_is_said(tmp_path: Path, save_run: SaveRun) -> None:

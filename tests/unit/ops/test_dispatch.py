@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_lpa.errors import UserError
+from megatron_lpa import files
+from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.ops import dispatch
 from megatron_lpa.ops.dispatch import (
     EAGER,
@@ -203,6 +206,59 @@ def test_forcing_the_kernel_without_triton(monkeypatch: pytest.MonkeyPatch) -> N
 def test_tables_that_cannot_be_right(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_table({"cases": [line(**changes)]}, Path("table.json"), (9, 0), "H200")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"\xff", b"[" * 100_000, b"[]", b"{}", b"null", b'{"cases": 7}', b'{"cases": {}}',
+        *(json.dumps({"cases": [line(), case]}).encode() for case in (
+            7, None, [], {}, line(dtype="sum"), line(dtype="x\ny"), line(dtype="x" * 10**6), line(dtype=None), line(ranks=[]),
+            line(ranks=7), line(ranks=["x"]), line(widths=[[]]), line(widths=[0]), line(d_in="x"), line(tokens=None),
+            line(tokens=True), line(norm="x"), line(training=1), line(rotary=[]), line(forward_tile="1,2"),
+            line(forward_tile=[1]), line(forward_tile="0,0,0,0,0,0"), line(path=[]), line(path="x" * 10**6),
+        )),
+    ],
+    ids=lambda content: content[-40:].decode(errors="replace"),
+)  # fmt: skip
+@pytest.mark.usefixtures("gpu_table")
+def test_a_table_that_is_none_is_said_in_one_line(content: bytes) -> None:
+    path = dispatch.table_path((9, 0))
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        choose("auto", CASE, 16384, GPU)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and message.isprintable() and len(message) < 300 + len(str(path))
+    assert caught.value.exit_code == 78
+
+
+@pytest.mark.usefixtures("gpu_table")
+def test_a_table_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PAUSES_S", (0.0,))
+    for call in ("stat", "open"):
+        real, failures = getattr(os, call), [errno.ESTALE]
+
+        def failing(
+            path: Any, *more: Any, real: Any = real, failures: list[int] = failures, **named: Any
+        ) -> Any:
+            if failures and str(path).endswith("sm_90.json"):
+                raise OSError(failures.pop(), "Stale file handle")
+            return real(path, *more, **named)
+
+        monkeypatch.setattr(files.os, call, failing)
+        assert choose("auto", CASE, 16384, GPU) == Plan(*FUSED)
+        assert not failures
+        failures += [errno.ESTALE] * 2
+        with pytest.raises(TryAgain, match=r"sm_90\.json: cannot be read"):
+            choose("auto", CASE, 16384, GPU)
+
+
+@pytest.mark.usefixtures("gpu_table")
+def test_a_table_is_a_regular_file() -> None:
+    path = dispatch.table_path((9, 0))
+    path.unlink()
+    os.mkfifo(path)
+    assert choose("auto", CASE, 16384, GPU) == Plan("joined")
 
 
 def test_lines_of_the_same_device_go_before_others_of_its_capability() -> None:
