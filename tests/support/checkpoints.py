@@ -60,6 +60,7 @@ def random_checkpoint(
                 cuts.choice(contents).append((key, shard[start:end].clone()))
     final = folder / f"step_{step:08d}"
     partial = partial_of(final)
+    partial.mkdir(parents=True, exist_ok=True)
     written = [
         write_tensors(partial, f"state/rank_{rank:05d}.safetensors", tensors)
         for rank, tensors in enumerate(contents)

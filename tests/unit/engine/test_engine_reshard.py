@@ -33,6 +33,7 @@ def saved_in(
             key = fragment_key("a.w", "master", shard_name(tp_dim, tp_rank, tp_size), start)
             cuts.choice(files)[key] = shard[start:end].clone()
     names = []
+    folder.mkdir(exist_ok=True)
     for number, tensors in enumerate(files):
         names.append(
             write_tensors(folder, f"state/rank_{number:05d}.safetensors", list(tensors.items())).name
