@@ -62,7 +62,7 @@ def test_other_files_at_the_same_path_are_noticed(folder: Path, tmp_path: Path) 
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [78, 78], said
-    assert "training data is" in said[0] and "on rank 1" in said[0] and "error:" not in said[1]
+    assert "training data.contents is" in said[0] and "on rank 1" in said[0] and "error:" not in said[1]
     assert not (tmp_path / "0" / "runs").exists()
 
 
