@@ -104,7 +104,7 @@ def test_a_rank_that_is_killed_while_it_opens_data_ends_the_others(folder: Path)
 
 
 def test_a_rank_that_never_starts_is_named(folder: Path) -> None:
-    launched = Launch([*SMALL, *DATA, "--logging.name", "one", "--train.start_timeout_s", "4"], 2, folder)
+    launched = Launch([*SMALL, *DATA, "--logging.name", "one", "--train.start_timeout_s", "12"], 2, folder)
     launched.processes[1].send_signal(signal.SIGKILL)
     finished = launched.wait()
     assert finished.codes[0] == 75 and "1 of 2 processes have not come" in finished.errors[0], finished.stderr
