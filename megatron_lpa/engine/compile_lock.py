@@ -58,7 +58,7 @@ def wait_for_compilers(
         unheld_stale_s: age from which on a lock is that nobody here holds and nobody elsewhere can.
 
     Raises:
-        UserError: such a lock cannot be removed, or a folder cannot be read.
+        UserError: such a lock cannot be removed.
         TryAgain: the disk does not answer.
     """
     folder = root or Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())

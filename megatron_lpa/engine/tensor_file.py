@@ -94,7 +94,8 @@ def write_lazily(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     path = folder / name
-    path.parent.mkdir(exist_ok=True)  # not what is above: the run folder may have been moved
+    # Not what is above: the run folder may have been moved.
+    path.parent.mkdir(exist_ok=True)
     digest = hashlib.sha256()
     try:
         with open(path, "xb") as file:  # follows no link, and writes over nothing

@@ -75,9 +75,8 @@ def _train_all_steps(run: Run, callbacks: Sequence[Callback]) -> None:
 
 
 def _go_back(run: Run, callbacks: Sequence[Callback], reason: str) -> None:
-    if (
-        run.has_lost_folder()
-    ):  # what is in it may be another run's: the next step is agreed on, and ends this one
+    # What is in the folder may be another run's by now. The next step is agreed on first, and that ends this run.
+    if run.has_lost_folder():
         return
     bad = run.progress
     for callback in callbacks:

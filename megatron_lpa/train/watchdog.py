@@ -225,7 +225,8 @@ class Watchdog:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
             return
         try:
-            for folder in (path.parents[1], path.parent):  # not the run folder: it may have been moved
+            # Not the run folder itself: it may have been moved.
+            for folder in (path.parents[1], path.parent):
                 folder.mkdir(exist_ok=True)
             with new_file(path) as file:
                 file.write(f"{told}\n\n".encode())
