@@ -33,7 +33,7 @@ from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
 from megatron_lpa.engine.manifest import complete_checkpoints
 from megatron_lpa.engine.store import retention_of
 from megatron_lpa.errors import UserError, shown
-from megatron_lpa.files import tree_digest
+from megatron_lpa.files import files_below, status, tree_digest
 from megatron_lpa.model.accounting import count_parameters
 from megatron_lpa.run_folder import CHECKPOINTS, SNAPSHOT
 
@@ -114,7 +114,7 @@ def disk_problems(run: Path, config: RunConfig) -> Iterator[str]:
     complete = complete_checkpoints(run / CHECKPOINTS)
     size = CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config.model).total
     if complete:
-        size = sum(path.stat().st_size for path in complete[-1].rglob("*") if path.is_file())
+        size = sum(found.st_size for path in files_below(complete[-1]) if (found := status(path)))
     kept = retention_of(config.train)
     # The newest, the newest at the interval where later ones were written at stops, the best, and the one being written.
     most = kept.newest + bool(kept.interval) + kept.best + 1 if kept.newest else 1

@@ -38,7 +38,9 @@ from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.files import (
     LASTING,
     UnusableFile,
+    files_below,
     fsync_folder,
+    is_file,
     new_file,
     read_bytes,
     read_json,
@@ -47,10 +49,14 @@ from megatron_lpa.files import (
 from megatron_lpa.run_folder import LOGS, SNAPSHOT, open_own, refuse_links
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = (
-    "megatron_lpa/**/*.py", "megatron_lpa/**/*.yaml", "megatron_lpa/**/*.json", "ds_configs/*.json", "slurm/*.sh", "tools/*.py",
-    "pyproject.toml", "constraints.txt",
-)  # fmt: skip
+CODE = {
+    "megatron_lpa": ("*.py", "*.yaml", "*.json"),
+    "ds_configs": ("*.json",),
+    "slurm": ("*.sh",),
+    "tools": ("*.py",),
+}
+"""Folders of this project and which files in them are code."""
+CODE_FILES = ("pyproject.toml", "constraints.txt")
 ENVIRONMENT = re.compile(
     r"(NCCL|TORCH_NCCL|GLOO|OMP|DS|CUDA_VISIBLE|SLURM_NTASKS|SLURM_GPUS|MASTER)_\w+|DEVICE|CONTAINER|PYTHON"
     r"|SLURM_JOB_(ID|NODELIST|NUM_NODES|CPUS_PER_NODE|GPUS|PARTITION|QOS|ACCOUNT|USER|UID|GID|START_TIME|END_TIME)"
@@ -96,15 +102,16 @@ def output_of(*command: str) -> str | None:
 
 
 def code_files() -> Iterator[Path]:
-    for pattern in CODE:
-        yield from sorted(path for path in ROOT.glob(pattern) if path.is_file())
+    for folder, patterns in CODE.items():
+        yield from files_below(ROOT / folder, patterns)
+    yield from (ROOT / name for name in CODE_FILES if is_file(ROOT / name))
 
 
 def code_digest() -> str:
     """One hash of names and contents of all the code."""
     digest = hashlib.sha256()
     for path in code_files():
-        contents = path.read_bytes()
+        contents = read_bytes(path)
         digest.update(f"{path.relative_to(ROOT)}\0{len(contents)}\0".encode() + contents)
     return digest.hexdigest()
 
@@ -170,7 +177,7 @@ def _write_into(folder: Path, config: RunConfig, options: Sequence[str], job_scr
             write_whole(folder / name, text.encode(errors="surrogateescape"))
     with new_file(folder / "code.tar.gz") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
         for path in code_files():
-            text = path.read_bytes().decode(errors="surrogateescape")
+            text = read_bytes(path).decode(errors="surrogateescape")
             clean = redaction.shell(text) if path.suffix == ".sh" else redaction.text(text)
             contents = clean.encode(errors="surrogateescape")
             entry = tarfile.TarInfo(str(path.relative_to(ROOT)))

@@ -31,7 +31,7 @@ import numpy as np
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, explained_write_errors
 from megatron_lpa.data.storage.reading import exists, is_dir
 from megatron_lpa.errors import TryAgain, UserError
-from megatron_lpa.files import LASTING, UnusableFile, new_file, open_regular, patiently
+from megatron_lpa.files import LASTING, UnusableFile, names_in, new_file, open_regular, patiently
 
 FORMAT = 1  # of the file and of what it holds: another document order or another packing is another format
 Report = Callable[[str], None]
@@ -114,8 +114,9 @@ class IndexCache:
             return found
         if exists(path):
             self.report(f"{path}: damaged, or not a sample index; it is made again")
-        for leftover in path.parent.glob(f"{path.name}.*{PARTIAL_SUFFIX}"):
-            _remove_if_abandoned(leftover)
+        for name in names_in(path.parent):
+            if name.startswith(f"{path.name}.") and name.endswith(PARTIAL_SUFFIX):
+                _remove_if_abandoned(path.parent / name)
         started = time.monotonic()
         _write(path, digest, make())
         found = _read(path, digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import runpy
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.hiccups import first_looks_fail
 
 from megatron_lpa.config import load_config
 from megatron_lpa.config.run import DataConfig
@@ -155,6 +157,11 @@ def test_a_disk_too_small_for_the_checkpoints_to_come(
     assert list(tool.disk_problems(tmp_path, config)) == []
     free(0.0019)
     assert "2 checkpoints of about 0.0 GB" in next(tool.disk_problems(tmp_path, config))
+    # A disk that does not answer at once makes no checkpoint smaller.
+    with monkeypatch.context() as patched:
+        failed = first_looks_fail(patched, tmp_path, errno.ESTALE, ("scandir", "stat", "lstat"))
+        assert "2 checkpoints of about 0.0 GB" in next(tool.disk_problems(tmp_path, config))
+        assert str(checkpoint) in failed
     # What is no checkpoint does not count, whatever a user called it: copies, links to nothing, those set aside.
     for name in ("step_00000004_backup", "step_copy", "damaged_step_00000012", "step_7"):
         shutil.copytree(checkpoint, checkpoint.with_name(name))

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from support.hiccups import first_looks_fail
 
 from megatron_lpa.config import load_config
 from megatron_lpa.config.redaction import Redaction
@@ -89,6 +90,17 @@ def test_the_first_start_records_everything_and_later_ones_leave_it_alone(
     starts = (snapshot.parent / "logs" / "starts.jsonl").read_text().splitlines()
     assert len(starts) == 2
     assert sorted(path.name for path in snapshot.parent.iterdir()) == ["logs", "snapshot"]
+
+
+def test_a_disk_that_does_not_answer_at_once_leaves_no_code_out(
+    tool: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = list(tool.code_files())
+    assert TOOL in whole and TOOL.parents[1] / "pyproject.toml" in whole
+    with monkeypatch.context() as patched:
+        failed = first_looks_fail(patched, tool.ROOT, errno.ESTALE, ("scandir", "stat", "lstat"))
+        assert list(tool.code_files()) == whole
+    assert str(tool.ROOT / "megatron_lpa") in failed
 
 
 def test_other_code_than_at_the_first_start_is_told_of(

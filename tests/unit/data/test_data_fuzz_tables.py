@@ -169,7 +169,6 @@ GOOD = b'{"text": "%d"}\n'
 ODD_NAMES = [
     "a b.jsonl",
     " .jsonl",
-    "a\nb.jsonl",
     "-x.jsonl",
     "'\"$(x).jsonl",
     "*.jsonl",
@@ -180,7 +179,6 @@ ODD_NAMES += [
     "x.JSONL",
     "a.jsonl.gz.txt",
     "%s.jsonl",
-    "\x01\x7f.jsonl",
     "~.json",
     "{a,b}.json",
     "\\.json",
@@ -205,6 +203,22 @@ def test_odd_names(bench: Bench) -> None:
                 assert texts(bench, str(folder / name)) == [bench.ids(text)]
         assert len(texts(bench, str(folder))) == len(ODD_NAMES)
         assert len(texts(bench, f"{folder}/")) == len(ODD_NAMES)
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+@pytest.mark.parametrize("odd", ["a\nb", "\x01\x7f", "\u2028"])
+def test_a_name_that_no_line_can_show_is_refused(bench: Bench, where: str, odd: str) -> None:
+    """The manifest lists the texts, and its reader takes no name that could pass for a line of its own."""
+    with bench.fresh() as folder:
+        inner = folder / (odd if where == "folder" else "inner")
+        inner.mkdir()
+        text = inner / ("a.jsonl" if where == "folder" else f"{odd}.jsonl")
+        text.write_bytes(GOOD % 0)
+        for given in (str(folder), str(text)):
+            with pytest.raises(UserError, match=r"has no place; rename it") as caught:
+                preprocess(bench.config((given,)))
+            assert str(caught.value).isprintable()
+        assert not (bench.folder / "out").exists()
 
 
 @pytest.mark.parametrize("where", ["file", "folder"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.hiccups import first_looks_fail
 
 from megatron_lpa.data import index_cache
 from megatron_lpa.data.index_cache import IndexCache, SampleIndex, default_folders
@@ -186,7 +188,9 @@ cache.get("train", "key", lambda: index_cache.SampleIndex(starts, 12345))
 """
 
 
-def test_a_killed_maker_leaves_nothing_whole_and_no_lock(tmp_path: Path) -> None:
+def test_a_killed_maker_leaves_nothing_whole_and_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"writing\n"
     with pytest.raises(UserError, match="another process"):  # it lives: others wait
@@ -196,7 +200,10 @@ def test_a_killed_maker_leaves_nothing_whole_and_no_lock(tmp_path: Path) -> None
     process.stdout.close()
     assert not list(tmp_path.glob("*.index")) and list(tmp_path.glob("*.partial"))
     make = Maker()
-    check(cache(tmp_path, timeout_s=0.2).get("train", "key", make))
+    with monkeypatch.context() as patched:
+        failed = first_looks_fail(patched, tmp_path, errno.ESTALE)
+        check(cache(tmp_path, timeout_s=0.2).get("train", "key", make))
+    assert failed == {str(tmp_path)}
     assert make.calls == 1 and only_file(tmp_path).suffix == ".index"
 
 

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.hiccups import first_looks_fail
 from support.store_folders import contents, failing, prepared, steps_in, written
 
-from megatron_lpa import files
 from megatron_lpa.engine import store
 from megatron_lpa.engine.manifest import (
     MANIFEST,
@@ -48,22 +48,12 @@ def verified(checkpoint: Path) -> Progress:
 @pytest.mark.parametrize("call", ["stat", "lstat", "scandir"])
 def test_a_disk_that_does_not_answer_at_once_fails_no_checkpoint(tmp_path, monkeypatch, call, number):
     """Each look of a save, of retention and of a start at each path fails the first time."""
-    monkeypatch.setattr(files, "PAUSES_S", (0.0, 0.0, 0.0))
-    real = getattr(os, call)
-    failed: dict[str, int] = {}
-
-    def looks(path: object = ".", *more: object, **named: object) -> object:
-        if str(path).startswith(str(tmp_path)) and failed.setdefault(str(path), 0) < 1:
-            failed[str(path)] += 1
-            raise OSError(number, os.strerror(number), str(path))
-        return real(path, *more, **named)
-
     for step in (1, 2, 3):
         written(tmp_path, step, "old")
     (tmp_path / ".step_00000009.partial").mkdir()
     manifest = prepared(tmp_path, 3, "new")
     with monkeypatch.context() as patched:
-        patched.setattr(os, call, looks)
+        failed = first_looks_fail(patched, tmp_path, number, (call,))
         publish(tmp_path / "step_00000003", manifest)
         prune(tmp_path, Retention(newest=2))
         tidy(tmp_path)
