@@ -33,7 +33,7 @@ from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
 from megatron_lpa.engine.manifest import complete_checkpoints
 from megatron_lpa.engine.store import retention_of
 from megatron_lpa.errors import UserError, shown
-from megatron_lpa.files import files_below, status, tree_digest
+from megatron_lpa.files import files_below, is_dir, status, tree_digest
 from megatron_lpa.model.accounting import count_parameters
 from megatron_lpa.run_folder import CHECKPOINTS, SNAPSHOT
 
@@ -58,7 +58,7 @@ def problems_of_node(config: RunConfig, gpus: int) -> Iterator[str]:
     assert config.logging.name is not None
     run = Path(config.logging.run_dir) / config.logging.name
     yield from gpu_problems(gpus)
-    if not (run / SNAPSHOT).is_dir():
+    if not is_dir(run / SNAPSHOT):
         yield f"does not see {(run / 'snapshot').absolute()}; the run folder has to be on a file system that all nodes share"
     else:
         yield from folder_problems(run)

@@ -38,6 +38,7 @@ from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.files import (
     LASTING,
     UnusableFile,
+    exists,
     files_below,
     fsync_folder,
     is_file,
@@ -138,7 +139,7 @@ def packages() -> str:
 
 def write_snapshot(folder: Path, config: RunConfig, options: Sequence[str], job_script: str | None) -> None:
     """Everything at once, or nothing; nothing where there is a snapshot already."""
-    if folder.exists():
+    if exists(folder):
         return
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.{time.time_ns()}")
     partial.mkdir()
@@ -246,8 +247,11 @@ def _add_line(path: Path, line: bytes) -> None:
     Of such a file only what lines of starts look like is taken over: it may be any of a stranger's choice.
     """
     with open_own(path, other_names=True) as log:
-        if os.fstat(log.fileno()).st_nlink < 2:
-            log.write(line)
+        there = os.fstat(log.fileno())
+        if there.st_nlink < 2:
+            # A full disk or a power failure can leave the last line without its end.
+            torn = there.st_size and os.pread(log.fileno(), 1, there.st_size - 1) != b"\n"
+            log.write(b"\n" * torn + line)
             return
     lines = (b"%s\n" % one for one in read_bytes(path).splitlines())
     write_whole(path, b"".join([*filter(_is_start, lines), line]))

@@ -103,6 +103,19 @@ def test_a_disk_that_does_not_answer_at_once_leaves_no_code_out(
     assert str(tool.ROOT / "megatron_lpa") in failed
 
 
+def test_a_torn_line_of_an_earlier_start_takes_no_other_with_it(
+    tool: SimpleNamespace, tmp_path: Path
+) -> None:
+    assert tool.main(options()) == tool.main(options()) == 0
+    starts = tmp_path / "runs" / "a run" / "logs" / "starts.jsonl"
+    first, second = starts.read_text().splitlines(keepends=True)
+    starts.write_text(first + second[:40])
+    assert tool.main(options()) == 0
+    whole, torn, added = starts.read_text().splitlines(keepends=True)
+    assert (whole, torn) == (first, second[:40] + "\n")
+    assert json.loads(added)["code_sha256"] == json.loads(first)["code_sha256"]
+
+
 def test_other_code_than_at_the_first_start_is_told_of(
     tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
