@@ -111,8 +111,10 @@ watchdog.write_stacks_to(Path(sys.argv[1]))
 watchdog.join_board(store, 2)
 watchdog.start(2.0, "train.step_timeout_s")
 watchdog.enter("reading data", 3)
+store.add("watched", 1)
 if stuck == "rank 0 stands still" and rank == 0:
-    print("still", flush=True)
+    while store.add("watched", 0) < 2:
+        time.sleep(0.05)
     import os, signal
     os.kill(os.getpid(), signal.SIGSTOP)
 if stuck == f"rank {1 - rank} reads":
