@@ -1,7 +1,14 @@
 """Exceptions that mean "the user can mend this", and the exit codes that a launcher reads."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
 MOST_SHOWN = 80
 """Characters of a value or a name in a message: whoever wrote a longer one finds it by its beginning."""
+
+MOST_COMPARED = 120
+"""Characters of a value that is shown beside another one, for what differs in it."""
 
 EXIT_FAILED = 1
 """An error that may be gone at the next attempt, or that nobody foresaw."""
@@ -71,6 +78,28 @@ def named(name: object) -> str:
     """A key or a path for a message: as it is, but on one line, and cut where it is long."""
     text = str(name)
     return _cut(text) if text[: MOST_SHOWN + 1].isprintable() else shown(text)
+
+
+def differing_parts(first: str, second: str) -> tuple[str, str]:
+    """Two texts for one message: of what is longer than ``MOST_COMPARED``, the part where they first differ."""
+    pairs = enumerate(zip(first, second, strict=False))
+    at = next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+    start = max(0, at - MOST_COMPARED // 3)
+    return _part(first, start), _part(second, start)
+
+
+def _part(text: str, start: int) -> str:
+    if len(text) <= MOST_COMPARED:
+        return text
+    end = start + MOST_COMPARED
+    return f"{'...' if start else ''}{text[start:end]}{'...' if end < len(text) else ''}"
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what it was made of, as a traceback would show them: the last one raised first."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _cut(text: str) -> str:

@@ -182,7 +182,7 @@ def files_below(folder: str | os.PathLike[str], patterns: Sequence[str] = ("*",)
             found += files_below(path, patterns)
         elif any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns) and is_file(path):
             found.append(path)
-    return sorted(found)
+    return found
 
 
 def refuse_link(path: str | os.PathLike[str], why: str) -> None:

@@ -320,7 +320,7 @@ def _set_aside(path: Path, name: str) -> Path:
 
 def _is_same(path: Path, kept: Path, found: os.stat_result) -> bool:
     """Whether another file has the same contents; ``found`` is its status."""
-    if not stat.S_ISREG(found.st_mode) or found.st_size != os.stat(path).st_size:
+    if not stat.S_ISREG(found.st_mode) or found.st_size != patiently(lambda: os.stat(path), path).st_size:
         return False
     try:
         contents = patiently(lambda: sha256(kept), kept)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_lpa.errors import named
-
-MOST_OF_VALUE = 120
-"""Characters of one: a stranger may have written more."""
+from megatron_lpa.errors import differing_parts, named
 
 
 def differences(saved: Any, own: Any, name: str = "") -> list[str]:
@@ -27,21 +24,10 @@ def differences(saved: Any, own: Any, name: str = "") -> list[str]:
         ]
     if saved == own:
         return []
-    was, now = _on_one_line(saved), _on_one_line(own)
-    # Of what is long, the part in which they differ.
-    pairs = enumerate(zip(was, now, strict=False))
-    same = next((place for place, (a, b) in pairs if a != b), min(len(was), len(now)))
-    start = max(0, same - MOST_OF_VALUE // 4)
-    return [f"{named(name)} was {_part(was, start)}, is {_part(now, start)}"]
+    was, now = differing_parts(_on_one_line(saved), _on_one_line(own))
+    return [f"{named(name)} was {was}, is {now}"]
 
 
 def _on_one_line(value: Any) -> str:
     text = str(value)
     return text if text.isprintable() else repr(text)
-
-
-def _part(text: str, start: int) -> str:
-    if len(text) <= MOST_OF_VALUE:
-        return text
-    part = text[start : start + MOST_OF_VALUE]
-    return f"{'...' if start else ''}{part}{'...' if start + len(part) < len(text) else ''}"

@@ -120,7 +120,7 @@ class Redaction:
         return self._known.sub(lambda match: f"<{self._names[_upper_escapes(match[0])]}>", text)
 
     def _value(self, text: str) -> str:
-        """The same for a text without quotes of its own: those in a URL, up to the next blank, are the URL's."""
+        """The same for a text without quotes of its own: up to the next blank, those in a URL are the URL's."""
         return _without_passwords(self._without_known(text), quoted=False)
 
     def shell(self, text: str) -> str:

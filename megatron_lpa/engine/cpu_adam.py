@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
 
-from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.errors import TryAgain, UserError, causes
 from megatron_lpa.files import LASTING
 
 _HEAD, _TAIL = 200, 400  # of a compiler's words: the command is at the beginning, the error at the end
@@ -42,7 +41,7 @@ def not_built(error: Exception, where: str | None) -> UserError:
 
 
 def _lasts(error: Exception) -> bool:
-    chain = list(_chain(error))
+    chain = list(causes(error))
     for cause in chain:
         if isinstance(cause, OSError) and cause.errno is not None and cause.errno not in LASTING:
             return False
@@ -54,9 +53,3 @@ def _lasts(error: Exception) -> bool:
     if any(type(cause).__name__ in _CLASSES or isinstance(cause, OSError) for cause in chain):
         return True
     return "No space left" not in text and any(words in text for words in _WORDS)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

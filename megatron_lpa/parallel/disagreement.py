@@ -10,10 +10,7 @@ from typing import Any
 from megatron_lpa import errors
 
 _MOST_NAMED = 8
-_LONGEST_VALUE = 120
 _ABSENT = "not there"
-_BEFORE = 40
-"""Characters that are shown before the first that differs."""
 
 
 def named(ranks: Sequence[int]) -> str:
@@ -58,7 +55,7 @@ def _described(name: str, texts: Sequence[str], hosts: Sequence[str]) -> str:
         ranks = [rank for rank, own in enumerate(texts) if own == text]
         on = ", ".join(dict.fromkeys(hosts[rank] for rank in ranks[:_MOST_NAMED]))
         where[text] = f"on rank {named(ranks)} ({on})"
-    if all(len(text) <= _LONGEST_VALUE for text in counts):
+    if all(len(text) <= errors.MOST_COMPARED for text in counts):
         groups = [f"{text or _ABSENT} {where[text]}" for text in others]
         return f"{name} is {', '.join(groups)}, but {usual or _ABSENT} {beside}"
     parts = []
@@ -71,7 +68,7 @@ def _described(name: str, texts: Sequence[str], hosts: Sequence[str]) -> str:
 
 def _first_difference(name: str, own: str, theirs: str) -> tuple[str, str, str]:
     """The name of the innermost member where two texts of JSON differ first, and what each has there, cut to fit."""
-    while own and theirs and max(len(own), len(theirs)) > _LONGEST_VALUE:
+    while own and theirs and max(len(own), len(theirs)) > errors.MOST_COMPARED:
         ours, others = json.loads(own), json.loads(theirs)
         if isinstance(ours, dict) and isinstance(others, dict):
             key = next(key for key in sorted({*ours, *others}) if _member(ours, key) != _member(others, key))
@@ -89,11 +86,8 @@ def _first_difference(name: str, own: str, theirs: str) -> tuple[str, str, str]:
             own, theirs = (_text(of[index]) if index < len(of) else "" for of in (ours, others))
         else:
             break
-    at = next(
-        (n for n, pair in enumerate(zip(own, theirs, strict=False)) if pair[0] != pair[1]),
-        min(len(own), len(theirs)),
-    )
-    return name, _around(own, at), _around(theirs, at)
+    own, theirs = errors.differing_parts(own, theirs)
+    return name, own or _ABSENT, theirs or _ABSENT
 
 
 def _text(value: Any) -> str:
@@ -102,17 +96,6 @@ def _text(value: Any) -> str:
 
 def _member(of: Mapping[str, Any], key: str) -> str:
     return _text(of[key]) if key in of else ""
-
-
-def _around(text: str, at: int) -> str:
-    """A window of a text around a place in it, all of a short one."""
-    if not text:
-        return _ABSENT
-    if len(text) <= _LONGEST_VALUE:
-        return text
-    start = max(0, at - _BEFORE)
-    end = start + _LONGEST_VALUE
-    return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
 
 
 def flat(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_lpa.data.preparation.sources import Source
 from megatron_lpa.data.storage.reading import exists, from_disk, status
-from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.errors import TryAgain, UserError, causes
 from megatron_lpa.files import LASTING
 
 
@@ -83,13 +83,13 @@ def record_batches(source: Source, columns: tuple[str, ...], rows: int) -> Itera
         ) from error
 
 
-def _may_be_gone(error: BaseException | None) -> bool:
+def _may_be_gone(error: BaseException) -> bool:
     """Whether the system said something that does not last, behind whatever a library made of it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:  # without a number it is a library's own
-            return error.errno not in LASTING
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return False
+    # Without a number it is a library's own.
+    numbers = (
+        cause.errno for cause in causes(error) if isinstance(cause, OSError) and cause.errno is not None
+    )
+    return next((number not in LASTING for number in numbers), False)
 
 
 def _open(datasets: Any, source: Source) -> Any:

@@ -14,7 +14,7 @@ from typing import Literal, NoReturn, TypeVar
 from megatron_lpa.data.preparation.patterns import files_matching
 from megatron_lpa.data.storage.manifest import why_unfit
 from megatron_lpa.data.storage.reading import exists, from_disk, is_dir, is_file, status
-from megatron_lpa.errors import UserError, shown
+from megatron_lpa.errors import UserError
 from megatron_lpa.files import kind_of
 
 LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
@@ -96,10 +96,10 @@ def resolve_inputs(inputs: Sequence[str]) -> list[Path]:
     for file in files:
         if not _ends_as_text(file):
             raise UserError(f"{file}: unknown ending; known: {', '.join(SUFFIXES)}")
-        if not _is_utf8(str(file)):
-            raise UserError(f"{str(file)!r}: a name that is not UTF-8, which no record could keep; rename it")
         if reason := why_unfit(str(file)):
-            raise UserError(f"input {shown(str(file))}: a name {reason}; rename it")
+            raise UserError(
+                f"input {str(file)!r}: a name {reason}, and the manifest has to list it; rename it"
+            )
         found_file = from_disk(file.stat, file)
         if (found_file.st_dev, found_file.st_ino) in seen:
             raise UserError(f"{file}: named twice, so its text would be there twice; name it once")
@@ -146,14 +146,6 @@ def _kind(path: Path) -> Literal["lines", "text", "parquet"]:
 
 def _ends_as_text(path: Path) -> bool:
     return path.name.lower().endswith(SUFFIXES)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _sorted_texts(folder: Path) -> list[Path]:

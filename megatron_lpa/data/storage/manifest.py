@@ -237,13 +237,15 @@ def _text(value: object, name: str, most: int | None = MOST_CHARACTERS) -> None:
 
 
 def why_unfit(text: str, most: int | None = MOST_CHARACTERS) -> str | None:
-    """Why a text cannot be part of a manifest, whose texts go into messages and lists of one line each; else None.
+    """Why a text cannot be part of a manifest, whose texts go into messages of one line; None if it can.
 
     Args:
         text: a name, a path or a hash.
         most: characters; None for any number.
     """
     if found := _NO_TEXT.search(text):
+        if found[0] >= "\ud800":
+            return "which is not UTF-8"
         return f"in which {shown(found[0])} has no place"
     if most is not None and len(text) > most:
         return f"of {len(text):,} characters, and {most:,} are the most"

@@ -112,6 +112,6 @@ def test_preprocessing_refuses_before_it_works_what_its_manifest_could_not_say(
 
 def test_preprocessing_refuses_a_file_that_no_manifest_could_name(tmp_path: Path) -> None:
     (tmp_path / "a\nb.txt").write_text("text")
-    with pytest.raises(UserError, match="has no place; rename it") as caught:
+    with pytest.raises(UserError, match=r"has no place.*; rename it") as caught:
         resolve_inputs([str(tmp_path)])
     assert str(caught.value).isprintable()
