@@ -182,6 +182,13 @@ class Steps:
         sequences.append((step, 0, 1))
         del sequences[:-_MOST_SEQUENCES]
 
+    def has(self, kind: str, step: float) -> bool:
+        """Whether there is a record of this kind and step."""
+        return any(
+            step == first or (distance and (step - first) / distance in range(count))
+            for first, distance, count in self._sequences.get(kind, ())
+        )
+
     def missing_in(self, other: Steps) -> str:
         """Which of these steps ``other`` has no records of, in words; empty where it has all."""
         return ", ".join(

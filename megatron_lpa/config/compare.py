@@ -28,6 +28,12 @@ def differences(saved: Any, own: Any, name: str = "") -> list[str]:
     return [f"{named(name)} was {was}, is {now}"]
 
 
+def listed(lines: list[str], most: int = 10, most_letters: int = 200) -> str:
+    """Lines as one of reasonable length, whatever somebody wrote into a manifest."""
+    shown = [line if len(line) <= most_letters else f"{line[:most_letters]}..." for line in lines[:most]]
+    return "; ".join([*shown, f"and {len(lines) - most} more"] if len(lines) > most else shown)
+
+
 def _on_one_line(value: Any) -> str:
     text = str(value)
     return text if text.isprintable() else repr(text)

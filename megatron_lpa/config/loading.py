@@ -74,6 +74,21 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     return config
 
 
+def config_from_tree(tree: Mapping[str, Any], source: str) -> RunConfig:
+    """The configuration that ``dataclasses.asdict`` gave ``tree`` for, perhaps in an earlier version.
+
+    Keys that are missing have their defaults.
+
+    Args:
+        tree: section by section, as a manifest has it.
+        source: where it is from, for messages.
+
+    Raises:
+        UserError: an unknown key, or a value of the wrong type.
+    """
+    return _build(_merge([(source, _flatten(tree, source))]))
+
+
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write ``config`` as YAML that ``load_config(["--config", path])`` reads back to an equal object.
 

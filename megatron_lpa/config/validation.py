@@ -332,6 +332,7 @@ def _run_warnings(config: RunConfig, need_data: bool) -> list[str]:
         warnings.append(
             f"optim.decay_steps is {optim.decay_steps} but the run has {steps} steps: the schedule is cut off"
         )
+    warnings += _best_warnings(train, steps)
     has_valid = data.valid_prefix is not None or (
         data.train_prefix is None and float(data.split.split(",")[1]) > 0
     )
@@ -341,3 +342,21 @@ def _run_warnings(config: RunConfig, need_data: bool) -> list[str]:
             "(data.valid_prefix, or the second share of data.split): no validation will run"
         )
     return warnings
+
+
+def _best_warnings(train: TrainConfig, steps: int | None) -> list[str]:
+    """Where validation and checkpoints meet too late for a best one to be kept."""
+    if not train.keep_best or not train.eval_interval:
+        return []
+    meet = math.lcm(train.eval_interval, train.checkpoint_interval)
+    if train.checkpoint_interval and (steps is None or meet < steps):
+        if meet == train.checkpoint_interval:
+            return []
+        often = f"meet every {meet} steps only: other checkpoints have no validation loss, and are none of the best"
+    else:
+        often = "meet at the last step only: it keeps no other checkpoint"
+    return [
+        f"train.keep_best is true, but validation (train.eval_interval={train.eval_interval}) and checkpoints "
+        f"(train.checkpoint_interval={train.checkpoint_interval}) {often}; set train.checkpoint_interval to a multiple of "
+        "train.eval_interval"
+    ]

@@ -56,6 +56,7 @@ from megatron_lpa.engine.store import (
     remove,
 )
 from megatron_lpa.engine.tensor_file import write_tensors
+from megatron_lpa.engine.unrecorded import NOTHING_UNRECORDED, Unrecorded
 from megatron_lpa.engine.weights import copied_weights, gathered_weights, write_weights
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import patiently
@@ -116,6 +117,7 @@ class Saving:
         validation_loss: of exactly these weights; rank 0's counts. None when validation did not run here.
         overlap: write beside training.
         decisions: what decides, as of this step, whether the run goes back; goes into the manifest.
+        unrecorded: losses since the last training record; goes into the manifest.
 
     Raises:
         CheckpointNotWritten: on every rank when any rank could not write; nothing half-written stays.
@@ -131,6 +133,7 @@ class Saving:
         validation_loss: float | None = None,
         overlap: bool = False,
         decisions: Decisions = AT_START,
+        unrecorded: Unrecorded = NOTHING_UNRECORDED,
     ) -> None:
         started = time.perf_counter()
         self._engine, self._folder, self._retention = engine, folder, retention
@@ -146,7 +149,7 @@ class Saving:
         step = largest_of_all(where.optimizer_step(fragments), engine.groups)
         kinds = (where.MASTER, *where.MOMENTS) if step else (where.MASTER,)
         # Made now, as the counts that it holds move on with training.
-        self._content = _manifest(engine, progress, order, step, validation_loss, decisions)
+        self._content = _manifest(engine, progress, order, step, validation_loss, decisions, unrecorded)
         with self._nothing_half_written():
             _guarded(lambda: self._make_folders(len(kinds)), engine.groups)
             self._begin(_own_tensors(fragments, kinds, engine.groups), overlap)
@@ -308,6 +311,7 @@ def _manifest(
     step: int,
     validation_loss: float | None,
     decisions: Decisions,
+    unrecorded: Unrecorded,
 ) -> dict[str, Any]:
     specs = {name: spec_of(parameter) for name, parameter in named_parameters_once(engine.module)}
     return {
@@ -321,6 +325,7 @@ def _manifest(
         "progress": dataclasses.asdict(progress),
         "validation_loss": finite_or_none(validation_loss),
         "decisions": dataclasses.asdict(decisions),
+        "unrecorded": dataclasses.asdict(unrecorded),
         "at_interval": due_at(progress.step, engine.config.train.checkpoint_interval),
         "layout": layout_of(engine),
         "order": dataclasses.asdict(order),

@@ -16,7 +16,16 @@ from typing import Any, TypeVar
 
 from megatron_lpa.engine.manifest_schema import check_manifest
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import UnusableFile, exists, is_dir, patiently, read_json, refuse_link, sha256
+from megatron_lpa.files import (
+    UnusableFile,
+    exists,
+    is_dir,
+    patiently,
+    read_json,
+    refuse_link,
+    sha256,
+    write_whole,
+)
 
 Result = TypeVar("Result")
 
@@ -89,6 +98,23 @@ def step_of(checkpoint: Path) -> int:
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest with a hash of everything in it, so that damage to the manifest itself is found."""
     return {**manifest, "checksum": _checksum(manifest)}
+
+
+def note_validation(checkpoint: Path, loss: float) -> None:
+    """Add the validation loss of a checkpoint's weights to its manifest, where that has none yet.
+
+    Args:
+        checkpoint: a complete one.
+        loss: in nats per token; finite.
+
+    Raises:
+        DamagedCheckpoint, TryAgain, UserError: as ``described``.
+        OSError: it cannot be written. The manifest is then as it was.
+    """
+    if described(checkpoint)["validation_loss"] is None:
+        manifest = read_json(checkpoint / MANIFEST, MOST_MANIFEST_BYTES)
+        content = sealed({**manifest, "validation_loss": loss})
+        write_whole(checkpoint / MANIFEST, json.dumps(content, indent=1))
 
 
 def _checksum(manifest: dict[str, Any]) -> str:

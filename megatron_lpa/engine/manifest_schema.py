@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_lpa.config import ModelConfig
 from megatron_lpa.engine.decisions import decisions_from_json
+from megatron_lpa.engine.unrecorded import unrecorded_from_json
 
 FOLDERS = ("state", "weights")
 """The folders of a checkpoint; every file but the manifest lies in one of them."""
@@ -205,6 +206,10 @@ def _decisions(value: Any, key: str, complete: bool) -> None:
     decisions_from_json(value)
 
 
+def _unrecorded(value: Any, key: str, complete: bool) -> None:
+    unrecorded_from_json(value)
+
+
 _COUNT = _whole(0, MOST_COUNT)
 _PROGRESS = _whole(0, MOST_PROGRESS)
 _MANIFEST = _section(
@@ -222,6 +227,7 @@ _MANIFEST = _section(
         ),
         "validation_loss": _or_none(_number),
         "decisions": _decisions,
+        "unrecorded": _unrecorded,
         "at_interval": _truth,
         "layout": _section(
             {
@@ -261,5 +267,5 @@ _MANIFEST = _section(
         ),
     },
     always=("progress", "files"),
-    newer=("validation_loss", "decisions", "at_interval"),
+    newer=("validation_loss", "decisions", "unrecorded", "at_interval"),
 )

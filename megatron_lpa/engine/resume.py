@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.config.compare import differences
+from megatron_lpa.config import ModelConfig
+from megatron_lpa.config.compare import differences, listed
 from megatron_lpa.engine import fragments as where
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.checkpoint import layout_of
@@ -23,6 +24,7 @@ from megatron_lpa.engine.manifest import (
 )
 from megatron_lpa.engine.reshard import StateReader, shard_box
 from megatron_lpa.engine.store import Retention, prune, retention_of, set_aside
+from megatron_lpa.engine.unrecorded import NOTHING_UNRECORDED, Unrecorded, unrecorded_from_json
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import gather_messages, together
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -37,6 +39,8 @@ class Resumed:
         progress: how far it had come.
         seal: hash of its manifest, which tells it from any other checkpoint of the same step.
         decisions: what decides whether the run goes back; None in checkpoints of versions that did not save it.
+        unrecorded: losses since the last training record; none in checkpoints of versions that did not save them.
+        config: what it was trained with, as ``dataclasses.asdict`` gives it; empty where the manifest does not say.
         notes: for the user: checkpoints that were skipped, and a layout that changed.
     """
 
@@ -44,6 +48,8 @@ class Resumed:
     progress: Progress
     seal: str
     decisions: Decisions | None = None
+    unrecorded: Unrecorded = NOTHING_UNRECORDED
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -121,7 +127,12 @@ def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Res
     engine.ds.global_samples = progress.consumed_samples
     engine.skipped_steps = manifest["state"]["skipped_steps"]
     decisions = decisions_from_json(manifest["decisions"]) if "decisions" in manifest else None
-    return Resumed(checkpoint, progress, manifest["checksum"], decisions, notes)
+    unrecorded = (
+        unrecorded_from_json(manifest["unrecorded"]) if "unrecorded" in manifest else NOTHING_UNRECORDED
+    )
+    return Resumed(
+        checkpoint, progress, manifest["checksum"], decisions, unrecorded, manifest["config"], notes
+    )
 
 
 def _undamaged(work: Callable[[], None], groups: ParallelGroups) -> None:
@@ -139,10 +150,21 @@ def _undamaged(work: Callable[[], None], groups: ParallelGroups) -> None:
         raise DamagedCheckpoint(problems)
 
 
-def _compared(
-    checkpoint: Path, manifest: dict[str, Any], engine: Engine, order: SampleOrder
-) -> tuple[str, ...]:
-    model, own_model = dict(manifest["model"]), dataclasses.asdict(engine.config.model)
+def refuse_other_run(
+    checkpoint: Path, manifest: dict[str, Any], model_config: ModelConfig, order: SampleOrder
+) -> None:
+    """Make sure that a checkpoint is one that a run can go on from.
+
+    Args:
+        checkpoint: its folder, for the message.
+        manifest: as ``read_manifest`` gives it.
+        model_config: of the run.
+        order: what the run's order of samples depends on.
+
+    Raises:
+        UserError: another model or order; the message lists what differs.
+    """
+    model, own_model = dict(manifest["model"]), dataclasses.asdict(model_config)
     # Rows of padding are zero, whatever their number; it has to change with the tensor-parallel size.
     model["pad_vocab_to_multiple_of"] = own_model["pad_vocab_to_multiple_of"]
     sections = {"model": (model, own_model), "order": (manifest["order"], dataclasses.asdict(order))}
@@ -150,17 +172,17 @@ def _compared(
         differing = differences(saved, own, section)
         if differing:
             raise UserError(
-                f"{checkpoint} was written with another {section}: {_listed(differing)}. Continue with the "
+                f"{checkpoint} was written with another {section}: {listed(differing)}. Continue with the "
                 "saved settings, or start a new run under another logging.name"
             )
+
+
+def _compared(
+    checkpoint: Path, manifest: dict[str, Any], engine: Engine, order: SampleOrder
+) -> tuple[str, ...]:
+    refuse_other_run(checkpoint, manifest, engine.config.model, order)
     changed = differences(manifest["layout"], layout_of(engine), "layout")
     return (f"the state is brought into another layout: {'; '.join(changed)}",) if changed else ()
-
-
-def _listed(lines: list[str], most: int = 10, most_letters: int = 200) -> str:
-    """A line of reasonable length, whatever somebody wrote into a manifest."""
-    shown = [line if len(line) <= most_letters else f"{line[:most_letters]}..." for line in lines[:most]]
-    return "; ".join([*shown, f"and {len(lines) - most} more"] if len(lines) > most else shown)
 
 
 def _restore(engine: Engine, checkpoint: Path, manifest: dict[str, Any]) -> None:

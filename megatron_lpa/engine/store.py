@@ -154,10 +154,8 @@ def publish(final: Path, manifest: str) -> None:
         _warn(f"{final} is complete, but its folder could not be brought to disk or tidied: {error}")
 
 
-def tidy(folder: Path) -> None:
-    """Finish or undo what a killed process left. Nobody else may be writing the folder.
-
-    What cannot be removed is a warning: nothing depends on it.
+def give_names_back(folder: Path) -> None:
+    """Undo what a process that was killed while it replaced a checkpoint has left. Nothing else is changed.
 
     Raises:
         UnusableFile: the folder is a link.
@@ -169,6 +167,19 @@ def tidy(folder: Path) -> None:
         final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
         if status(final, follow_links=False) is None:
             os.rename(path, final)
+
+
+def tidy(folder: Path) -> None:
+    """Finish or undo what a killed process left. Nobody else may be writing the folder.
+
+    What cannot be removed is a warning: nothing depends on it.
+
+    Raises:
+        UnusableFile: the folder is a link.
+        OSError: a checkpoint cannot be given its name back.
+        TryAgain: the disk does not say what is there.
+    """
+    give_names_back(folder)
     for path in paths_in(folder, r"\.step_.*\.(partial|removed|replaced)"):
         try:
             remove(path)

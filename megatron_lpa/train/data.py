@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 from megatron_lpa.config import DataConfig, RunConfig
 from megatron_lpa.data.samples import Samples
@@ -13,8 +14,8 @@ from megatron_lpa.data.splits import Splits, open_splits
 from megatron_lpa.data.storage.indexed import bin_path
 from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
 from megatron_lpa.data.storage.reading import exists
-from megatron_lpa.data.tokenizers.loading import Tokenizer
-from megatron_lpa.errors import UserError
+from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
+from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.train.schedule import total_steps
 
 
@@ -60,6 +61,33 @@ def check_tokenizer(tokenizer: Tokenizer, splits: Splits, config: RunConfig) -> 
                 f"this data was made with {manifest.tokenizer.name}, {manifest.tokenizer.fingerprint[:16]}; give "
                 "the tokenizer that the data was made with, or preprocess the data with this one"
             )
+
+
+def check_own_tokenizer(tokenizer: Tokenizer, kept: Path, config: RunConfig) -> None:
+    """Compare ``data.tokenizer`` with the one that the run was started with.
+
+    Args:
+        tokenizer: that of ``data.tokenizer``.
+        kept: the copy in the run folder. Where there is none, or none that can be read, nothing is compared.
+        config: of the run.
+
+    Raises:
+        UserError: another tokenizer: what the model has learned would be read as other text.
+        TryAgain: the disk does not give a file.
+    """
+    if not exists(kept):
+        return
+    try:
+        own = load_tokenizer(str(kept))
+    except TryAgain:
+        raise
+    except UserError:
+        return
+    if own.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"data.tokenizer={config.data.tokenizer} has the fingerprint {tokenizer.fingerprint[:16]}, but this run was "
+            f"started with {own.fingerprint[:16]} ({kept}); give that one, or start a new run under another logging.name"
+        )
 
 
 def _prefixes(data: DataConfig) -> list[str]:

@@ -58,7 +58,7 @@ def roll_back(run: Run, reason: str) -> Resumed:
     skipped = bad.position - resumed.progress.consumed_samples
     run.progress = dataclasses.replace(resumed.progress, skipped_samples=skipped)
     run.decisions = run.decisions.after_going_back(resumed.decisions or AT_START)
-    run.saved_step = resumed.progress.step
+    run.saved_step, run.unrecorded = resumed.progress.step, resumed.unrecorded
     notes = from_first(together(lambda: _settle(run, resumed) if run.is_main else [], groups), groups)
     return dataclasses.replace(resumed, notes=(*resumed.notes, *notes))
 

@@ -14,7 +14,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,6 +49,7 @@ class RunLock:
 
     def __init__(self, folder: Path, file: BinaryIO, locked: bool, known: bool = True) -> None:
         self._known = known
+        self._made: Sequence[Path] = ()
         self._folder, self._path, self._file, self._locked = folder, folder / LOCK, file, locked
         self._folder_was = os.stat(folder)
         self._lost: UserError | None = None
@@ -120,6 +121,16 @@ class RunLock:
             return ""
         return "" if path.name != LOCK else f" (it is {shown(path.parent)} now)"
 
+    def leave(self) -> None:
+        """Let others have the folder; it goes where this run has made it and put nothing into it."""
+        if self._made and self.still_held():
+            with contextlib.suppress(OSError):
+                if os.listdir(self._folder) == [LOCK]:
+                    os.unlink(self._path)
+                    for path in self._made:
+                        path.rmdir()
+        self.close()
+
     def close(self) -> None:
         """Let others have the folder."""
         self._file.close()
@@ -131,12 +142,13 @@ class RunLock:
         self.close()
 
 
-def lock_run(folder: Path, most_s: float = math.inf) -> RunLock:
+def lock_run(folder: Path, most_s: float = math.inf, made: Sequence[Path] = ()) -> RunLock:
     """Keep other runs out of ``folder``, waiting a while for one that may be about to end.
 
     Args:
         folder: the run folder.
         most_s: seconds to wait, if less than ``wait_s()``.
+        made: folders that this run has made, the run folder first, each followed by the one that it is in.
 
     On a file system without locks it warns and goes on: two runs would not be noticed, but there would be none at all
     otherwise.
@@ -163,6 +175,7 @@ def lock_run(folder: Path, most_s: float = math.inf) -> RunLock:
             file.close()
             raise
         if lock is not None:
+            lock._made = made
             return lock
         file.close()
         if holder is None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import socket
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-from megatron_lpa.config import RunConfig, load_config, save_config
-from megatron_lpa.config.compare import differences
+from megatron_lpa.config import RunConfig, save_config
 from megatron_lpa.data.splits import Splits
 from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
 from megatron_lpa.engine.build import Engine
@@ -22,10 +19,10 @@ from megatron_lpa.engine.launch import (
     stop_distributed,
 )
 from megatron_lpa.engine.manifest import SampleOrder, checkpoint_folders
-from megatron_lpa.engine.resume import load_newest
-from megatron_lpa.engine.store import damaged_folders, has_checkpoints, tidy
+from megatron_lpa.engine.resume import Resumed, load_newest
+from megatron_lpa.engine.store import damaged_folders, give_names_back, has_checkpoints, tidy
 from megatron_lpa.errors import RankError, TryAgain, UserError
-from megatron_lpa.files import patiently
+from megatron_lpa.files import exists, patiently
 from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
 from megatron_lpa.ops.dispatch import requested_path
 from megatron_lpa.parallel.agreement import from_first, gather_json, largest_of_all, together
@@ -41,7 +38,9 @@ from megatron_lpa.train.callbacks.divergence import Divergence
 from megatron_lpa.train.callbacks.evaluation import Evaluation
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.callbacks.sinks import Console, MetricsFile, TensorBoard, WandB
-from megatron_lpa.train.data import check_tokenizer, open_data
+from megatron_lpa.train.changes import changed_settings, learning_rate_jump, settings_of
+from megatron_lpa.train.complete import why_nothing_to_do
+from megatron_lpa.train.data import check_own_tokenizer, check_tokenizer, open_data
 from megatron_lpa.train.loop import train
 from megatron_lpa.train.rollback import check_passed_over
 from megatron_lpa.train.run_lock import RunLock, lock_run
@@ -102,20 +101,27 @@ def _train_together(config: RunConfig, meeting: Meeting, watchdog: Watchdog, sto
         )
         run = _prepare(config, groups, watchdog)
         # Until here a signal ends the process at once: there is nothing to save.
-        run.stop = stop.install()
+        stop.install()
+        signum = 0
         try:
-            signum = train(run, _callbacks(run))
+            if run is not None:
+                run.stop = stop
+                signum = train(run, _callbacks(run))
         except CheckpointNotWritten as error:
             if config.train.on_checkpoint_failure == "stop":
                 raise
             raise TryAgain(str(error)) from error  # as the config says: a disk may have room again
-        run.enter("ending")
+        watchdog.enter("ending")
         largest_of_all(0, groups)  # nobody leaves while another rank is still talking to it
         stop_distributed()
     return signum
 
 
-def _prepare(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog) -> Run:
+def _prepare(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog) -> Run | None:
+    """Everything before the first step; None when nothing is left to do.
+
+    Until the configuration is written, a start that is refused has changed nothing in the run folder.
+    """
     assert config.logging.name is not None
     folder = Path(config.logging.run_dir) / config.logging.name
     watchdog.enter("opening data")
@@ -124,27 +130,86 @@ def _prepare(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog) -> R
     order = together(lambda: sample_order(config, splits), groups)
     _compare_data(splits, order, groups)
     watchdog.enter("looking into the run folder")
+    steps = total_steps(config.train, config.model, splits.train.num_samples)
     together(lambda: _check_resume(config, folder, groups), groups)
+    if _has_nothing_to_do(config, folder, splits, order, steps, groups):
+        return None
     lock = together(lambda: _own_folder(folder, config, splits, groups), groups)
     watchdog.write_stacks_to(folder)
-    steps = total_steps(config.train, config.model, splits.train.num_samples)
+    try:
+        run = Run(
+            config,
+            folder,
+            _engine(config, groups, watchdog),
+            splits,
+            order,
+            steps,
+            lock=lock,
+            watchdog=watchdog,
+        )
+        _resume(run)
+    except BaseException:
+        if lock is not None:
+            lock.leave()
+        raise
+    run.enter("writing the configuration")
+    together(lambda: _write_folder(run), groups)
+    if run.is_main:
+        _introduce(run)
+    return run
+
+
+def _engine(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog) -> Engine:
+    watchdog.enter("building the model")
+    return Engine(config, groups)
+
+
+def _has_nothing_to_do(
+    config: RunConfig, folder: Path, splits: Splits, order: SampleOrder, steps: int, groups: ParallelGroups
+) -> bool:
+    """Whether the run is complete; rank 0 tells the user. Before anything is made, locked or loaded.
+
+    Raises:
+        UserError, TryAgain: on all ranks, as ``why_nothing_to_do``.
+    """
+
+    def look() -> str | None:
+        return why_nothing_to_do(config, folder, splits, order, steps) if groups.rank == 0 else None
+
+    reason = from_first(together(look, groups), groups)
+    if reason is not None and groups.rank == 0:
+        print(reason, flush=True)
+    return reason is not None
+
+
+def _resume(run: Run) -> None:
+    """Continue from the newest intact checkpoint, if there is any. What a killed process left goes after that.
+
+    Raises:
+        UserError, TryAgain: on all ranks, as ``load_newest``.
+    """
+    groups = run.engine.groups
     # Every rank continues from what rank 0 found, however fresh its own view of the folder is.
     found = from_first(
-        [path.name for path in together(lambda: _find_checkpoints(folder, groups), groups)], groups
+        [path.name for path in together(lambda: _find_checkpoints(run.folder, groups), groups)], groups
     )
-    watchdog.enter("building the model")
-    run = Run(config, folder, Engine(config, groups), splits, order, steps, lock=lock, watchdog=watchdog)
-    checkpoint = None
     if found:
         run.enter("loading a checkpoint")
         resumed = load_newest(run.engine, [run.checkpoints / name for name in found], run.order)
-        checkpoint, run.progress, run.resume_notes = resumed.checkpoint, resumed.progress, resumed.notes
-        run.saved_step, run.resumed = run.progress.step, resumed
-    run.enter("writing the configuration")
-    changed = together(lambda: _write_folder(run), groups)
-    if run.is_main:
-        _introduce(run, checkpoint, changed)
-    return run
+        run.progress, run.saved_step, run.resumed = resumed.progress, resumed.progress.step, resumed
+        run.unrecorded = resumed.unrecorded
+        run.resume_notes = (*resumed.notes, *_changes(run, resumed))
+    together(lambda: tidy(run.checkpoints) if run.is_main else None, groups)
+
+
+def _changes(run: Run, resumed: Resumed) -> list[str]:
+    """What is different from here on, for the user and the run's record."""
+    earlier = settings_of(resumed.config, resumed.checkpoint.name)
+    if earlier is None:
+        return []
+    notes = [f"since {resumed.checkpoint.name}, {line}" for line in changed_settings(earlier, run.config)]
+    jump = learning_rate_jump(earlier, run.config, resumed.progress.step, run.order.samples_per_epoch)
+    return notes if jump is None else [*notes, jump]
 
 
 def _compare_data(splits: Splits, order: SampleOrder, groups: ParallelGroups) -> None:
@@ -183,7 +248,7 @@ def _check_resume(config: RunConfig, folder: Path, groups: ParallelGroups) -> No
 
 
 def _find_checkpoints(folder: Path, groups: ParallelGroups) -> list[Path]:
-    """What there is to continue from, oldest first, on rank 0; what a killed process left is tidied up.
+    """What there is to continue from, oldest first, on rank 0.
 
     Raises:
         UserError: only checkpoints that were found damaged earlier. To start again from nothing without being
@@ -192,7 +257,7 @@ def _find_checkpoints(folder: Path, groups: ParallelGroups) -> list[Path]:
     if groups.rank != 0:
         return []
     checkpoints = folder / CHECKPOINTS
-    tidy(checkpoints)
+    give_names_back(checkpoints)
     found, damaged = checkpoint_folders(checkpoints), damaged_folders(checkpoints)
     if damaged and not found:
         raise UserError(
@@ -203,49 +268,46 @@ def _find_checkpoints(folder: Path, groups: ParallelGroups) -> list[Path]:
 
 
 def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: ParallelGroups) -> RunLock | None:
-    """Make the run folder ours and keep a copy of the tokenizer in it.
+    """Make the run folder ours. Nothing that was in it is changed.
 
     Returns:
         The lock, on rank 0. It goes with the process, however it ends.
 
     Raises:
-        UserError: the tokenizer cannot be used with this data and model, or the folder has links in it.
+        UserError: the tokenizer cannot be used with this data and model, or is not the run's; or the folder has links in
+            it.
         TryAgain: another run is writing the folder, or it cannot be written.
     """
     if groups.rank != 0:
         return None
-    if config.data.tokenizer is not None:  # before anything is made: a refused run leaves no folder
-        check_tokenizer(load_tokenizer(config.data.tokenizer), splits, config)
     refuse_links(folder)
+    if config.data.tokenizer is not None:  # before anything is made: a refused run leaves no folder
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        check_tokenizer(tokenizer, splits, config)
+        if has_checkpoints(folder / CHECKPOINTS):
+            check_own_tokenizer(tokenizer, folder / TOKENIZER, config)
     check_passed_over(folder / CHECKPOINTS)
+    missing = [path for path in (folder, *folder.parents) if not exists(path)]
     try:
         patiently(lambda: folder.mkdir(parents=True, exist_ok=True), folder, "made")
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be written ({error.strerror}); choose another logging.run_dir"
         ) from error
-    lock = lock_run(folder, BEFORE_LIMIT * config.train.start_timeout_s or math.inf)
-    if config.data.tokenizer is not None:
-        save_tokenizer(config.data.tokenizer, folder / TOKENIZER)
-    return lock
+    return lock_run(folder, BEFORE_LIMIT * config.train.start_timeout_s or math.inf, missing)
 
 
-def _write_folder(run: Run) -> list[str]:
-    """Make the run folder and write its config; what changed in it since an earlier start."""
+def _write_folder(run: Run) -> None:
+    """Write what a run folder holds from the start: the configuration, and a copy of the tokenizer."""
     if not run.is_main:
-        return []
+        return
     patiently(lambda: run.checkpoints.mkdir(exist_ok=True), run.checkpoints, "made")
-    path = run.folder / CONFIG
-    changed = []
-    with contextlib.suppress(
-        UserError
-    ):  # there is none yet; one of another version is replaced like any other
-        changed = differences(asdict(load_config(["--config", str(path)])), asdict(run.config))
-    save_config(run.config, path)
-    return changed
+    if run.config.data.tokenizer is not None:
+        save_tokenizer(run.config.data.tokenizer, run.folder / TOKENIZER)
+    save_config(run.config, run.folder / CONFIG)
 
 
-def _introduce(run: Run, checkpoint: Path | None, changed: list[str]) -> None:
+def _introduce(run: Run) -> None:
     config, groups = run.config, run.engine.groups
     count = count_parameters(config.model)
     print(
@@ -266,12 +328,10 @@ def _introduce(run: Run, checkpoint: Path | None, changed: list[str]) -> None:
     print(f"data: {', '.join(sizes)}", flush=True)
     for note in run.splits.notes:
         print(f"note: {note}", flush=True)
-    if checkpoint is not None:
-        print(f"resuming from {checkpoint} at step {run.progress.step:,}", flush=True)
+    if run.resumed is not None:
+        print(f"resuming from {run.resumed.checkpoint} at step {run.progress.step:,}", flush=True)
         for note in run.resume_notes:
             print(f"note: {note}", flush=True)
-        for line in changed:
-            print(f"note: since the last start, {line}", flush=True)
 
 
 def _amount(number: int) -> str:

@@ -12,6 +12,7 @@ from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.decisions import AT_START, Decisions
 from megatron_lpa.engine.manifest import Progress, SampleOrder
 from megatron_lpa.engine.resume import Resumed
+from megatron_lpa.engine.unrecorded import NOTHING_UNRECORDED, Unrecorded
 from megatron_lpa.errors import AgreedProblem
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all, severity_of, worst_error
 from megatron_lpa.run_folder import CHECKPOINTS
@@ -41,6 +42,7 @@ class Run:
         resumed: what this start goes on from; None when it begins anew.
         resume_notes: what was noticed while resuming, such as a damaged checkpoint that was skipped.
         decisions: what decides whether the run goes back; as of ``progress``, like everything that a checkpoint holds.
+        unrecorded: losses that the checkpoint had in no record, when the run came from one; what followed is in ``Metrics``.
         watchdog: what ends the run when it hangs; None watches nothing.
         waited_s: seconds that this process has waited for others before steps, since somebody set it to 0.
     """
@@ -60,6 +62,7 @@ class Run:
     resumed: Resumed | None = None
     resume_notes: tuple[str, ...] = ()
     decisions: Decisions = AT_START
+    unrecorded: Unrecorded = NOTHING_UNRECORDED
     watchdog: Watchdog | None = None
     waited_s: float = 0.0
 

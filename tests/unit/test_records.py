@@ -170,6 +170,13 @@ def steps_of(*steps: float, kind: str = "train") -> Steps:
     return found
 
 
+def test_whether_a_step_has_a_record_is_known() -> None:
+    for held in ((), (8,), (4, 8, 12), (5, 10, 30, *range(50, 106, 5), 7)):
+        found = steps_of(*held, kind="valid")
+        assert [step for step in range(120) if found.has("valid", step)] == sorted(held)
+        assert not found.has("test", 8) and not found.has("of a later version", 8)
+
+
 def test_missing_steps_are_named() -> None:
     written = steps_of(*range(10, 101, 10), 105, 5, 5)
     assert written.missing_in(written) == ""

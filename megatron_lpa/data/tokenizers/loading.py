@@ -17,6 +17,9 @@ from megatron_lpa.files import write_whole
 __all__ = ["EOD_NAMES", "Tokenizer", "load_tokenizer", "local_path", "save_tokenizer"]
 
 
+_OWN_NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
 def load_tokenizer(
     name_or_path: str, engine: Literal["auto", "reference"] = "reference", probed: bool = False
 ) -> Tokenizer:
@@ -99,6 +102,8 @@ def _from_file(name: str, file: Path) -> Tokenizer:
 def save_tokenizer(name_or_path: str, folder: Path) -> None:
     """Keep a copy of a local tokenizer's files, which ``load_tokenizer`` reads back. Hub names have none.
 
+    Files of a tokenizer of another kind in ``folder`` go: ``load_tokenizer`` could take them for this one's.
+
     Links in ``folder`` are replaced, not followed; that it is none itself is up to the caller.
 
     Raises:
@@ -119,6 +124,9 @@ def save_tokenizer(name_or_path: str, folder: Path) -> None:
         copies = {file: "tokenizer.model"}
     copies[file.with_name("tokenizer_config.json")] = "tokenizer_config.json"
     folder.mkdir(parents=True, exist_ok=True)
-    for source, target in copies.items():
-        if exists(source):
-            write_whole(folder / target, read_bytes(source))
+    written = {target: read_bytes(source) for source, target in copies.items() if exists(source)}
+    for target, content in written.items():
+        write_whole(folder / target, content)
+    for name in from_disk(lambda: os.listdir(folder), folder):
+        if name not in written and (name in _OWN_NAMES or name.endswith(".tiktoken")):
+            (folder / name).unlink()

@@ -75,6 +75,10 @@ class Sink:
     def write(self, record: Record) -> None:
         """One record of ``metrics.jsonl``."""
 
+    def has_record(self, kind: str, step: int) -> bool:
+        """Whether it holds a record of this kind and step, of whichever start; False where it does not know."""
+        return False
+
     def flush(self) -> None:
         """Bring out what has been held back."""
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 from megatron_lpa.engine.checkpoint import CheckpointNotWritten, Saving
 from megatron_lpa.engine.fragments import state_is_finite
+from megatron_lpa.engine.manifest import note_validation
 from megatron_lpa.engine.store import due_at, retention_of
 from megatron_lpa.errors import UserError
-from megatron_lpa.parallel.agreement import largest_of_all
+from megatron_lpa.parallel.agreement import largest_of_all, together
 from megatron_lpa.records import Record
 from megatron_lpa.train.callbacks.base import Callback, RollBack, Sink, StepReport
 from megatron_lpa.train.callbacks.metrics import Metrics
@@ -49,9 +51,20 @@ class Checkpoints(Callback):
         self._saving: Saving | None = None
 
     def on_start(self, run: Run) -> None:
-        """Record what was noticed while resuming."""
+        """Record what was noticed while resuming; a validation made up for counts for the checkpoint of its step."""
         for note in run.resume_notes:
             self._record(run, note)
+        together(lambda: self._note_validation(run), run.engine.groups)
+
+    def _note_validation(self, run: Run) -> None:
+        loss = self._validation.loss_at(run.saved_step)
+        if run.is_main and run.resumed is not None and loss is not None and math.isfinite(loss):
+            try:
+                note_validation(run.resumed.checkpoint, loss)
+            except OSError as error:
+                self._record(
+                    run, f"{run.resumed.checkpoint}: the validation loss cannot be added to it: {error}"
+                )
 
     def after_step(self, run: Run, report: StepReport) -> None:
         """Save at the interval.
@@ -153,6 +166,7 @@ class Checkpoints(Callback):
             self._validation.loss_at(step),
             overlap,
             run.decisions,
+            self.metrics.unrecorded(run),
         )
         if not overlap:
             self._complete(run)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_lpa.engine.unrecorded import NOTHING_UNRECORDED, Unrecorded
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.model.accounting import flops_per_token_training
-from megatron_lpa.parallel.agreement import gather_numbers, together
+from megatron_lpa.parallel.agreement import gather_numbers, largest_of_all, together
 from megatron_lpa.records import Record
 from megatron_lpa.train.callbacks.base import Callback, Sink, StepReport
 from megatron_lpa.train.hardware import peak_flops_per_second, peak_memory_bytes
@@ -25,16 +26,20 @@ LOOK_EVERY_S = 1.0
 class Metrics(Callback):
     """Makes one record per logging interval and hands every record to all sinks on rank 0.
 
-    Losses stay on the device until the interval ends, so that the steps between never wait for it.
+    Losses stay on the device until the interval ends or a checkpoint is written, so that the steps between never wait
+    for it. A mean is over all steps since the last record, also those before a stop; times are those of this start.
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = list(sinks)
         self._losses: list[torch.Tensor] = []
+        self._unrecorded = NOTHING_UNRECORDED
+        self._timed_steps = 0
         self._step_s = self._data_wait_s = 0.0
 
     def on_start(self, run: Run) -> None:
-        """Open all sinks."""
+        """Open all sinks, and go on with the interval in which the run was stopped."""
+        self._unrecorded = run.unrecorded
 
         def open_sinks() -> int:
             for sink in list(self.sinks) if run.is_main else ():
@@ -56,14 +61,14 @@ class Metrics(Callback):
         if run.is_main and run.lock is not None:
             run.problem = run.problem or run.lock.lost(LOOK_EVERY_S)
         self._losses.append(report.result.loss)
+        self._timed_steps += 1
         self._step_s += report.step_s
         self._data_wait_s += report.data_wait_s
         if run.progress.step % run.config.logging.interval and run.progress.step != run.steps:
             return
-        steps = len(self._losses)
+        steps = self._timed_steps
         waiting = time.perf_counter()
-        means = run.engine.mean_over_replicas(torch.stack(self._losses))
-        loss = float(means[means.isfinite()].mean()) if means.isfinite().any() else None
+        loss = self.unrecorded(run).mean()
         self._step_s += time.perf_counter() - waiting  # for work that the steps only launched on a GPU
         waits_s, run.waited_s = gather_numbers(run.waited_s, run.engine.groups), 0.0
         tokens = steps * run.config.train.global_batch_size * run.config.model.sequence_length
@@ -92,8 +97,23 @@ class Metrics(Callback):
         )
         self._forget()
 
+    def unrecorded(self, run: Run) -> Unrecorded:
+        """The losses since the last training record, for a checkpoint of this step. Every rank calls it."""
+        if self._losses:
+            means = run.engine.mean_over_replicas(torch.stack(self._losses))
+            self._unrecorded = self._unrecorded.and_then(means.tolist())
+            self._losses.clear()
+        return self._unrecorded
+
+    def has_record(self, run: Run, kind: str) -> bool:
+        """Whether ``metrics.jsonl`` has a record of this step. Every rank calls it."""
+        has = any(sink.has_record(kind, run.progress.step) for sink in self.sinks) if run.is_main else False
+        return bool(largest_of_all(has, run.engine.groups))
+
     def _forget(self) -> None:
         self._losses.clear()
+        self._unrecorded = NOTHING_UNRECORDED
+        self._timed_steps = 0
         self._step_s = self._data_wait_s = 0.0
 
     def on_event(self, run: Run, message: str) -> None:
@@ -105,6 +125,7 @@ class Metrics(Callback):
     def after_rollback(self, run: Run) -> None:
         """Forget the steps since the last record, and let sinks drop what will come again."""
         self._forget()
+        self._unrecorded = run.unrecorded
         if not run.is_main:
             return
         for sink in list(self.sinks):

@@ -63,7 +63,7 @@ class MetricsFile(Sink):
         self._path, self._lock = run.folder / METRICS, run.lock
         self._last_step = step = run.progress.step
         try:
-            kept = self._keep(lambda record: record["step"] <= step and record["kind"] != "test")
+            kept = self._keep(lambda record: record["step"] <= step)
         except OSError as error:
             if error.errno in LASTING:
                 raise UserError(
@@ -97,6 +97,11 @@ class MetricsFile(Sink):
         _say(message)
         event = {"kind": "event", "step": self._last_step, "message": message, "time": time.time()}
         self._waiting.insert(0, event)
+
+    def has_record(self, kind: str, step: int) -> bool:
+        """Whether the file has it, or it waits for the disk."""
+        waiting = any(record["kind"] == kind and record["step"] == step for record in self._waiting)
+        return waiting or self._steps.has(kind, step)
 
     def write(self, record: Record) -> None:
         """Append one line, after those that wait.

@@ -205,6 +205,18 @@ def test_suspicious_runs_are_warned_about() -> None:
     assert warnings_of("--data.prefix=null", "--data.blend={a: 2, b/c.d: 1}") == []
 
 
+def test_keeping_the_best_says_where_validation_and_checkpoints_do_not_meet() -> None:
+    keep = ("--train.keep_best=true", "--train.steps=30", "--optim.warmup_steps=4")
+    assert warnings_of(*keep, "--train.eval_interval=5", "--train.checkpoint_interval=10") == []
+    for evaluate, save in ((7, 10), (10, 20), (30, 40), (5, 0)):
+        intervals = (f"--train.eval_interval={evaluate}", f"--train.checkpoint_interval={save}")
+        found = warnings_of(*keep, *intervals)
+        assert len(found) == (0 if (evaluate, save) == (10, 20) else 1)
+        assert all("meet at the last step only" in warning and "keep_best" in warning for warning in found)
+    (warning,) = warnings_of(*keep, "--train.eval_interval=4", "--train.checkpoint_interval=6")
+    assert "meet every 12 steps only" in warning and "a multiple of train.eval_interval" in warning
+
+
 def test_nan_in_a_hand_built_config_is_refused() -> None:
     config = load_config(BASE)
     broken = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=float("nan")))

@@ -142,6 +142,15 @@ def test_what_is_saved_is_read_back(
     assert not (tmp_path / "none").exists()
 
 
+def test_a_copy_of_another_kind_takes_the_place_of_the_first(
+    bpe_folder: Path, sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    """``tokenizer.json`` comes before ``tokenizer.model`` where a folder has both."""
+    for name in (str(bpe_folder), str(sentencepiece_model), str(bpe_folder)):
+        save_tokenizer(name, tmp_path / "saved")
+        assert load_tokenizer(str(tmp_path / "saved")).fingerprint == load_tokenizer(name).fingerprint
+
+
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_a_copy_goes_where_no_link_leads(link: Any, bpe_folder: Path, tmp_path: Path) -> None:
     source, saved, outside = tmp_path / "source", tmp_path / "saved", tmp_path / "outside"

@@ -240,6 +240,11 @@ WRONG_DECISIONS: list[dict[str, Any]] = [
     {"losses": [float("nan")]}, {"losses": [True]}, {"losses": [1e300]}, {"losses": ["x" * 10**6]},
     {"rollbacks": -1}, {"rollbacks": True}, {"rollbacks": 1.0}, {"rollbacks": 10**30},
     {"skipped_in_a_row": None}, {"skipped_in_a_row": "7"})
+] + [
+    {"unrecorded": value} for value in (None, [], {}, {"steps": 2, "finite": 1}, {"steps": 2, "finite": 3, "loss_sum": 1.0},
+    {"steps": -1, "finite": 0, "loss_sum": 1.0}, {"steps": 2, "finite": 1, "loss_sum": float("inf")},
+    {"steps": 2, "finite": 1, "loss_sum": 10**400}, {"steps": 2.0, "finite": 1, "loss_sum": 1.0},
+    {"steps": 2, "finite": True, "loss_sum": 1.0}, {"steps": 2, "finite": 1, "loss_sum": "1"})
 ] + [{"at_interval": value} for value in (None, 0, 1, "true", [], "x" * 10**6)]  # fmt: skip
 
 

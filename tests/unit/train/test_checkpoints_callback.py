@@ -13,6 +13,7 @@ from megatron_lpa.engine.checkpoint import CheckpointNotWritten
 from megatron_lpa.engine.decisions import AT_START
 from megatron_lpa.engine.launch import collective_timeout
 from megatron_lpa.engine.manifest import Progress
+from megatron_lpa.engine.unrecorded import NOTHING_UNRECORDED
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.callbacks import checkpoints as module
@@ -49,7 +50,10 @@ def trained(
         engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(), enter=lambda stage: None,
     )  # fmt: skip
     run.has_lost_folder = lambda: run.progress.step >= lost_at
-    callback = Checkpoints(SimpleNamespace(emit=lambda *_: None), SimpleNamespace(loss_at=lambda step: None))  # type: ignore[arg-type]
+    callback = Checkpoints(
+        SimpleNamespace(emit=lambda *_: None, unrecorded=lambda run: NOTHING_UNRECORDED),
+        SimpleNamespace(loss_at=lambda step: None),
+    )  # type: ignore[arg-type]
     for step in range(1, steps + 1):
         run.progress = Progress(step=step)
         callback.after_step(run, SimpleNamespace())  # type: ignore[arg-type]

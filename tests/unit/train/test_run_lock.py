@@ -214,3 +214,17 @@ def test_a_file_system_that_tells_no_file_from_another_is_used(
         assert lock.still_held()
         with pytest.raises(TryAgain, match="another run is writing here"):
             lock_run(tmp_path)
+
+
+def test_a_start_that_comes_to_nothing_takes_back_what_it_made(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "deep"
+    run.mkdir(parents=True)
+    lock_run(run, made=[run, run.parent]).leave()
+    assert list(tmp_path.iterdir()) == []
+    run.mkdir(parents=True)
+    (run / "note.txt").write_text("of somebody else")
+    lock_run(run, made=[run, run.parent]).leave()
+    assert (run / "note.txt").read_text() == "of somebody else"
+    (run / "note.txt").unlink()
+    lock_run(run).leave()  # it was there before
+    assert [path.name for path in run.iterdir()] == [".lock"]
