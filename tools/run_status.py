@@ -4,8 +4,8 @@
     python tools/run_status.py runs/tiny-lpa
 
 A launcher's exit code does not tell: that of ``deepspeed`` is 0 too when what it started was killed. Here a run is
-complete when the checkpoint of its last step is, and the final test is on record where ``data.test_prefix`` asks for
-one. Of a checkpoint's files the sizes are compared with its manifest, with ``--verify`` the contents too: some GB per
+complete when the checkpoint of its last step is, and the last validation and the final test are on record where
+``data.valid_prefix`` and ``data.test_prefix`` ask for them. Of a checkpoint's files the sizes are compared with its manifest, with ``--verify`` the contents too: some GB per
 second. Ends with 0 then, with 1 when the same command would go on with it, and with 78 when it would not, as no whole
 checkpoint is left, or when that cannot be told.
 """
@@ -71,11 +71,16 @@ def status(folder: Path, verify: bool = False) -> tuple[bool, str]:
     words = f"{step:,} of {steps:,} steps are in {checkpoint} ({compared})" + _damage(damaged)
     if step < steps:
         return False, f"incomplete: {words}"
-    if config.data.test_prefix is None:
+    wanted = {
+        "valid": config.data.valid_prefix is not None and config.train.eval_interval > 0,
+        "test": config.data.test_prefix is not None,
+    }
+    if not any(wanted.values()):
         return True, f"complete: {words}"
-    tested, note = _tested(folder / METRICS, step)
-    if not tested:
-        return False, f"incomplete: {words}, but the final test is not on record{note}"
+    recorded, note = _recorded(folder / METRICS, step)
+    for kind, name in (("valid", "last validation"), ("test", "final test")):
+        if wanted[kind] and kind not in recorded:
+            return False, f"incomplete: {words}, but the {name} is not on record{note}"
     return True, f"complete: {words}{note}"
 
 
@@ -99,11 +104,12 @@ def _refuse_loss(checkpoints: Path) -> None:
         )
 
 
-def _tested(path: Path, step: int) -> tuple[bool, str]:
-    """Whether the test of a step is on record, and a note of lines that are none: a start leaves them out."""
+def _recorded(path: Path, step: int) -> tuple[set[str], str]:
+    """The kinds of records of a step, and a note of lines that are none: a start leaves them out."""
     if not exists(path):
-        return False, ""
-    tested, damaged = False, []
+        return set(), ""
+    recorded: set[str] = set()
+    damaged: list[int] = []
     try:
         for line in read_lines(path):
             if not line.ended:
@@ -113,13 +119,14 @@ def _tested(path: Path, step: int) -> tuple[bool, str]:
             except NoRecord:
                 damaged.append(line.number)
                 continue
-            tested |= record["kind"] == "test" and record["step"] == step
+            if record["step"] == step:
+                recorded.add(record["kind"])
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if not damaged:
-        return tested, ""
+        return recorded, ""
     more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-    return tested, f" (note: {path}: line {damaged[0]}{more}: damaged)"
+    return recorded, f" (note: {path}: line {damaged[0]}{more}: damaged)"
 
 
 def main(argv: Sequence[str]) -> int:

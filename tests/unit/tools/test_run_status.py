@@ -78,17 +78,22 @@ def test_a_damaged_or_unfinished_checkpoint_does_not_count(
     assert ": damaged)" not in capsys.readouterr().out
 
 
-def test_a_test_that_was_asked_for_belongs_to_the_run(
-    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", ["valid", "test"])
+def test_an_evaluation_that_was_asked_for_belongs_to_the_run(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    tested = ("--data.prefix=null", "--data.train_prefix=a", "--data.test_prefix=b", "--train.steps=9")
-    run_folder(tmp_path, *tested, steps=(9,))
+    asked = ("--data.prefix=null", "--data.train_prefix=a", f"--data.{kind}_prefix=b", "--train.steps=9")
+    run_folder(tmp_path, *asked, steps=(9,))
     for step in (None, 5, 9):
         if step is not None:
-            record = {"kind": "test", "step": step, "tokens": 1, "loss": 1.0}
+            record = {"kind": kind, "step": step, "tokens": 1, "loss": 1.0}
             (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
         assert tool.main([str(tmp_path)]) == (0 if step == 9 else 1)
-        assert ("test is not on record" in capsys.readouterr().out) == (step != 9)
+        assert ("is not on record" in capsys.readouterr().out) == (step != 9)
+    if kind == "valid":
+        run_folder(tmp_path, *asked, "--train.eval_interval=0", steps=(9,))
+        (tmp_path / "metrics.jsonl").unlink()
+        assert tool.main([str(tmp_path)]) == 0
 
 
 def test_what_was_compared_is_said_and_contents_are_where_asked(
