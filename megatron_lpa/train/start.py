@@ -330,8 +330,6 @@ def _introduce(run: Run) -> None:
         print(f"note: {note}", flush=True)
     if run.resumed is not None:
         print(f"resuming from {run.resumed.checkpoint} at step {run.progress.step:,}", flush=True)
-        for note in run.resume_notes:
-            print(f"note: {note}", flush=True)
 
 
 def _amount(number: int) -> str:

@@ -55,7 +55,7 @@ def test_a_run_goes_on_through_three_other_layouts_with_the_same_curve(folder, u
         finished = launch(arguments("moving", "--train.steps", str(last), *more), processes, folder)
         assert finished.codes == [0] * processes, finished.stderr
         assert f"at step {last - 2}" in finished.stdout[0]
-        assert "note: the state is brought into another layout: layout." in finished.stdout[0]
+        assert "the state is brought into another layout: layout." in finished.stdout[0]
     run = folder / "runs" / "moving"
     for kind in ("train", "valid", "test"):
         expected = {r["step"]: r["loss"] for r in records(undisturbed, kind)}
@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_word_and_the_run_ends_the_same(f
     victim.write_bytes(victim.read_bytes()[:-8])
     finished = launch(arguments("damaged"), 1, folder)
     assert finished.codes == [0], finished.stderr
-    assert "note: step_00000006 was skipped: " in finished.stdout[0] and victim.name in finished.stdout[0]
+    assert "step_00000006 was skipped: " in finished.stdout[0] and victim.name in finished.stdout[0]
     assert "at step 4" in finished.stdout[0]
     curve = [(r["step"], r["loss"], r["grad_norm"]) for r in records(undisturbed, "train")]
     assert [(r["step"], r["loss"], r["grad_norm"]) for r in records(run, "train")] == curve
