@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import UnusableFile, kind_of, patiently
+from megatron_lpa.files import UnusableFile, exists, kind_of, patiently
 
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
@@ -74,6 +74,24 @@ def refuse_links(folder: Path) -> None:
                 raise UserError(f"{shown(path)}: cannot be looked at ({error.strerror})") from error
             if not _IS[expected](mode):
                 raise UserError(_refusal(path, mode, expected))
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Make sure that a run folder, and what a start writes anew in it, may be written by this user.
+
+    Args:
+        folder: the run folder; it need not exist.
+
+    Raises:
+        UserError: it may not; the message names the path.
+        TryAgain: the disk does not answer.
+    """
+    for path in (folder, folder / METRICS, folder / CONFIG, folder / CHECKPOINTS):
+        if exists(path) and not os.access(path, os.R_OK | os.W_OK):
+            raise UserError(
+                f"{shown(path)}: may not be written by this user; see to its permissions, or choose another "
+                "logging.run_dir or logging.name"
+            )
 
 
 def _found(folder: Path, pattern: str) -> Iterator[Path]:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lpa.config import RunConfig
 from megatron_lpa.engine.manifest import (
     MANIFEST,
     DamagedCheckpoint,
@@ -75,13 +76,20 @@ def status(folder: Path, verify: bool = False) -> tuple[bool, str]:
         "valid": config.data.valid_prefix is not None and config.train.eval_interval > 0,
         "test": config.data.test_prefix is not None,
     }
-    if not any(wanted.values()):
-        return True, f"complete: {words}"
     recorded, note = _recorded(folder / METRICS, step)
     for kind, name in (("valid", "last validation"), ("test", "final test")):
         if wanted[kind] and kind not in recorded:
             return False, f"incomplete: {words}, but the {name} is not on record{note}"
+        if _has_share(config, kind) and kind not in recorded:
+            note += f" (no {name} on record: data.split asks for one, where its share is large enough)"
     return True, f"complete: {words}{note}"
+
+
+def _has_share(config: RunConfig, kind: str) -> bool:
+    shares = [*map(float, config.data.split.split(",")), 0.0, 0.0]
+    if config.data.train_prefix is not None or (kind == "valid" and not config.train.eval_interval):
+        return False
+    return shares[("train", "valid", "test").index(kind)] > 0
 
 
 def _damage(names: list[str]) -> str:

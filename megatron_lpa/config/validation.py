@@ -358,5 +358,5 @@ def _best_warnings(train: TrainConfig, steps: int | None) -> list[str]:
     return [
         f"train.keep_best is true, but validation (train.eval_interval={train.eval_interval}) and checkpoints "
         f"(train.checkpoint_interval={train.checkpoint_interval}) {often}; set train.checkpoint_interval to a multiple of "
-        "train.eval_interval"
+        "train.eval_interval, and smaller than the run is long"
     ]

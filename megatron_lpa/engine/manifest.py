@@ -117,6 +117,16 @@ def note_validation(checkpoint: Path, loss: float) -> None:
         write_whole(checkpoint / MANIFEST, json.dumps(content, indent=1))
 
 
+def seal_of(manifest: dict[str, Any]) -> str:
+    """What tells a checkpoint from any other of the same step, whenever its validation loss was noted.
+
+    Args:
+        manifest: as ``read_manifest`` gives it.
+    """
+    progress = dataclasses.asdict(manifest["progress"])
+    return _checksum({**manifest, "progress": progress, "validation_loss": None})
+
+
 def _checksum(manifest: dict[str, Any]) -> str:
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

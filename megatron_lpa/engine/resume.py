@@ -20,6 +20,7 @@ from megatron_lpa.engine.manifest import (
     Progress,
     SampleOrder,
     read_manifest,
+    seal_of,
     verify_files,
 )
 from megatron_lpa.engine.reshard import StateReader, shard_box
@@ -37,11 +38,12 @@ class Resumed:
     Args:
         checkpoint: the folder.
         progress: how far it had come.
-        seal: hash of its manifest, which tells it from any other checkpoint of the same step.
+        seal: what tells it from any other checkpoint of the same step.
         decisions: what decides whether the run goes back; None in checkpoints of versions that did not save it.
         unrecorded: losses since the last training record; none in checkpoints of versions that did not save them.
         config: what it was trained with, as ``dataclasses.asdict`` gives it; empty where the manifest does not say.
         notes: for the user: checkpoints that were skipped, and a layout that changed.
+        checksum: of its manifest as it is; earlier versions took it for the seal.
     """
 
     checkpoint: Path
@@ -51,9 +53,15 @@ class Resumed:
     unrecorded: Unrecorded = NOTHING_UNRECORDED
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    checksum: str = ""
 
 
-def load_newest(engine: Engine, checkpoints: Sequence[Path], order: SampleOrder) -> Resumed:
+def load_newest(
+    engine: Engine,
+    checkpoints: Sequence[Path],
+    order: SampleOrder,
+    accept: Callable[[Resumed], None] = lambda resumed: None,
+) -> Resumed:
     """Continue from the newest checkpoint that is not damaged; every rank calls it.
 
     Once an intact one has been loaded, damaged ones are renamed, with a note inside, and those go that the run's
@@ -63,6 +71,8 @@ def load_newest(engine: Engine, checkpoints: Sequence[Path], order: SampleOrder)
         engine: a new engine, or one whose state is to be replaced.
         checkpoints: oldest first; the same on every rank, and not empty.
         order: what the order of samples depends on.
+        accept: raises, on all ranks, where the run must not go on from the one that was loaded; before any is renamed
+            or removed.
 
     Raises:
         UserError: all are damaged, or the newest intact one is of another model or order.
@@ -76,6 +86,7 @@ def load_newest(engine: Engine, checkpoints: Sequence[Path], order: SampleOrder)
         except DamagedCheckpoint as error:
             skipped.append((checkpoint, str(error)))
             continue
+        accept(resumed)
         notes = tuple(f"{path.name} was skipped: {reason}" for path, reason in skipped)
         if engine.groups.rank == 0:
             _keep_house(checkpoint, skipped, retention_of(engine.config.train))
@@ -131,7 +142,14 @@ def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Res
         unrecorded_from_json(manifest["unrecorded"]) if "unrecorded" in manifest else NOTHING_UNRECORDED
     )
     return Resumed(
-        checkpoint, progress, manifest["checksum"], decisions, unrecorded, manifest["config"], notes
+        checkpoint,
+        progress,
+        seal_of(manifest),
+        decisions,
+        unrecorded,
+        manifest["config"],
+        notes,
+        manifest["checksum"],
     )
 
 

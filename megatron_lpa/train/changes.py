@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from megatron_lpa.config import RunConfig
+from megatron_lpa.config import RunConfig, validate_config
 from megatron_lpa.config.compare import differences
 from megatron_lpa.config.loading import config_from_tree
 from megatron_lpa.errors import UserError
@@ -14,14 +14,16 @@ from megatron_lpa.train.schedule import learning_rate, total_steps
 
 
 def settings_of(checkpoint_config: dict[str, Any], source: str) -> RunConfig | None:
-    """The settings that a manifest names; None where this version cannot read them.
+    """The settings that a manifest names; None where this version cannot use them.
 
     Args:
         checkpoint_config: the manifest's ``config``.
         source: the checkpoint's name.
     """
     try:
-        return config_from_tree(checkpoint_config, source)
+        config = config_from_tree(checkpoint_config, source)
+        validate_config(config, None, need_data=False)
+        return config
     except (UserError, TypeError, AttributeError):  # of another version, or edited
         return None
 

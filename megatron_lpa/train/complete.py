@@ -8,8 +8,14 @@ from typing import Any
 from megatron_lpa.config import RunConfig
 from megatron_lpa.config.compare import listed
 from megatron_lpa.data.splits import Splits
-from megatron_lpa.engine.manifest import DamagedCheckpoint, SampleOrder, complete_checkpoints, read_manifest
-from megatron_lpa.engine.resume import refuse_other_run
+from megatron_lpa.engine.manifest import (
+    DamagedCheckpoint,
+    SampleOrder,
+    complete_checkpoints,
+    read_manifest,
+    verify_files,
+)
+from megatron_lpa.engine.resume import Resumed, refuse_other_run
 from megatron_lpa.errors import UserError
 from megatron_lpa.records import NoRecord, read_lines
 from megatron_lpa.run_folder import CHECKPOINTS, METRICS
@@ -38,52 +44,94 @@ def why_nothing_to_do(
             asks for; or the run is complete, and was trained with other settings than these.
         TryAgain: the disk does not give a file.
     """
-    try:
-        newest = complete_checkpoints(folder / CHECKPOINTS)[-1:]
-        manifest = read_manifest(newest[0]) if newest else None
-    except DamagedCheckpoint:
-        return None
-    if manifest is None:
-        return None
-    refuse_other_run(newest[0], manifest, config.model, order)
-    if manifest["progress"].step < steps:
-        return None
-    name, step = newest[0].name, manifest["progress"].step
-    earlier = settings_of(manifest["config"], name)
-    changed = [] if earlier is None else changed_settings(earlier, config)
-    decisive = [line for line in changed if line.startswith(_DECIDE)]
-    further = f"To train it further, ask for more than {step} steps; to train with other settings, choose another logging.name"
-    if step > steps:
-        planned = total_steps(earlier.train, earlier.model, order.samples_per_epoch) if earlier else step
-        has = "is complete: all" if step >= planned else "is not complete, but"
-        raise UserError(
-            f"{folder} {has} {step:,} steps are trained ({name}), more than the {steps:,} asked for. Nothing was trained, "
-            f"and nothing in the folder was changed. {further}"
-        )
-    loss = _losses(folder / METRICS, step)
+    for checkpoint in reversed(complete_checkpoints(folder / CHECKPOINTS)):
+        try:
+            manifest = read_manifest(checkpoint)
+        except DamagedCheckpoint:
+            continue
+        refuse_other_run(checkpoint, manifest, config.model, order)
+        if manifest["progress"].step < steps:
+            return None
+        return _complete(config, folder, splits, checkpoint, manifest, steps)
+    return None
+
+
+def _complete(
+    config: RunConfig, folder: Path, splits: Splits, checkpoint: Path, manifest: dict[str, Any], steps: int
+) -> str | None:
+    """As ``why_nothing_to_do``, of a run whose newest checkpoint has all its steps."""
+    earlier = settings_of(manifest["config"], checkpoint.name)
+    per_epoch = manifest["order"]["samples_per_epoch"]
+    _refuse_other_end(folder, config, earlier, checkpoint.name, manifest["progress"].step, steps, per_epoch)
+    losses = _losses(folder / METRICS, steps)
     wanted = {
-        "valid": splits.valid is not None and is_due(config.train, step, steps),
+        "valid": splits.valid is not None and is_due(config.train, steps, steps),
         "test": splits.test is not None,
     }
-    if any(wanted[kind] and kind not in loss for kind in wanted):
-        if decisive:
-            raise UserError(
-                f"{folder} has trained all {step} steps ({name}), but with other settings: {listed(decisive)}. Nothing was "
-                "changed; start it with the settings it was trained with for its last evaluation, or choose another "
-                "logging.name"
-            )
+    if any(wanted[kind] and kind not in losses for kind in wanted):
         return None
-    if decisive:
-        raise UserError(
-            f"{folder} is complete: all {step} steps are trained ({name}), but with other settings than these: "
-            f"{listed(decisive)}. Nothing was trained with these, and nothing in the folder was changed. {further}"
-        )
-    kept = f" (not used now: {listed(changed)})" if changed else ""
-    results = "".join(f", {kind} loss {value}" for kind, value in loss.items())
+    try:
+        verify_files(checkpoint, manifest, manifest["files"])
+    except DamagedCheckpoint:  # the start takes an earlier one, and trains what is missing
+        return None
+    changed = changed_settings(earlier, config) if earlier else []
+    unused = f" (not used now: {listed(changed)})" if changed else ""
+    results = "".join(f", {kind} loss {value}" for kind, value in losses.items())
     return (
-        f"{folder} is complete: all {step} steps are trained ({name}{results}); nothing is left to do, and nothing in the "
-        f"folder was changed{kept}. {further}"
+        f"{folder} is complete: all {steps:,} steps are trained ({checkpoint.name}{results}); nothing is left to do, and "
+        f"nothing in the folder was changed{unused}. {_further(steps)}"
     )
+
+
+def refuse_other_end(
+    folder: Path, config: RunConfig, resumed: Resumed, steps: int, samples_per_epoch: int
+) -> None:
+    """Refuse a start for which a checkpoint leaves no step to train, but whose settings ask for another model.
+
+    Args:
+        folder: the run folder.
+        config: of this start.
+        resumed: what it goes on from.
+        steps: of the whole run.
+        samples_per_epoch: of the training split.
+
+    Raises:
+        UserError: more steps are trained than are asked for, or all are, with other settings than these.
+    """
+    name = resumed.checkpoint.name
+    earlier = settings_of(resumed.config, name)
+    _refuse_other_end(folder, config, earlier, name, resumed.progress.step, steps, samples_per_epoch)
+
+
+def _refuse_other_end(
+    folder: Path,
+    config: RunConfig,
+    earlier: RunConfig | None,
+    name: str,
+    step: int,
+    steps: int,
+    per_epoch: int,
+) -> None:
+    if step < steps:
+        return
+    planned = total_steps(earlier.train, earlier.model, per_epoch) if earlier else step
+    has = "is complete: all" if step >= planned else "is not complete, but"
+    trained = f"{folder} {has} {step:,} steps are trained ({name})"
+    if step > steps:
+        problem = f"more than the {steps:,} asked for"
+    elif decisive := [
+        line for line in (changed_settings(earlier, config) if earlier else ()) if line.startswith(_DECIDE)
+    ]:
+        problem = f"but with other settings than these: {listed(decisive)}"
+    else:
+        return
+    raise UserError(
+        f"{trained}, {problem}. Nothing was trained with these settings or changed. {_further(step)}"
+    )
+
+
+def _further(step: int) -> str:
+    return f"To train it further, ask for more than {step:,} steps; to train with other settings, choose another logging.name"
 
 
 def _losses(metrics: Path, step: int) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def _recalled(path: Path, resumed: Resumed) -> tuple[int, dict[str, Any]]:
     remembered = _remembered(path)
     if remembered is not None:
         step, seal, passed_over, then = remembered
-        if step == resumed.progress.step and seal == resumed.seal:
+        if step == resumed.progress.step and seal in (resumed.seal, resumed.checksum):
             skipped, decisions = passed_over, then
         elif resumed.decisions is None and step <= resumed.progress.step:  # of a version without decisions
             decisions = Decisions(rollbacks=then.rollbacks)

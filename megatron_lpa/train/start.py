@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import socket
 import sys
@@ -30,20 +31,20 @@ from megatron_lpa.parallel.disagreement import disagreement
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.meeting import Meeting, meet
 from megatron_lpa.parallel.place import place_from_environment
-from megatron_lpa.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, refuse_links
+from megatron_lpa.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, refuse_links, refuse_unwritable
 from megatron_lpa.train.alike import data_facts, sample_order, start_facts
 from megatron_lpa.train.callbacks.base import Callback, Sink
 from megatron_lpa.train.callbacks.checkpoints import Checkpoints, LastValidation
 from megatron_lpa.train.callbacks.divergence import Divergence
 from megatron_lpa.train.callbacks.evaluation import Evaluation
 from megatron_lpa.train.callbacks.metrics import Metrics
-from megatron_lpa.train.callbacks.sinks import Console, MetricsFile, TensorBoard, WandB
+from megatron_lpa.train.callbacks.sinks import NO_WANDB, Console, MetricsFile, TensorBoard, WandB
 from megatron_lpa.train.changes import changed_settings, learning_rate_jump, settings_of
-from megatron_lpa.train.complete import why_nothing_to_do
+from megatron_lpa.train.complete import refuse_other_end, why_nothing_to_do
 from megatron_lpa.train.data import check_own_tokenizer, check_tokenizer, open_data
 from megatron_lpa.train.loop import train
 from megatron_lpa.train.rollback import check_passed_over
-from megatron_lpa.train.run_lock import RunLock, lock_run
+from megatron_lpa.train.run_lock import RunLock, lock_run, wait_s
 from megatron_lpa.train.schedule import total_steps
 from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.state import Run
@@ -131,10 +132,10 @@ def _prepare(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog) -> R
     _compare_data(splits, order, groups)
     watchdog.enter("looking into the run folder")
     steps = total_steps(config.train, config.model, splits.train.num_samples)
-    together(lambda: _check_resume(config, folder, groups), groups)
+    together(lambda: _check_start(folder, config, splits, groups), groups)
     if _has_nothing_to_do(config, folder, splits, order, steps, groups):
         return None
-    lock = together(lambda: _own_folder(folder, config, splits, groups), groups)
+    lock = together(lambda: _own_folder(folder, config, groups), groups)
     watchdog.write_stacks_to(folder)
     try:
         run = Run(
@@ -195,7 +196,14 @@ def _resume(run: Run) -> None:
     )
     if found:
         run.enter("loading a checkpoint")
-        resumed = load_newest(run.engine, [run.checkpoints / name for name in found], run.order)
+        resumed = load_newest(
+            run.engine,
+            [run.checkpoints / name for name in found],
+            run.order,
+            lambda resumed: refuse_other_end(
+                run.folder, run.config, resumed, run.steps, run.order.samples_per_epoch
+            ),
+        )
         run.progress, run.saved_step, run.resumed = resumed.progress, resumed.progress.step, resumed
         run.unrecorded = resumed.unrecorded
         run.resume_notes = (*resumed.notes, *_changes(run, resumed))
@@ -224,14 +232,12 @@ def _compare_data(splits: Splits, order: SampleOrder, groups: ParallelGroups) ->
         raise UserError(message)
 
 
-def _check_resume(config: RunConfig, folder: Path, groups: ParallelGroups) -> None:
+def _check_resume(config: RunConfig, folder: Path) -> None:
     """Compare ``train.resume`` with what is there, before anything is made.
 
     Raises:
         UserError: they do not fit.
     """
-    if groups.rank != 0:
-        return
     checkpoints = folder / CHECKPOINTS
     there = has_checkpoints(checkpoints)
     if config.train.resume == "never" and there:
@@ -267,26 +273,42 @@ def _find_checkpoints(folder: Path, groups: ParallelGroups) -> list[Path]:
     return found
 
 
-def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: ParallelGroups) -> RunLock | None:
+def _check_start(folder: Path, config: RunConfig, splits: Splits, groups: ParallelGroups) -> None:
+    """What can be refused before the run folder is made or locked.
+
+    Raises:
+        UserError: ``train.resume`` does not fit what is there, the tokenizer cannot be used with this data and model or is
+            not the run's, the folder has links in it or may not be written, or a package is missing.
+        TryAgain: the disk does not answer.
+    """
+    if groups.rank != 0:
+        return
+    _check_resume(config, folder)
+    refuse_links(folder)
+    refuse_unwritable(folder)
+    if config.logging.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        raise UserError(NO_WANDB)
+    if config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        check_tokenizer(tokenizer, splits, config)
+        if has_checkpoints(folder / CHECKPOINTS):
+            check_own_tokenizer(tokenizer, folder / TOKENIZER, config)
+    check_passed_over(folder / CHECKPOINTS)
+    wait_s()  # the environment may ask for what is no time
+
+
+def _own_folder(folder: Path, config: RunConfig, groups: ParallelGroups) -> RunLock | None:
     """Make the run folder ours. Nothing that was in it is changed.
 
     Returns:
         The lock, on rank 0. It goes with the process, however it ends.
 
     Raises:
-        UserError: the tokenizer cannot be used with this data and model, or is not the run's; or the folder has links in
-            it.
+        UserError: the folder cannot be made.
         TryAgain: another run is writing the folder, or it cannot be written.
     """
     if groups.rank != 0:
         return None
-    refuse_links(folder)
-    if config.data.tokenizer is not None:  # before anything is made: a refused run leaves no folder
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        check_tokenizer(tokenizer, splits, config)
-        if has_checkpoints(folder / CHECKPOINTS):
-            check_own_tokenizer(tokenizer, folder / TOKENIZER, config)
-    check_passed_over(folder / CHECKPOINTS)
     missing = [path for path in (folder, *folder.parents) if not exists(path)]
     try:
         patiently(lambda: folder.mkdir(parents=True, exist_ok=True), folder, "made")
@@ -294,7 +316,13 @@ def _own_folder(folder: Path, config: RunConfig, splits: Splits, groups: Paralle
         raise UserError(
             f"{folder}: cannot be written ({error.strerror}); choose another logging.run_dir"
         ) from error
-    return lock_run(folder, BEFORE_LIMIT * config.train.start_timeout_s or math.inf, missing)
+    lock = lock_run(folder, BEFORE_LIMIT * config.train.start_timeout_s or math.inf, missing)
+    try:
+        _check_resume(config, folder)  # another run may have been writing here until now
+    except BaseException:
+        lock.leave()
+        raise
+    return lock
 
 
 def _write_folder(run: Run) -> None:

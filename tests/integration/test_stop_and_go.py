@@ -138,7 +138,7 @@ def test_what_is_not_recorded_is_done(folder, undisturbed, tmp_path, monkeypatch
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(line for line in lines if '"test"' not in line))
     assert nothing_to_do(run) is None
-    with pytest.raises(UserError, match="with the settings it was trained with for its last evaluation"):
+    with pytest.raises(UserError, match=r"with other settings than these: optim\.lr was 0.002, is 0.5"):
         nothing_to_do(run, "--optim.lr", "0.5")
     (run / "metrics.jsonl").unlink()
     assert nothing_to_do(run) is None

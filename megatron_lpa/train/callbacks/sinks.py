@@ -334,6 +334,11 @@ class TensorBoard(Sink):
             self._writer.close()
 
 
+NO_WANDB = (
+    "logging.wandb needs the package wandb: pip install 'megatron_lpa[wandb]', or set logging.wandb=off"
+)
+
+
 class WandB(Sink):
     """Weights & Biases, online or offline; the run's id is kept in the run folder for resuming.
 
@@ -354,9 +359,7 @@ class WandB(Sink):
         try:
             import wandb
         except ImportError:
-            raise UserError(
-                "logging.wandb needs the package wandb: pip install 'megatron_lpa[wandb]', or set logging.wandb=off"
-            ) from None
+            raise UserError(NO_WANDB) from None
         id_file = run.folder / WANDB_ID
         if not exists(id_file):
             write_whole(id_file, os.urandom(4).hex())

@@ -17,7 +17,15 @@ from support.models import MODELS
 
 from megatron_lpa.engine.convert import TargetLayout, convert
 from megatron_lpa.engine.convert_source import find_source
-from megatron_lpa.engine.manifest import MANIFEST, DamagedCheckpoint, Progress, read_manifest, verify_files
+from megatron_lpa.engine.manifest import (
+    MANIFEST,
+    DamagedCheckpoint,
+    Progress,
+    note_validation,
+    read_manifest,
+    seal_of,
+    verify_files,
+)
 from megatron_lpa.engine.manifest_schema import check_manifest
 from megatron_lpa.engine.store import Retention, expendable, prune
 from megatron_lpa.errors import UserError
@@ -323,3 +331,19 @@ def test_a_model_too_large_to_build_is_refused_at_once(tmp_path: Path) -> None:
             convert(find_source(tmp_path / "step_00000007"), tmp_path / "o", TargetLayout(1, 1, "rank"))
         assert "\n" not in str(told.value) and len(str(told.value)) < 600
     assert time.monotonic() - started < 20 and not os.path.lexists(tmp_path / "o")
+
+
+def test_a_validation_that_is_made_up_is_noted_once_and_the_seal_stays(tmp_path: Path) -> None:
+    sound = small_checkpoint(tmp_path, 3)
+    checkpoint = tmp_path / "step_00000003"
+    put(checkpoint, {**sound, "validation_loss": None})
+    before = read_manifest(checkpoint)
+    for loss in (2.5, 7.0):
+        note_validation(checkpoint, loss)
+        after = read_manifest(checkpoint)
+        assert after["validation_loss"] == 2.5 and seal_of(after) == seal_of(before)
+        assert after["checksum"] != before["checksum"]
+        assert {k: v for k, v in after.items() if k not in ("validation_loss", "checksum")} == {
+            k: v for k, v in before.items() if k not in ("validation_loss", "checksum")
+        }
+    assert seal_of({**after, "order": {}}) != seal_of(after)

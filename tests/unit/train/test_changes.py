@@ -21,10 +21,13 @@ def test_a_manifest_gives_its_settings_back_also_those_of_an_earlier_version() -
     assert settings_of(saved, "step_00000030") == EARLIER
     del saved["optim"]["wsd_decay_fraction"], saved["kernels"]
     assert settings_of(saved, "step_00000030") == EARLIER
+    no_batch = {**saved, "train": {"steps": 8, "global_batch_size": 0}}
     for strange in (
+        {},
+        no_batch,
         {"optim": {"lr": "fast"}},
         {"optim": 3},
-        {"optim": {"of_a_later_version": 1}},
+        {"optim": {"later": 1}},
         [],
         {"train": []},
     ):
