@@ -38,6 +38,9 @@ MOST_PROCESSES = 1 << 17
 MOST_ELEMENTS = 1 << 40
 """Of one parameter, and of one dimension."""
 
+MOST_DIMENSIONS = 16
+"""Of one parameter."""
+
 Check = Callable[[Any, str, bool], None]
 """Raises ValueError for a value, with the dotted key that it is given; the flag says whether keys may be missing."""
 
@@ -185,8 +188,8 @@ def _typed(hint: Any) -> Check:
 
 def _shape(value: Any, key: str, complete: bool) -> None:
     dimension = _whole(1, MOST_ELEMENTS)
-    if type(value) is not list or len(value) not in (1, 2):
-        _refuse(key, value, "a list of one or two dimensions")
+    if type(value) is not list or len(value) > MOST_DIMENSIONS:
+        _refuse(key, value, f"a list of at most {MOST_DIMENSIONS} dimensions")
     for size in value:
         dimension(size, key, complete)
     if math.prod(value) > MOST_ELEMENTS:
@@ -254,7 +257,7 @@ _MANIFEST = _section(
                 "optimizer_step": _PROGRESS,
                 "skipped_steps": _PROGRESS,
                 "parameters": _table(
-                    _section({"shape": _shape, "tp_dim": _or_none(_whole(0, 1))}), _parameter_name
+                    _section({"shape": _shape, "tp_dim": _or_none(_whole(0, MOST_DIMENSIONS))}), _parameter_name
                 ),
             },
         ),

@@ -198,8 +198,8 @@ def _restore(engine: Engine, checkpoint: Path, manifest: dict[str, Any]) -> None
     for fragment in fragments:
         spec = fragment.spec
         saved = reader.shape_of(fragment.name)
-        padded = (saved_model.padded_vocab_size, own_model.padded_vocab_size)
-        if saved != spec.shape and (saved[1:] != spec.shape[1:] or (saved[0], spec.shape[0]) != padded):
+        padded = ((saved_model.padded_vocab_size,), (own_model.padded_vocab_size,))
+        if saved != spec.shape and (saved[1:] != spec.shape[1:] or (saved[:1], spec.shape[:1]) != padded):
             raise DamagedCheckpoint(
                 f"{checkpoint / MANIFEST}: {fragment.name} is of shape {saved}, in its model of {spec.shape}"
             )
