@@ -85,7 +85,9 @@ class OptimConfig:
         beta1: AdamW's first-moment decay.
         beta2: AdamW's second-moment decay.
         eps: AdamW's epsilon.
-        weight_decay: decoupled weight decay of matrices; biases and norms never decay.
+        weight_decay: decoupled weight decay of matrices, embeddings among them.
+        decay_biases: decay biases of linears and of the head too.
+        decay_norms: decay weights and biases of norms too.
         grad_clip: largest global gradient norm; 0 turns clipping off.
     """
 
@@ -99,6 +101,8 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-5
     weight_decay: float = 0.0
+    decay_biases: bool = False
+    decay_norms: bool = False
     grad_clip: float = 1.0
 
 

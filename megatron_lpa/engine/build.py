@@ -97,11 +97,12 @@ class Engine:
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
         for parameter in self.module.parameters():
-            (decayed if spec_of(parameter).decays else plain).append(parameter)
+            (decayed if spec_of(parameter).decays_by(optim) else plain).append(parameter)
         param_groups: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": optim.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
+        param_groups = [group for group in param_groups if group["params"]]  # DeepSpeed takes no empty one
         arguments: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         offloaded = "offload_optimizer" in self.ds_config["zero_optimization"]
         on_gpu = self.device.type == "cuda"

@@ -104,6 +104,13 @@ def _text(value: Any, key: str, complete: bool) -> None:
         _refuse(key, value, "a short text")
 
 
+def _rank_or_text(value: Any, key: str, complete: bool) -> None:
+    if type(value) is str:
+        _text(value, key, complete)
+    else:
+        _whole(1, MOST_ELEMENTS)(value, key, complete)
+
+
 def _hash(value: Any, key: str, complete: bool) -> None:
     if type(value) is not str or not re.fullmatch("[0-9a-f]{64}", value):
         _refuse(key, value, "a SHA-256 in hex")
@@ -177,6 +184,8 @@ def _typed(hint: Any) -> Check:
         return _or_none(_typed(inner))
     if get_origin(hint) is Literal:
         return _text
+    if hint == dict[str, int | str]:
+        return _table(_rank_or_text)
     checks: dict[Any, Check] = {
         int: _whole(-MOST_ELEMENTS, MOST_ELEMENTS),
         float: _number,
@@ -257,7 +266,8 @@ _MANIFEST = _section(
                 "optimizer_step": _PROGRESS,
                 "skipped_steps": _PROGRESS,
                 "parameters": _table(
-                    _section({"shape": _shape, "tp_dim": _or_none(_whole(0, MOST_DIMENSIONS))}), _parameter_name
+                    _section({"shape": _shape, "tp_dim": _or_none(_whole(0, MOST_DIMENSIONS))}),
+                    _parameter_name,
                 ),
             },
         ),
