@@ -53,6 +53,13 @@ class ProjectionConfig:
     bias: Literal["default", "none", "latent", "output", "both"] = "default"
     by_layer: dict[str, int | str] | None = None
 
+    def elements(self, d_in: int, d_out: int) -> int:
+        """Elements of its matrices, from d_in to d_out."""
+        if self.kind == "dense":
+            return d_in * d_out
+        assert self.rank is not None
+        return self.rank * (d_in + d_out)
+
     def at_layer(self, layer: int) -> ProjectionConfig:
         """What one layer has; ``by_layer`` is empty then."""
         if self.by_layer is None:

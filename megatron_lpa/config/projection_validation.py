@@ -120,12 +120,13 @@ def rank_warnings(model: ModelConfig) -> list[str]:
     widths = model.projection_widths()
     for where, name, projection in built_projections(model):
         d_in, d_out = widths[name]
-        if projection.rank is not None and projection.rank * (d_in + d_out) >= d_in * d_out:
-            warnings.append(
-                f"{_rank_of(where)} is {projection.rank}: the pair has as many parameters as the "
-                f"dense {d_out} x {d_in} matrix or more; it saves from "
-                f"{(d_in * d_out - 1) // (d_in + d_out)} down"
-            )
+        if projection.rank is None or projection.elements(d_in, d_out) < d_in * d_out:
+            continue
+        of_each_rank = projection.elements(d_in, d_out) // projection.rank
+        warnings.append(
+            f"{_rank_of(where)} is {projection.rank}: the factors have as many parameters as the dense {d_out} x {d_in} "
+            f"matrix or more; they save from {(d_in * d_out - 1) // of_each_rank} down"
+        )
     return warnings
 
 

@@ -43,9 +43,9 @@ def projection_parameters(model: ModelConfig, name: str) -> tuple[int, int]:
     """``(matrix elements, bias elements)`` of one layer's projection ``name``; ``model`` is that layer's (``at_layer``)."""
     d_in, d_out = model.projection_widths()[name]
     projection = getattr(model.projections, name)
-    matrix = d_in * d_out if projection.kind == "dense" else projection.rank * (d_in + d_out)
     latent_bias, output_bias = model.biases(name)
-    return matrix, (projection.rank if latent_bias else 0) + (d_out if output_bias else 0)
+    biases = (projection.rank if latent_bias else 0) + (d_out if output_bias else 0)
+    return projection.elements(d_in, d_out), biases
 
 
 def norm_parameters(model: ModelConfig) -> int:

@@ -97,9 +97,14 @@ def saved_bytes_per_token_layer(
         // size
         * b
     )
-    ranks = [getattr(model.projections, name).rank or 0 for name in model.projection_widths()]
-    latents = sum(ranks) * b // (size if parallel.lowdim_layout == "rank" else 1)
-    return sublayers + attention + ffn + latents, d * b
+    latents = sum(_saved_latent(model, parallel, name) for name in model.projection_widths())
+    return sublayers + attention + ffn + latents * b, d * b
+
+
+def _saved_latent(model: ModelConfig, parallel: ParallelConfig, name: str) -> int:
+    """Elements of a projection's latent that one rank keeps per token."""
+    r = getattr(model.projections, name).rank or 0
+    return r // parallel.tensor_parallel_size if parallel.lowdim_layout == "rank" else r
 
 
 def kept_bytes_per_token_layer(
