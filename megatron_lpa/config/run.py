@@ -118,6 +118,9 @@ class TrainConfig:
         micro_batch_size: sequences per process and forward pass, or fewer where a step has fewer for each; gradient
             accumulation follows.
         precision: ``fp32``, or ``bf16`` with fp32 master weights.
+        predict_next_block: whether the last token of each sequence predicts the first one of the next, so that a
+            sequence has as many labels as tokens. ``false`` leaves that label out of training and validation, as the
+            paper's public code does, which shifts the labels inside each block.
         activation_checkpointing: ``selective`` keeps results of matrix products and attention and recomputes the
             rest of every layer in the backward pass, ``full`` recomputes all of every layer.
         deepspeed_config: a name in ``ds_configs/`` (``zero3``) or the path of such a JSON file.
@@ -156,6 +159,7 @@ class TrainConfig:
     global_batch_size: int = 160
     micro_batch_size: int = 8
     precision: Literal["fp32", "bf16"] = "bf16"
+    predict_next_block: bool = True
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     deepspeed_config: str = "zero3"
     seed: int = 27

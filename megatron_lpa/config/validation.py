@@ -47,6 +47,11 @@ def validate_config(config: RunConfig, world_size: int | None, *, need_data: boo
     check_data(config.data, need_data)
     _check_optim(config.optim)
     _check_train(config.train)
+    if config.model.sequence_length == 1 and not config.train.predict_next_block:
+        raise UserError(
+            "train.predict_next_block is false but model.sequence_length is 1: no label is left; make the sequences longer, "
+            "or set it to true"
+        )
     if config.train.epochs is not None and config.data.blend is not None:
         raise UserError(
             f"train.epochs is {config.train.epochs} but the datasets of data.blend each have epochs of their own; "
