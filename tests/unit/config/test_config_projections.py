@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from megatron_lpa.config import (
@@ -13,6 +16,7 @@ from megatron_lpa.config import (
     validate_config,
 )
 from megatron_lpa.errors import UserError
+from megatron_lpa.model.accounting import count_parameters
 
 Q = "--model.projections.q."
 
@@ -143,3 +147,18 @@ def test_which_factor_has_a_bias(bias, linear_bias, dense, pair_in, pair_out) ->
     model = ModelConfig(linear_bias=linear_bias, projections=ProjectionsConfig(q=pair, up=plain, o=pair))
     assert (model.biases("q"), model.biases("o")) == (pair_in, pair_out)
     assert dense is None or model.biases("up") == dense
+
+
+def test_the_companion_s_model_on_the_page_is_what_its_code_counts(tmp_path) -> None:
+    """GPT-2 shape, RoPE, tied, 12 layers of width 768: the first FFN dense, the others of rank 192 with output biases."""
+    page = Path(__file__).parents[3] / "docs" / "models.md"
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "companion.yaml").write_text(block)
+    config = load_config(["--config", str(tmp_path / "companion.yaml"), "--data.prefix", "x"])
+    assert validate_config(config, 8) == []
+    d, f, r = 768, 3072, 192
+    norms, attention, ffn_biases = 2 * 2 * d, 4 * d * d + 4 * d, f + d
+    layers = 12 * (norms + attention + ffn_biases) + 2 * d * f + 11 * 2 * r * (d + f)
+    assert count_parameters(config.model).total == 32_000 * d + layers + 2 * d
+    steps = -(-config.train.tokens // (512 * 1024))
+    assert config.optim.warmup_steps == pytest.approx(steps / 10, abs=1)
