@@ -8,6 +8,7 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from megatron_lpa.config.model import layers_meant
 from megatron_lpa.config.schema import ByLayer, ConfigKey
 from megatron_lpa.config.yaml_io import parse_yaml
 from megatron_lpa.errors import UserError, shown
@@ -122,7 +123,7 @@ def _numbers_by_name(value: Any) -> dict[str, float] | None:
 
 
 def _by_layer(value: Any) -> dict[str, int | str] | None:
-    """Names of layers, which YAML may give as numbers, and ``dense`` or a whole number."""
+    """Names of layers, which YAML may give as numbers, and ``dense`` or a whole number; raises ValueError for other names."""
     if not isinstance(value, dict) or any(type(name) not in (int, str) for name in value):
         return None
     found: dict[str, int | str] = {}
@@ -130,6 +131,7 @@ def _by_layer(value: Any) -> dict[str, int | str] | None:
         rank = built if built == "dense" else _whole(built)
         if rank is None or abs(rank if isinstance(rank, int) else 0) > MOST_WHOLE or str(name) in found:
             return None
+        layers_meant(str(name))
         found[str(name)] = rank
     return found
 

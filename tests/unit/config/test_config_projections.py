@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,10 @@ def message(*argv: str) -> str:
         ("{0: 0}", ["q.by_layer, layers 0: rank is 0", "at least 1"]),
         ("{0: -4}", ["q.by_layer, layers 0: rank is -4", "at least 1"]),
         ("{0: 3000000000}", ["q.by_layer, layers 0: rank", "at most"]),
-        ("{first: dense}", ["q.by_layer", "'first'", "its number"]),
-        ("{-1: dense}", ["q.by_layer", "'-1'", "its number"]),
-        ("{3-1: dense}", ["q.by_layer", "'3-1'", "its number"]),
+        ("{first: dense}", ["q.by_layer", "first", "as {0: dense, 1-3: 64}"]),
+        ("{-1: dense}", ["q.by_layer", "-1", "as {0: dense, 1-3: 64}"]),
+        ("{3-1: dense}", ["q.by_layer", "3-1", "as {0: dense, 1-3: 64}"]),
+        ("{0, 1: dense}", ["q.by_layer"]),
         ("{4: dense}", ["layers 4", "model.num_layers is 4", "from 0 to 3"]),
         ("{0-9999999999: dense}", ["layers 0-9999999999", "model.num_layers is 4"]),
         ("{0-2: 8, 1: dense}", ["layer 1 twice", "0-2"]),
@@ -102,6 +104,14 @@ def test_layers_have_what_their_own_entry_says() -> None:
         ProjectionConfig("lowdim", 8, "output"), ProjectionConfig("lowdim", 8, "output"),
     ]  # fmt: skip
     assert all(p.k == ProjectionConfig("lowdim", 32) for p in own)
+
+
+def test_layers_of_a_hand_built_configuration_are_checked_too() -> None:
+    config = load_config(["--preset=tiny/lpa", "--data.prefix=x"])
+    projections = replace(config.model.projections, q=ProjectionConfig(by_layer={"last": 8}))
+    config = replace(config, model=replace(config.model, projections=projections))
+    with pytest.raises(UserError, match=r"q\.by_layer names layers 'last'; name one by its number"):
+        validate_config(config, 1)
 
 
 def test_a_rank_makes_a_layer_of_a_dense_projection_low_dimensional() -> None:
