@@ -7,6 +7,15 @@ from typing import Any
 from megatron_lpa.errors import differing_parts, named
 
 
+def completed(saved: Any, defaults: Any) -> Any:
+    """A saved nested dictionary with the settings of ``defaults`` that it lacks: an earlier version did not have them, and
+    did what they say by default. Where it has a section, only keys of that section are added."""
+    if not (isinstance(saved, dict) and isinstance(defaults, dict)):
+        return saved
+    both = {key: completed(value, defaults.get(key)) for key, value in saved.items()}
+    return {**both, **{key: value for key, value in defaults.items() if key not in saved}}
+
+
 def differences(saved: Any, own: Any, name: str = "") -> list[str]:
     """``key was x, is y`` for every leaf in which two nested dictionaries differ, each on one line.
 

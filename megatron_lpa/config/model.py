@@ -8,6 +8,9 @@ module, ``V`` (padded) vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +21,19 @@ OUTPUT_PROJECTIONS = ("o", "down")
 """Projections that write the residual stream: their inputs are split under tensor parallelism."""
 
 
+def layers_meant(text: str) -> range:
+    """The layers that a key of ``by_layer`` names: ``3``, or ``1-4`` with both ends.
+
+    Raises:
+        ValueError: it names none.
+    """
+    found = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", text)
+    layers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    if not layers:
+        raise ValueError(text)
+    return layers
+
+
 @dataclass(frozen=True)
 class ProjectionConfig:
     """How one linear is built.
@@ -26,10 +42,35 @@ class ProjectionConfig:
         kind: ``dense`` is one matrix ``W: (d_out, d_in)``; ``lowdim`` is the paper's pair
             ``W_A: (r, d_in)``, ``W_B: (d_out, r)`` with no nonlinearity between (paper, Section 3.1).
         rank: ``r`` of a low-dimensional module; must be left empty for ``dense``.
+        bias: what gets a bias: ``latent`` (W_A's result, r values; a pair only), ``output`` (d_out values),
+            ``both`` or ``none``; ``default`` follows ``model.linear_bias``.
+        by_layer: layers in which it is built otherwise, counted from 0, as ``{0: dense, 1-3: 64}``: ``dense``, or
+            the rank of a low-dimensional module. Layers that are not named are as ``kind`` and ``rank`` say.
     """
 
     kind: Literal["dense", "lowdim"] = "dense"
     rank: int | None = None
+    bias: Literal["default", "none", "latent", "output", "both"] = "default"
+    by_layer: dict[str, int | str] | None = None
+
+    def elements(self, d_in: int, d_out: int) -> int:
+        """Elements of its matrices, from d_in to d_out."""
+        if self.kind == "dense":
+            return d_in * d_out
+        assert self.rank is not None
+        return self.rank * (d_in + d_out)
+
+    def at_layer(self, layer: int) -> ProjectionConfig:
+        """What one layer has; ``by_layer`` is empty then."""
+        if self.by_layer is None:
+            return self
+        for layers, built in self.by_layer.items():
+            if layer in layers_meant(layers):
+                if isinstance(built, str):
+                    return ProjectionConfig(bias=self.bias)
+                kind = "lowdim" if self.kind == "dense" else self.kind
+                return dataclasses.replace(self, kind=kind, rank=built, by_layer=None)
+        return dataclasses.replace(self, by_layer=None)
 
 
 @dataclass(frozen=True)
@@ -61,7 +102,8 @@ class ModelConfig:
         head_dim: width E of one head; empty means ``hidden_size // num_heads``.
             ``num_heads * head_dim`` may differ from ``hidden_size`` (Table 8, "Attn Dim").
         ffn_hidden_size: width F of the FFN.
-        activation: ``relu`` and ``gelu`` use two FFN matrices, ``swiglu`` three (gate, up, down).
+        activation: ``relu``, ``gelu`` (by the error function) and ``gelu_tanh`` (its approximation by tanh, as in
+            GPT-2) use two FFN matrices, ``swiglu`` three (gate, up, down).
         norm: normalisation of each sublayer.
         norm_eps: epsilon inside the norm.
         norm_position: ``pre``: ``x + dropout(sublayer(norm(x)))``;
@@ -71,6 +113,7 @@ class ModelConfig:
         rope_base: base of the rotary frequencies.
         linear_bias: biases in attention and FFN. Dense layers get one; of a low-dimensional module
             only ``W_A`` has one in q, k, v, up, gate and only ``W_B`` has one in o, down.
+            ``model.projections.*.bias`` says otherwise for one projection.
         lm_head_bias: bias of the language-model head (one value per padded id).
         dropout: probability applied to each sublayer's contribution to the residual stream.
         tie_embeddings: the head reuses the token embedding's matrix.
@@ -90,7 +133,7 @@ class ModelConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     ffn_hidden_size: int = 3072
-    activation: Literal["relu", "gelu", "swiglu"] = "relu"
+    activation: Literal["relu", "gelu", "gelu_tanh", "swiglu"] = "relu"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     norm_position: Literal["pre", "post_sublayer"] = "post_sublayer"
@@ -120,6 +163,32 @@ class ModelConfig:
         """Rows V of the embedding and of the head."""
         multiple = self.pad_vocab_to_multiple_of
         return -(-self.vocab_size // multiple) * multiple
+
+    def at_layer(self, layer: int) -> ModelConfig:
+        """This model with the projections that one layer has; ``by_layer`` is empty then."""
+        specs = {f.name: getattr(self.projections, f.name) for f in dataclasses.fields(self.projections)}
+        if all(spec.by_layer is None for spec in specs.values()):
+            return self
+        own = ProjectionsConfig(**{name: spec.at_layer(layer) for name, spec in specs.items()})
+        return dataclasses.replace(self, projections=own)
+
+    def layer_kinds(self) -> list[tuple[ModelConfig, int]]:
+        """Runs of equal layers, from the first on: ``at_layer`` of each, and how many layers it has."""
+        ends = {0, self.num_layers}
+        for projection in dataclasses.fields(self.projections):
+            for layers in getattr(self.projections, projection.name).by_layer or ():
+                meant = layers_meant(layers)
+                ends |= {end for end in (meant.start, meant.stop) if end < self.num_layers}
+        bounds = sorted(ends)
+        return [(self.at_layer(first), end - first) for first, end in itertools.pairwise(bounds)]
+
+    def biases(self, name: str) -> tuple[bool, bool]:
+        """Whether projection ``name`` of ``at_layer`` has a bias on its latent, and on its output."""
+        projection: ProjectionConfig = getattr(self.projections, name)
+        if projection.bias == "default":
+            latent = projection.kind == "lowdim" and name in INPUT_PROJECTIONS
+            return self.linear_bias and latent, self.linear_bias and not latent
+        return projection.bias in ("latent", "both"), projection.bias in ("output", "both")
 
     def projection_widths(self) -> dict[str, tuple[int, int]]:
         """``(d_in, d_out)`` of every linear that this model has, by projection name."""

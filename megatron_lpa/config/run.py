@@ -85,7 +85,9 @@ class OptimConfig:
         beta1: AdamW's first-moment decay.
         beta2: AdamW's second-moment decay.
         eps: AdamW's epsilon.
-        weight_decay: decoupled weight decay of matrices; biases and norms never decay.
+        weight_decay: decoupled weight decay of matrices, embeddings among them.
+        decay_biases: decay biases of linears and of the head too.
+        decay_norms: decay weights and biases of norms too.
         grad_clip: largest global gradient norm; 0 turns clipping off.
     """
 
@@ -99,6 +101,8 @@ class OptimConfig:
     beta2: float = 0.95
     eps: float = 1e-5
     weight_decay: float = 0.0
+    decay_biases: bool = False
+    decay_norms: bool = False
     grad_clip: float = 1.0
 
 
@@ -114,6 +118,9 @@ class TrainConfig:
         micro_batch_size: sequences per process and forward pass, or fewer where a step has fewer for each; gradient
             accumulation follows.
         precision: ``fp32``, or ``bf16`` with fp32 master weights.
+        predict_next_block: whether the last token of each sequence predicts the first one of the next, so that a
+            sequence has as many labels as tokens. ``false`` leaves that label out of training and validation, as the
+            paper's public code does, which shifts the labels inside each block.
         activation_checkpointing: ``selective`` keeps results of matrix products and attention and recomputes the
             rest of every layer in the backward pass, ``full`` recomputes all of every layer.
         deepspeed_config: a name in ``ds_configs/`` (``zero3``) or the path of such a JSON file.
@@ -152,6 +159,7 @@ class TrainConfig:
     global_batch_size: int = 160
     micro_batch_size: int = 8
     precision: Literal["fp32", "bf16"] = "bf16"
+    predict_next_block: bool = True
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     deepspeed_config: str = "zero3"
     seed: int = 27

@@ -15,13 +15,20 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_lpa.config.run import RunConfig
 
+
+class ByLayer(dict[str, int | str]):
+    """Stands for the type of ``by_layer``."""
+
+
 _TYPE_NAMES = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
     str: "text",
     dict: 'names and numbers as {"data/a": 0.7, "data/b": 0.3}',
+    ByLayer: "layers, each with dense or a rank, as {0: dense, 1-3: 64}",
 }
+_TABLES = {dict[str, float]: dict, dict[str, int | str]: ByLayer}
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class ConfigKey:
     Args:
         name: dotted key, as ``model.hidden_size``.
         base_type: ``int``, ``float``, ``bool`` or ``str``, which is also that of a choice; ``dict`` for
-            numbers by name.
+            numbers by name, ``ByLayer`` for what differs by layer.
         choices: the allowed values of a choice, else empty.
         optional: whether the value may be empty (``null``).
         default: the dataclass's default.
@@ -77,7 +84,7 @@ def _leaves(cls: type, prefix: str) -> Iterator[ConfigKey]:
         if optional:
             (annotation,) = (a for a in get_args(annotation) if a is not type(None))
         choices = get_args(annotation) if get_origin(annotation) is Literal else ()
-        base_type = str if choices else dict if annotation == dict[str, float] else annotation
+        base_type = str if choices else _TABLES.get(annotation, annotation)
         assert base_type in _TYPE_NAMES, f"{cls.__name__}.{field.name}: {annotation} cannot be configured"
         yield ConfigKey(
             prefix + field.name, base_type, choices, optional, field.default, docs.get(field.name, "")

@@ -16,7 +16,14 @@ from megatron_lpa.config.data_validation import (
     check_path,
     positive,
 )
-from megatron_lpa.config.model import INPUT_PROJECTIONS, OUTPUT_PROJECTIONS, ModelConfig, ProjectionConfig
+from megatron_lpa.config.model import ModelConfig
+from megatron_lpa.config.projection_validation import (
+    MOST_SIZE,
+    check_projections,
+    divisors,
+    rank_warnings,
+    split_sizes,
+)
 from megatron_lpa.config.run import LoggingConfig, OptimConfig, RunConfig, TrainConfig
 from megatron_lpa.errors import UserError, shown
 
@@ -40,6 +47,11 @@ def validate_config(config: RunConfig, world_size: int | None, *, need_data: boo
     check_data(config.data, need_data)
     _check_optim(config.optim)
     _check_train(config.train)
+    if config.model.sequence_length == 1 and not config.train.predict_next_block:
+        raise UserError(
+            "train.predict_next_block is false but model.sequence_length is 1: no label is left; make the sequences longer, "
+            "or set it to true"
+        )
     if config.train.epochs is not None and config.data.blend is not None:
         raise UserError(
             f"train.epochs is {config.train.epochs} but the datasets of data.blend each have epochs of their own; "
@@ -57,11 +69,8 @@ def validate_config(config: RunConfig, world_size: int | None, *, need_data: boo
     _check_logging(config.logging)
     if world_size is not None:
         _check_world(config, world_size)
-    return _rank_warnings(config.model) + _run_warnings(config, need_data)
+    return rank_warnings(config.model) + _run_warnings(config, need_data)
 
-
-MOST_SIZE = 2**31 - 1
-"""Of a dimension, and of a batch: kernels count in 32 bits."""
 
 MOST_TIMEOUT_S = 10**8
 """Three years. Timers of the operating system end somewhere above."""
@@ -79,15 +88,6 @@ def _share(key: str, value: float, *, below_one: bool) -> None:
         )
 
 
-def _divisors(number: int, limit: int = 1024) -> str:
-    return ", ".join(str(n) for n in range(1, min(number, limit) + 1) if number % n == 0)
-
-
-def projections_of(model: ModelConfig) -> dict[str, ProjectionConfig]:
-    """The spec of every linear that the model has, by name."""
-    return {name: getattr(model.projections, name) for name in model.projection_widths()}
-
-
 def _check_model(model: ModelConfig) -> None:
     for name in (
         *("vocab_size", "pad_vocab_to_multiple_of", "sequence_length", "hidden_size"),
@@ -102,7 +102,7 @@ def _check_model(model: ModelConfig) -> None:
     if model.num_heads % model.kv_heads:
         raise UserError(
             f"model.num_kv_heads is {model.kv_heads} but must divide model.num_heads {model.num_heads}; "
-            f"use one of {_divisors(model.num_heads)}"
+            f"use one of {divisors(model.num_heads)}"
         )
     if model.head_dim is None and model.hidden_size % model.num_heads:
         raise UserError(
@@ -116,48 +116,19 @@ def _check_model(model: ModelConfig) -> None:
             f"model.head_dim is {model.head_width} but model.position_embedding rope rotates pairs; "
             "use an even head width, or learned positions"
         )
-    for name in (*INPUT_PROJECTIONS, *OUTPUT_PROJECTIONS):
-        _check_projection(name, getattr(model.projections, name))
-    if model.activation != "swiglu" and model.projections.gate.kind != "dense":
-        raise UserError(
-            f"model.projections.gate.kind is {model.projections.gate.kind} but model.activation "
-            f"{model.activation} has no gate; set it to dense, or model.activation to swiglu"
-        )
-
-
-def _check_projection(name: str, projection: ProjectionConfig) -> None:
-    key = f"model.projections.{name}"
-    if projection.kind == "dense":
-        if projection.rank is not None:
-            raise UserError(
-                f"{key}.rank is {projection.rank} but {key}.kind is dense; set the kind to lowdim, or the "
-                "rank to null"
-            )
-    elif projection.rank is None:
-        raise UserError(f"{key}.kind is {projection.kind} but {key}.rank is empty; set the rank")
-    else:
-        at_least(f"{key}.rank", projection.rank, 1)
-        at_most(f"{key}.rank", projection.rank, MOST_SIZE)
+    check_projections(model)
 
 
 def _check_tensor_parallel(config: RunConfig) -> None:
     model, size = config.model, config.parallel.tensor_parallel_size
     at_least("parallel.tensor_parallel_size", size, 1)
-    split = {
-        "model.num_heads": model.num_heads,
-        "model.num_kv_heads": model.kv_heads,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-    }
-    for name, projection in projections_of(model).items():
-        if projection.kind == "lowdim":
-            assert projection.rank is not None
-            split[f"model.projections.{name}.rank"] = projection.rank
+    split = split_sizes(model)
     for key, value in split.items():
         if value % size:
             common = math.gcd(*split.values())
             raise UserError(
                 f"{key} {value} is not divisible by parallel.tensor_parallel_size {size}; make it a multiple "
-                f"of {size}, or use a tensor-parallel size that divides everything: {_divisors(common, 64)}"
+                f"of {size}, or use a tensor-parallel size that divides everything: {divisors(common, 64)}"
             )
     forced = config.kernels.lowdim not in ("auto", "eager")
     if forced and size > 1 and config.parallel.lowdim_layout == "latent":
@@ -291,25 +262,11 @@ def _check_world(config: RunConfig, world_size: int) -> None:
         raise UserError(
             f"parallel.tensor_parallel_size is {tensor_parallel_size} but does not divide the world size "
             f"{world_size}; start a multiple of {tensor_parallel_size} processes, or use one of "
-            f"{_divisors(world_size)}"
+            f"{divisors(world_size)}"
         )
     data_parallel_size = world_size // tensor_parallel_size
     if config.train.global_batch_size % (config.train.micro_batch_size * data_parallel_size):
         _raise_batch(config.train, data_parallel_size)
-
-
-def _rank_warnings(model: ModelConfig) -> list[str]:
-    warnings = []
-    widths = model.projection_widths()
-    for name, projection in projections_of(model).items():
-        d_in, d_out = widths[name]
-        if projection.rank is not None and projection.rank * (d_in + d_out) >= d_in * d_out:
-            warnings.append(
-                f"model.projections.{name}.rank is {projection.rank}: the pair has as many parameters as the "
-                f"dense {d_out} x {d_in} matrix or more; it saves from "
-                f"{(d_in * d_out - 1) // (d_in + d_out)} down"
-            )
-    return warnings
 
 
 def planned_steps(train: TrainConfig, model: ModelConfig) -> int | None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from megatron_lpa.config.schema import ConfigKey
+from megatron_lpa.config.model import layers_meant
+from megatron_lpa.config.schema import ByLayer, ConfigKey
 from megatron_lpa.config.yaml_io import parse_yaml
 from megatron_lpa.errors import UserError, shown
 
@@ -43,7 +44,7 @@ def typed(key: ConfigKey, value: Any, source: str) -> Any:
             value = None
     if value is None and key.optional:
         return None
-    if key.base_type is dict and isinstance(value, str):
+    if issubclass(key.base_type, dict) and isinstance(value, str):
         value = parse_yaml(value, f"{key.name} ({source})")
     try:
         found = _READERS[key.base_type](value)
@@ -121,10 +122,25 @@ def _numbers_by_name(value: Any) -> dict[str, float] | None:
     return numbers if len(numbers) == len(value) else None
 
 
+def _by_layer(value: Any) -> dict[str, int | str] | None:
+    """Names of layers, which YAML may give as numbers, and ``dense`` or a whole number; raises ValueError for other names."""
+    if not isinstance(value, dict) or any(type(name) not in (int, str) for name in value):
+        return None
+    found: dict[str, int | str] = {}
+    for name, built in value.items():
+        rank = built if built == "dense" else _whole(built)
+        if rank is None or abs(rank if isinstance(rank, int) else 0) > MOST_WHOLE or str(name) in found:
+            return None
+        layers_meant(str(name))
+        found[str(name)] = rank
+    return found
+
+
 _READERS: dict[type, Callable[[Any], Any]] = {
     str: _text,
     bool: _truth,
     int: _whole,
     float: _finite,
     dict: _numbers_by_name,
+    ByLayer: _by_layer,
 }

@@ -97,11 +97,12 @@ class Engine:
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
         for parameter in self.module.parameters():
-            (decayed if spec_of(parameter).decays else plain).append(parameter)
+            (decayed if spec_of(parameter).decays_by(optim) else plain).append(parameter)
         param_groups: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": optim.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
+        param_groups = [group for group in param_groups if group["params"]]  # DeepSpeed takes no empty one
         arguments: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
         offloaded = "offload_optimizer" in self.ds_config["zero_optimization"]
         on_gpu = self.device.type == "cuda"
@@ -146,7 +147,7 @@ class Engine:
             if self.config.model.dropout > 0:
                 seed_dropout(self.config.train.seed, first_sample)
             ids = self.to_device(batch)
-            loss = self.ds(ids[:, :-1], ids[:, 1:]).mean()
+            loss = self._counted(self.ds(ids[:, :-1], ids[:, 1:])).mean()
             self.ds.backward(loss)
             losses.append(loss.detach())
             if index == self.micro_steps - 1 and self._plain_optimizer:
@@ -171,11 +172,15 @@ class Engine:
         return batch.to(self.device, non_blocking=True)
 
     def losses(self, batch: torch.Tensor) -> torch.Tensor:
-        """Per-token losses (B, S) of ids (B, S + 1), without gradients or dropout."""
+        """Per-token losses (B, S) of ids (B, S + 1), without gradients or dropout; (B, S - 1) if the last does not count."""
         self.ds.eval()
         with torch.no_grad():
             ids = self.to_device(batch)
-            return self.ds(ids[:, :-1], ids[:, 1:])
+            return self._counted(self.ds(ids[:, :-1], ids[:, 1:]))
+
+    def _counted(self, losses: torch.Tensor) -> torch.Tensor:
+        """Those of (B, S) losses that ``train.predict_next_block`` says."""
+        return losses if self.config.train.predict_next_block else losses[:, :-1]
 
     def mean_over_replicas(self, value: torch.Tensor) -> torch.Tensor:
         """Average of a tensor over data-parallel ranks."""

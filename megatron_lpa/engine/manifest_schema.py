@@ -38,6 +38,9 @@ MOST_PROCESSES = 1 << 17
 MOST_ELEMENTS = 1 << 40
 """Of one parameter, and of one dimension."""
 
+MOST_DIMENSIONS = 16
+"""Of one parameter."""
+
 Check = Callable[[Any, str, bool], None]
 """Raises ValueError for a value, with the dotted key that it is given; the flag says whether keys may be missing."""
 
@@ -99,6 +102,13 @@ def _truth(value: Any, key: str, complete: bool) -> None:
 def _text(value: Any, key: str, complete: bool) -> None:
     if type(value) is not str or not 0 < len(value) <= 200 or not value.isprintable():
         _refuse(key, value, "a short text")
+
+
+def _rank_or_text(value: Any, key: str, complete: bool) -> None:
+    if type(value) is str:
+        _text(value, key, complete)
+    else:
+        _whole(1, MOST_ELEMENTS)(value, key, complete)
 
 
 def _hash(value: Any, key: str, complete: bool) -> None:
@@ -174,6 +184,8 @@ def _typed(hint: Any) -> Check:
         return _or_none(_typed(inner))
     if get_origin(hint) is Literal:
         return _text
+    if hint == dict[str, int | str]:
+        return _table(_rank_or_text)
     checks: dict[Any, Check] = {
         int: _whole(-MOST_ELEMENTS, MOST_ELEMENTS),
         float: _number,
@@ -185,8 +197,8 @@ def _typed(hint: Any) -> Check:
 
 def _shape(value: Any, key: str, complete: bool) -> None:
     dimension = _whole(1, MOST_ELEMENTS)
-    if type(value) is not list or len(value) not in (1, 2):
-        _refuse(key, value, "a list of one or two dimensions")
+    if type(value) is not list or len(value) > MOST_DIMENSIONS:
+        _refuse(key, value, f"a list of at most {MOST_DIMENSIONS} dimensions")
     for size in value:
         dimension(size, key, complete)
     if math.prod(value) > MOST_ELEMENTS:
@@ -254,7 +266,8 @@ _MANIFEST = _section(
                 "optimizer_step": _PROGRESS,
                 "skipped_steps": _PROGRESS,
                 "parameters": _table(
-                    _section({"shape": _shape, "tp_dim": _or_none(_whole(0, 1))}), _parameter_name
+                    _section({"shape": _shape, "tp_dim": _or_none(_whole(0, MOST_DIMENSIONS))}),
+                    _parameter_name,
                 ),
             },
         ),

@@ -1,7 +1,9 @@
 """Reading a saved state into any layout: which elements of which saved shard a range of a shard is.
 
-A shard of a matrix is a box of rows and columns of the unsharded one. A range of its flattened elements
-covers whole rows but for its ends; those rows are read from the saved shards whose boxes meet them.
+A shard is a range of entries of one dimension, with all of the others. Saved and wanted shards may be cut along two
+different dimensions, never more. So dimensions that lie between the cuts are taken together, and what is left is a
+row of matrices (P, R, C): one cut runs through the rows and the other through the columns of all of them. A range of a
+shard's flattened elements covers whole rows but for its ends; those rows are read from the saved shards that meet them.
 """
 
 from __future__ import annotations
@@ -29,12 +31,45 @@ BLOCK_ELEMENTS = 1 << 18
 
 @dataclass(frozen=True)
 class Box:
-    """Rows ``first_row`` to ``end_row`` and columns ``first_column`` to ``end_column`` of a matrix."""
+    """What one tensor-parallel rank holds of a tensor with any number of dimensions.
 
+    Args:
+        shape: of the whole tensor.
+        dim: dimension that is cut; None where the rank holds everything.
+        first: first entry of that dimension.
+        end: the entry after its last.
+    """
+
+    shape: tuple[int, ...]
+    dim: int | None = None
+    first: int = 0
+    end: int = 0
+
+    def within(self, cuts: tuple[int, int]) -> _Within:
+        """Its place among the matrices (P, R, C) that the tensor is when cut before two dimensions."""
+        outer, inner = cuts
+        rows, columns = (0, math.prod(self.shape[outer:inner])), (0, math.prod(self.shape[inner:]))
+        if self.dim is not None:
+            each = math.prod(self.shape[self.dim + 1 : inner if self.dim < inner else None])
+            cut = self.first * each, self.end * each
+            rows, columns = (cut, columns) if self.dim < inner else (rows, cut)
+        return _Within(math.prod(self.shape[:outer]), *rows, *columns)
+
+
+@dataclass(frozen=True)
+class _Within:
+    """Rows ``first_row`` to ``end_row`` and columns ``first_column`` to ``end_column`` of each of P matrices."""
+
+    matrices: int
     first_row: int
     end_row: int
     first_column: int
     end_column: int
+
+    @property
+    def rows(self) -> int:
+        """Of each matrix."""
+        return self.end_row - self.first_row
 
     @property
     def columns(self) -> int:
@@ -43,14 +78,20 @@ class Box:
 
 
 def shard_box(shape: Sequence[int], tp_dim: int | None, tp_rank: int, tp_size: int) -> Box:
-    """The box of one tensor-parallel rank; a vector is a matrix of one column."""
-    assert len(shape) in (1, 2) and tp_dim in (None, *range(len(shape))), (shape, tp_dim)
-    rows, columns = shape[0], math.prod(shape[1:])
-    if tp_dim is None:
-        return Box(0, rows, 0, columns)
+    """The box of one tensor-parallel rank."""
+    assert tp_dim is None or 0 <= tp_dim < len(shape), (shape, tp_dim)
+    if tp_dim is None or tp_size == 1:
+        return Box(tuple(shape))
     size = shape[tp_dim] // tp_size
-    first, end = tp_rank * size, (tp_rank + 1) * size
-    return Box(first, end, 0, columns) if tp_dim == 0 else Box(0, rows, first, end)
+    return Box(tuple(shape), tp_dim, tp_rank * size, (tp_rank + 1) * size)
+
+
+def _cuts(dimensions: int, *boxes: Box) -> tuple[int, int]:
+    """Before which two dimensions a tensor is to be cut, so that every box is one of rows or of columns."""
+    cut = sorted({box.dim for box in boxes if box.dim is not None})
+    if len(cut) == 2:
+        return cut[0], cut[1]
+    return 0, max([min(1, dimensions), *cut])
 
 
 def shard_name(tp_dim: int | None, tp_rank: int, tp_size: int) -> str:
@@ -115,7 +156,7 @@ class StateReader:
             kind: ``master``, ``exp_avg`` or ``exp_avg_sq``.
             box: the shard.
             start: first element in the flattened shard.
-            length: elements.
+            length: elements, at least one.
 
         Returns:
             (length,) fp32 on the CPU. Rows that the saved parameter does not have (vocabulary padding) are
@@ -126,34 +167,62 @@ class StateReader:
             TryAgain: the disk does not give it.
         """
         shape, tp_dim = self.shape_of(name), self._parameters[name]["tp_dim"]
-        first_row = box.first_row + start // box.columns
-        end_row = box.first_row - (-(start + length) // box.columns)
-        rows = torch.zeros(end_row - first_row, box.columns)
-        for tp_rank in range(1 if tp_dim is None else self._tp_size):
-            source = shard_box(shape, tp_dim, tp_rank, self._tp_size)
-            top, bottom = max(first_row, source.first_row), min(end_row, source.end_row)
-            left, right = (
-                max(box.first_column, source.first_column),
-                min(box.end_column, source.end_column),
-            )
-            if top >= bottom or left >= right:
-                continue
-            place = (name, kind, shard_name(tp_dim, tp_rank, self._tp_size))
-            first = (top - source.first_row) * source.columns
-            wanted = rows[top - first_row : bottom - first_row]
-            if source.columns == box.columns == right - left:
-                self._fill(place, first, wanted.view(-1))
-                continue
-            wanted = wanted[:, left - box.first_column : right - box.first_column]
-            at_once = max(1, BLOCK_ELEMENTS // source.columns)
-            block = torch.empty(min(at_once, bottom - top), source.columns)
-            for row in range(0, bottom - top, at_once):
-                found = block[: bottom - top - row]
-                self._fill(place, first + row * source.columns, found.view(-1))
-                wanted[row : row + len(found)] = found[
-                    :, left - source.first_column : right - source.first_column
-                ]
-        return rows.view(-1).narrow(0, start - (first_row - box.first_row) * box.columns, length)
+        shards = 1 if tp_dim is None else self._tp_size
+        sources = [shard_box(shape, tp_dim, tp_rank, shards) for tp_rank in range(shards)]
+        cuts = _cuts(len(shape), box, *sources)
+        target = box.within(cuts)
+        first, end = start // target.columns, -(-(start + length) // target.columns)
+        rows = torch.zeros(end - first, target.columns)
+        for tp_rank, source_box in enumerate(sources):
+            source = source_box.within(cuts)
+            place = (name, kind, shard_name(tp_dim, tp_rank, shards))
+            for matrix in range(first // target.rows, min(-(-end // target.rows), source.matrices)):
+                before = matrix * target.rows  # rows of the target up to this matrix
+                top = max(first - before + target.first_row, target.first_row, source.first_row)
+                bottom = min(end - before + target.first_row, target.end_row, source.end_row)
+                if top < bottom:
+                    found = before + top - target.first_row - first
+                    wanted = rows[found : found + bottom - top]
+                    self._read_rows(place, source, target, (matrix, top), wanted)
+        return rows.view(-1).narrow(0, start - first * target.columns, length)
+
+    def _read_rows(
+        self,
+        place: tuple[str, str, str],
+        source: _Within,
+        target: _Within,
+        first: tuple[int, int],
+        wanted: torch.Tensor,
+    ) -> None:
+        """Rows of one matrix, as many as ``wanted`` has, from a saved shard: the columns that both have.
+
+        Args:
+            place: the saved shard.
+            source: where it lies.
+            target: where the columns of ``wanted`` lie.
+            first: the matrix, and the row in it.
+            wanted: (rows, columns of the target), changed in place.
+        """
+        left, right = (
+            max(target.first_column, source.first_column),
+            min(target.end_column, source.end_column),
+        )
+        if left >= right:
+            return
+        matrix, row = first
+        begin = (matrix * source.rows + row - source.first_row) * source.columns
+        if source.columns == target.columns == right - left:
+            self._fill(place, begin, wanted.view(-1))
+            return
+        wanted = wanted[:, left - target.first_column : right - target.first_column]
+        at_once = max(1, BLOCK_ELEMENTS // source.columns)
+        block = torch.empty(min(at_once, len(wanted)), source.columns)
+        for done in range(0, len(wanted), at_once):
+            found = block[: len(wanted) - done]
+            self._fill(place, begin + done * source.columns, found.view(-1))
+            wanted[done : done + len(found)] = found[
+                :, left - source.first_column : right - source.first_column
+            ]
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The unsharded shape of a saved parameter.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa.config import ModelConfig
-from megatron_lpa.config.compare import differences, listed
+from megatron_lpa.config.compare import completed, differences, listed
 from megatron_lpa.engine import fragments as where
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.checkpoint import layout_of
@@ -182,7 +182,8 @@ def refuse_other_run(
     Raises:
         UserError: another model or order; the message lists what differs.
     """
-    model, own_model = dict(manifest["model"]), dataclasses.asdict(model_config)
+    model = completed(manifest["model"], dataclasses.asdict(ModelConfig()))
+    own_model = dataclasses.asdict(model_config)
     # Rows of padding are zero, whatever their number; it has to change with the tensor-parallel size.
     model["pad_vocab_to_multiple_of"] = own_model["pad_vocab_to_multiple_of"]
     sections = {"model": (model, own_model), "order": (manifest["order"], dataclasses.asdict(order))}
@@ -216,8 +217,8 @@ def _restore(engine: Engine, checkpoint: Path, manifest: dict[str, Any]) -> None
     for fragment in fragments:
         spec = fragment.spec
         saved = reader.shape_of(fragment.name)
-        padded = (saved_model.padded_vocab_size, own_model.padded_vocab_size)
-        if saved != spec.shape and (saved[1:] != spec.shape[1:] or (saved[0], spec.shape[0]) != padded):
+        padded = ((saved_model.padded_vocab_size,), (own_model.padded_vocab_size,))
+        if saved != spec.shape and (saved[1:] != spec.shape[1:] or (saved[:1], spec.shape[:1]) != padded):
             raise DamagedCheckpoint(
                 f"{checkpoint / MANIFEST}: {fragment.name} is of shape {saved}, in its model of {spec.shape}"
             )

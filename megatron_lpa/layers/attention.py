@@ -31,7 +31,7 @@ class Attention(nn.Module):
     """Projections q, k, v, scaled dot-product attention, projection o.
 
     Args:
-        model: the decoder's config.
+        model: the layer's config.
         groups: process groups; H and K are divisible by ``tp_size``.
         layout: tensor-parallel layout of low-dimensional modules.
         kernels: what computes products, rotation and attention.

@@ -56,4 +56,4 @@ class DenseOutput:
     def apply(self, x: torch.Tensor, p: Parameters, groups: ParallelGroups) -> torch.Tensor:
         """(..., d_in/T) -> (..., d_out): one all-reduce of the output."""
         y = reduce_from_tp(linear(x, p["weight"], None), groups)
-        return y if "bias" not in p else y + p["bias"]
+        return y if "bias" not in p else y + p["bias"].to(y.dtype)

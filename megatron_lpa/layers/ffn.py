@@ -36,4 +36,8 @@ class FeedForward(nn.Module):
             gate, up = self.inputs(x, norm)
             return self.down(swiglu(gate, up, self.backend))
         (up,) = self.inputs(x, norm)
-        return self.down(functional.relu(up) if self.activation == "relu" else functional.gelu(up))
+        if self.activation == "relu":
+            return self.down(functional.relu(up))
+        return self.down(
+            functional.gelu(up, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        )

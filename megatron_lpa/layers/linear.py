@@ -23,23 +23,28 @@ from megatron_lpa.parallel.sharding import new_parameter
 
 
 def input_structure(name: str, model: ModelConfig, tp_size: int, layout: str) -> InputStructure:
-    """The structure that ``model.projections.<name>`` asks for, for a projection of the residual stream."""
+    """The structure that ``model.projections.<name>`` asks for, for a projection of the residual stream.
+
+    ``model`` is that of one layer, as ``ModelConfig.at_layer`` gives it.
+    """
     d_in, d_out = model.projection_widths()[name]
     spec = getattr(model.projections, name)
+    latent_bias, output_bias = model.biases(name)
     if spec.kind == "dense":
-        return DenseInput(d_in, d_out, model.linear_bias)
-    return LowDimInput(d_in, d_out, spec.rank, model.linear_bias, tp_size, layout)
+        return DenseInput(d_in, d_out, output_bias)
+    return LowDimInput(d_in, d_out, spec.rank, latent_bias, output_bias, tp_size, layout)
 
 
 def output_structure(
     name: str, model: ModelConfig, tp_size: int, layout: str, path: str = "auto"
 ) -> OutputStructure:
-    """The structure that ``model.projections.<name>`` asks for, for a projection back to the stream."""
+    """The structure that ``model.projections.<name>`` asks for, for a projection back to the stream; as above."""
     d_in, d_out = model.projection_widths()[name]
     spec = getattr(model.projections, name)
+    latent_bias, output_bias = model.biases(name)
     if spec.kind == "dense":
-        return DenseOutput(d_in, d_out, model.linear_bias)
-    return LowDimOutput(d_in, d_out, spec.rank, model.linear_bias, tp_size, layout, path)
+        return DenseOutput(d_in, d_out, output_bias)
+    return LowDimOutput(d_in, d_out, spec.rank, latent_bias, output_bias, tp_size, layout, path)
 
 
 class InputProjections(nn.Module):
@@ -50,7 +55,7 @@ class InputProjections(nn.Module):
 
     Args:
         names: projections in the order in which ``forward`` returns them.
-        model: the decoder's config.
+        model: the layer's config.
         groups: process groups.
         layout: tensor-parallel layout of low-dimensional modules.
         kernels: what computes the products.
@@ -146,7 +151,7 @@ class OutputProjection(nn.Module):
 
     Args:
         name: ``o`` or ``down``.
-        model: the decoder's config.
+        model: the layer's config.
         groups: process groups.
         layout: tensor-parallel layout of low-dimensional modules.
         kernels: what computes the products.

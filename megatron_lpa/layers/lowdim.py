@@ -29,13 +29,14 @@ from megatron_lpa.parallel.sharding import ParameterSpec
 
 @dataclass(frozen=True)
 class LowDimInput:
-    """Input side in either layout. With ``bias`` only W_A has one, as in the paper's public code.
+    """Input side in either layout.
 
     Args:
         d_in: input width.
         d_out: output width, split over ranks.
         r: rank of the module, split over ranks.
-        bias: whether W_A has a bias.
+        latent_bias: whether W_A has a bias.
+        output_bias: whether W_B has a bias.
         tp_size: tensor-parallel size.
         layout: ``rank`` splits W_B along r, ``latent`` along d_out.
     """
@@ -43,7 +44,8 @@ class LowDimInput:
     d_in: int
     d_out: int
     r: int
-    bias: bool
+    latent_bias: bool
+    output_bias: bool
     tp_size: int
     layout: str
 
@@ -61,21 +63,24 @@ class LowDimInput:
 
     def pair(self, p: Parameters) -> Pair:
         """The factors, for a product of several modules at once."""
-        return Pair(p["w_a"], p["w_b"], p.get("bias_a"))
+        # Sums that are still to be made get the output's bias afterwards, once.
+        return Pair(p["w_a"], p["w_b"], p.get("bias_a"), p.get("bias_b") if self.tp_size == 1 else None)
 
     def shaped(self, product: torch.Tensor) -> torch.Tensor:
         """What ``before`` returns, from the product with ``pair``."""
         return product if self.tp_size == 1 else product.unflatten(-1, (self.tp_size, -1))
 
     def specs(self) -> dict[str, ParameterSpec]:
-        """``w_a`` (r, d_in), ``w_b`` (d_out, r), ``bias_a`` (r,)."""
+        """``w_a`` (r, d_in), ``w_b`` (d_out, r), ``bias_a`` (r,), ``bias_b`` (d_out,)."""
         b_dim = 1 if self.layout == "rank" else 0
         specs = {
             "w_a": ParameterSpec((self.r, self.d_in), "input", self.d_in, tp_dim=0, rank=self.r),
             "w_b": ParameterSpec((self.d_out, self.r), "input", self.r, tp_dim=b_dim, rank=self.r),
         }
-        if self.bias:
+        if self.latent_bias:
             specs["bias_a"] = ParameterSpec((self.r,), "bias", self.d_in, tp_dim=0, rank=self.r)
+        if self.output_bias:
+            specs["bias_b"] = ParameterSpec((self.d_out,), "bias", self.r, tp_dim=0, rank=self.r)
         return specs
 
     def before(self, x: torch.Tensor, p: Parameters) -> torch.Tensor:
@@ -87,19 +92,20 @@ class LowDimInput:
     def after(self, y: torch.Tensor, p: Parameters) -> torch.Tensor:
         """The sums are the output; latents (..., T, r/T) go through W_B to (..., d_out/T)."""
         if self.layout == "rank":
-            return y
-        return linear(y.flatten(-2), p["w_b"], None)
+            return y if "bias_b" not in p else y + p["bias_b"].to(y.dtype)
+        return linear(y.flatten(-2), p["w_b"], p.get("bias_b"))
 
 
 @dataclass(frozen=True)
 class LowDimOutput:
-    """Output side in either layout. With ``bias`` only W_B has one, as in the paper's public code.
+    """Output side in either layout.
 
     Args:
         d_in: input width, split over ranks.
         d_out: output width, replicated.
         r: rank of the module.
-        bias: whether W_B has a bias.
+        latent_bias: whether W_A has a bias.
+        output_bias: whether W_B has a bias.
         tp_size: tensor-parallel size.
         layout: ``rank`` splits W_B along r; ``latent`` keeps W_B whole on every rank, which costs its
             memory and product T times and saves the all-reduce of the output.
@@ -109,29 +115,36 @@ class LowDimOutput:
     d_in: int
     d_out: int
     r: int
-    bias: bool
+    latent_bias: bool
+    output_bias: bool
     tp_size: int
     layout: str
     path: str = "auto"
 
     def specs(self) -> dict[str, ParameterSpec]:
-        """``w_a`` (r, d_in), ``w_b`` (d_out, r), ``bias_b`` (d_out,)."""
+        """``w_a`` (r, d_in), ``w_b`` (d_out, r), ``bias_a`` (r,), ``bias_b`` (d_out,)."""
         b_dim = 1 if self.layout == "rank" else None
         specs = {
             "w_a": ParameterSpec((self.r, self.d_in), "output", self.d_in, tp_dim=1, rank=self.r),
             "w_b": ParameterSpec((self.d_out, self.r), "output", self.r, tp_dim=b_dim, rank=self.r),
         }
-        if self.bias:
+        if self.latent_bias:
+            a_dim = 0 if self.layout == "rank" else None
+            specs["bias_a"] = ParameterSpec((self.r,), "bias", self.d_in, tp_dim=a_dim, rank=self.r)
+        if self.output_bias:
             specs["bias_b"] = ParameterSpec((self.d_out,), "bias", self.r, rank=self.r)
         return specs
 
     def apply(self, x: torch.Tensor, p: Parameters, groups: ParallelGroups) -> torch.Tensor:
         """(..., d_in/T) -> (..., d_out)"""
         if self.tp_size == 1:
-            return lowdim_linear(x, p["w_a"], p["w_b"], None, p.get("bias_b"), self.path)
+            return lowdim_linear(x, p["w_a"], p["w_b"], p.get("bias_a"), p.get("bias_b"), self.path)
         latent = linear(x, p["w_a"], None)
         if self.layout == "latent":
-            return linear(reduce_from_tp(latent, groups), p["w_b"], p.get("bias_b"))
+            latent = reduce_from_tp(latent, groups)
+            latent = latent if "bias_a" not in p else latent + p["bias_a"].to(latent.dtype)
+            return linear(latent, p["w_b"], p.get("bias_b"))
         latent = reduce_scatter_shards(latent.unflatten(-1, (self.tp_size, -1)), groups)
+        latent = latent if "bias_a" not in p else latent + p["bias_a"].to(latent.dtype)
         y = reduce_from_tp(linear(latent, p["w_b"], None), groups)
-        return y if "bias_b" not in p else y + p["bias_b"]
+        return y if "bias_b" not in p else y + p["bias_b"].to(y.dtype)

@@ -40,18 +40,12 @@ class ParameterCount:
 
 
 def projection_parameters(model: ModelConfig, name: str) -> tuple[int, int]:
-    """``(matrix elements, bias elements)`` of one layer's projection ``name``.
-
-    A pair has one bias: on W_A where it reads the residual stream, on W_B where it writes it.
-    """
+    """``(matrix elements, bias elements)`` of one layer's projection ``name``; ``model`` is that layer's (``at_layer``)."""
     d_in, d_out = model.projection_widths()[name]
     projection = getattr(model.projections, name)
-    if projection.kind == "dense":
-        matrix, bias = d_in * d_out, d_out
-    else:
-        matrix = projection.rank * (d_in + d_out)
-        bias = projection.rank if name in INPUT_PROJECTIONS else d_out
-    return matrix, bias if model.linear_bias else 0
+    latent_bias, output_bias = model.biases(name)
+    biases = (projection.rank if latent_bias else 0) + (d_out if output_bias else 0)
+    return projection.elements(d_in, d_out), biases
 
 
 def norm_parameters(model: ModelConfig) -> int:
@@ -66,7 +60,11 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
 
     def of(names: tuple[str, ...]) -> int:
         present = [name for name in names if name in model.projection_widths()]
-        return model.num_layers * sum(sum(projection_parameters(model, name)) for name in present)
+        return sum(
+            count * sum(projection_parameters(layer, name))
+            for layer, count in model.layer_kinds()
+            for name in present
+        )
 
     return ParameterCount(
         embedding=(vocab + positions) * d,
@@ -84,10 +82,14 @@ def flops_per_token_forward(model: ModelConfig) -> int:
     causal half of the score matrix: ``Q K^T`` and ``A V`` are ``2 S H E`` each for all keys, halved.
     Not counted: embedding lookups, norms, softmax, activations, biases.
     """
-    matrices = sum(projection_parameters(model, name)[0] for name in model.projection_widths())
+    matrices = sum(
+        count * projection_parameters(layer, name)[0]
+        for layer, count in model.layer_kinds()
+        for name in model.projection_widths()
+    )
     attention = 2 * model.sequence_length * model.num_heads * model.head_width
     head = 2 * model.padded_vocab_size * model.hidden_size
-    return model.num_layers * (2 * matrices + attention) + head
+    return 2 * matrices + model.num_layers * attention + head
 
 
 def flops_per_token_training(model: ModelConfig) -> int:
@@ -112,30 +114,30 @@ def hardware_flops_per_token_training(model: ModelConfig, activation_checkpointi
 
 @dataclass(frozen=True)
 class CollectiveElements:
-    """Elements that tensor parallelism moves per token and layer, to be multiplied by ``(T-1)/T``.
+    """Elements that tensor parallelism moves per token and layer, to be multiplied by ``(T-1)/T``; the mean over layers.
 
     That product is what one rank sends in a ring: an all-reduce of n elements counts 2n, an
     all-gather to n or a reduce-scatter of n elements counts n.
     """
 
-    attention_forward: int
-    attention_backward: int
-    ffn_forward: int
-    ffn_backward: int
+    attention_forward: float
+    attention_backward: float
+    ffn_forward: float
+    ffn_backward: float
 
     @property
-    def forward(self) -> int:
+    def forward(self) -> float:
         """Attention and FFN."""
         return self.attention_forward + self.ffn_forward
 
     @property
-    def backward(self) -> int:
+    def backward(self) -> float:
         """Attention and FFN."""
         return self.attention_backward + self.ffn_backward
 
 
 def collective_elements_per_token(model: ModelConfig, parallel: ParallelConfig) -> CollectiveElements:
-    """What tensor parallelism moves in one layer; see ``layers/lowdim.py`` for where.
+    """What tensor parallelism moves in a layer, the mean over all layers; see ``layers/lowdim.py`` for where.
 
     ====================== ============================= =================================
     projection             forward                       backward
@@ -153,16 +155,21 @@ def collective_elements_per_token(model: ModelConfig, parallel: ParallelConfig) 
     projections that read it. The embedding and the head, outside the layers, are not counted.
     """
 
-    def sublayer(names: tuple[str, ...]) -> tuple[int, int]:
-        forward, backward = 0, 2 * model.hidden_size
-        for name in names:
-            if name in model.projection_widths():
-                moved = _projection_elements(model, parallel.lowdim_layout, name)
-                forward, backward = forward + moved[0], backward + moved[1]
-        return forward, backward
+    def sublayer(names: tuple[str, ...]) -> tuple[float, float]:
+        forward, backward = 0, 2 * model.hidden_size * model.num_layers
+        present = [name for name in names if name in model.projection_widths()]
+        for layer, count in model.layer_kinds():
+            for name in present:
+                moved = _projection_elements(layer, parallel.lowdim_layout, name)
+                forward, backward = forward + count * moved[0], backward + count * moved[1]
+        return _mean(forward, model.num_layers), _mean(backward, model.num_layers)
 
     attention, ffn = sublayer(ATTENTION_PROJECTIONS), sublayer(FFN_PROJECTIONS)
     return CollectiveElements(attention[0], attention[1], ffn[0], ffn[1])
+
+
+def _mean(total: int, count: int) -> float:
+    return total / count if total % count else total // count
 
 
 def _projection_elements(model: ModelConfig, layout: str, name: str) -> tuple[int, int]:

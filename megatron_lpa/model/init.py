@@ -29,8 +29,8 @@ def initial_value(name: str, spec: ParameterSpec, model: ModelConfig, seed: int)
         return torch.ones(spec.shape)
     if spec.role == "norm_bias":
         return torch.zeros(spec.shape)
-    rows = spec.shape[0] if spec.real_rows is None else spec.real_rows
-    value = torch.empty((rows, *spec.shape[1:]))
+    drawn = spec.shape if spec.real_rows is None else (spec.real_rows, *spec.shape[1:])
+    value = torch.empty(drawn)
     generator = named_generator(seed, name)
     if model.init == "pytorch":
         if spec.role == "embedding":
@@ -48,8 +48,8 @@ def initial_value(name: str, spec: ParameterSpec, model: ModelConfig, seed: int)
             # An entry of the product sums r terms of variance s^4.
             deviation = math.sqrt(deviation / math.sqrt(spec.rank))
         value.normal_(0.0, deviation, generator=generator)
-    if rows < spec.shape[0]:
-        value = torch.cat((value, value.new_zeros((spec.shape[0] - rows, *spec.shape[1:]))))
+    if drawn != spec.shape:
+        value = torch.cat((value, value.new_zeros((spec.shape[0] - drawn[0], *spec.shape[1:]))))
     return value
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_lpa.config.kernels import KernelConfig, chunk_tokens, takes_chunks
 from megatron_lpa.config.model import INPUT_PROJECTIONS, ModelConfig
 from megatron_lpa.config.run import ParallelConfig, TrainConfig
-from megatron_lpa.model.accounting import count_parameters, projection_parameters
+from megatron_lpa.model.accounting import count_parameters
 
 DEFAULT = KernelConfig()
 
@@ -42,26 +42,35 @@ def element_bytes(train: TrainConfig) -> int:
 def parameters_per_tensor_rank(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Parameters that one tensor-parallel rank holds before ZeRO shards them.
 
-    Whole on every rank: norms, learned positions, biases of o and down, and, in layout ``latent``, W_B
-    of a low-dimensional o or down. Everything else is split.
+    Whole on every rank: norms, learned positions, biases on the output of o and down, and, in layout ``latent``, W_B
+    and the bias on the latent of a low-dimensional o or down. Everything else is split.
     """
     size = parallel.tensor_parallel_size
     counts = count_parameters(model)
     positions = model.sequence_length * model.hidden_size if model.position_embedding == "learned" else 0
     whole = counts.norm + positions
-    for name in ("o", "down"):
-        whole += model.num_layers * projection_parameters(model, name)[1]
-        projection = getattr(model.projections, name)
-        if projection.kind == "lowdim" and parallel.lowdim_layout == "latent":
-            whole += model.num_layers * projection.rank * model.hidden_size
+    for layer, count in model.layer_kinds():
+        whole += count * sum(_whole_on_every_rank(layer, parallel, name) for name in ("o", "down"))
     assert (counts.total - whole) % size == 0, (counts, whole, size)
     return whole + (counts.total - whole) // size
+
+
+def _whole_on_every_rank(model: ModelConfig, parallel: ParallelConfig, name: str) -> int:
+    """Parameters of one layer's o or down that tensor parallelism does not split."""
+    projection = getattr(model.projections, name)
+    latent_bias, output_bias = model.biases(name)
+    whole = model.hidden_size if output_bias else 0
+    if projection.kind == "lowdim" and parallel.lowdim_layout == "latent":
+        whole += projection.rank * (model.hidden_size + int(latent_bias))
+    return whole
 
 
 def saved_bytes_per_token_layer(
     model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, kernels: KernelConfig = DEFAULT
 ) -> tuple[int, int]:
     """``(bytes, bytes of its input)`` that one layer keeps per token for its backward pass, without checkpointing.
+
+    ``model`` is that layer's (``ModelConfig.at_layer``).
 
     With flash attention, fused norms and dropout (as on a GPU), the two-product path of low-dimensional
     modules, and T the tensor-parallel size, each in the run's precision unless said otherwise:
@@ -82,16 +91,26 @@ def saved_bytes_per_token_layer(
     q_width, kv_width = model.num_heads * model.head_width, model.kv_heads * model.head_width
     attention = (2 * q_width + 2 * kv_width) // size * b + 4 * model.num_heads // size
     gated = 4 if kernels.elementwise == "eager" else 3
-    ffn = {"relu": 1, "gelu": 2, "swiglu": gated}[model.activation] * model.ffn_hidden_size // size * b
-    ranks = [getattr(model.projections, name).rank or 0 for name in model.projection_widths()]
-    latents = sum(ranks) * b // (size if parallel.lowdim_layout == "rank" else 1)
-    return sublayers + attention + ffn + latents, d * b
+    ffn = (
+        {"relu": 1, "gelu": 2, "gelu_tanh": 2, "swiglu": gated}[model.activation]
+        * model.ffn_hidden_size
+        // size
+        * b
+    )
+    latents = sum(_saved_latent(model, parallel, name) for name in model.projection_widths())
+    return sublayers + attention + ffn + latents * b, d * b
+
+
+def _saved_latent(model: ModelConfig, parallel: ParallelConfig, name: str) -> int:
+    """Elements of a projection's latent that one rank keeps per token."""
+    r = getattr(model.projections, name).rank or 0
+    return r // parallel.tensor_parallel_size if parallel.lowdim_layout == "rank" else r
 
 
 def kept_bytes_per_token_layer(
     model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, kernels: KernelConfig = DEFAULT
 ) -> int:
-    """Bytes that one layer keeps per token from its forward to its backward pass.
+    """Bytes that one layer keeps per token from its forward to its backward pass; ``model`` is that layer's.
 
     ``full`` checkpointing keeps its input. ``selective`` keeps its input, attention's output and log-sum-exp, and
     the result of each product: of a dense projection its output, of a low-dimensional one both results as this
@@ -143,11 +162,12 @@ def bytes_activations(
     layer is counted whole although some of it was kept.
     """
     tokens = train.micro_batch_size * model.sequence_length
-    saved, _ = saved_bytes_per_token_layer(model, parallel, train, kernels)
-    kept = model.num_layers * kept_bytes_per_token_layer(model, parallel, train, kernels)
+    layers = model.layer_kinds()
+    kept = sum(n * kept_bytes_per_token_layer(layer, parallel, train, kernels) for layer, n in layers)
     head = tokens * model.hidden_size * element_bytes(train) * (2 if model.final_norm else 1)
     peak = head + bytes_loss(model, parallel, train, kernels)
     if train.activation_checkpointing != "none":
+        saved = max(saved_bytes_per_token_layer(layer, parallel, train, kernels)[0] for layer, _ in layers)
         peak = max(peak, tokens * saved)
     return tokens * kept + peak
 

@@ -31,7 +31,7 @@ class DecoderLayer(nn.Module):
     run once and outside. Selective checkpointing compares the operations of both runs, and theirs differ.
 
     Args:
-        model: the decoder's config.
+        model: the layer's config (``ModelConfig.at_layer``).
         groups: process groups.
         layout: tensor-parallel layout of low-dimensional modules.
         kernels: what computes the operations.
@@ -105,7 +105,8 @@ class Decoder(nn.Module):
         learned = model.position_embedding == "learned"
         self.position_embedding = PositionEmbedding(model) if learned else None
         self.layers = nn.ModuleList(
-            DecoderLayer(model, groups, layout, kernels, recompute) for _ in range(model.num_layers)
+            DecoderLayer(model.at_layer(layer), groups, layout, kernels, recompute)
+            for layer in range(model.num_layers)
         )
         self.final_norm = build_norm(model, kernels) if model.final_norm else None
         tied = self.token_embedding if model.tie_embeddings else None

@@ -13,6 +13,8 @@ from typing import Literal, cast
 import torch
 from torch import nn
 
+from megatron_lpa.config import OptimConfig
+
 Role = Literal["embedding", "input", "output", "head", "bias", "norm_weight", "norm_bias"]
 
 
@@ -47,8 +49,14 @@ class ParameterSpec:
 
     @property
     def decays(self) -> bool:
-        """Whether weight decay applies: to matrices only."""
-        return self.role not in ("bias", "norm_weight", "norm_bias")
+        """Whether weight decay applies, unless something else is asked for: to matrices only."""
+        return self.decays_by(OptimConfig())
+
+    def decays_by(self, optim: OptimConfig) -> bool:
+        """Whether weight decay applies with these settings."""
+        if self.role in ("norm_weight", "norm_bias"):
+            return optim.decay_norms
+        return optim.decay_biases or self.role != "bias"
 
 
 def new_parameter(spec: ParameterSpec, tp_size: int) -> nn.Parameter:

@@ -127,7 +127,7 @@ def test_commands_in_running_text_name_existing_files_and_targets(page: Path) ->
 
 @pages
 def test_keys_exist(page: Path) -> None:
-    text = re.sub(r"^```python\n.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^```(?:python|diff)\n.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     sections = "model|parallel|data|optim|train|logging"
     for key in re.findall(rf"(?<![\w./])(?:--)?((?:{sections})\.[a-z_]\w*(?:\.\w+)*)", text):
         if key.rpartition(".")[2] in FILE_ENDINGS or key.startswith(

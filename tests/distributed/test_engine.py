@@ -44,7 +44,9 @@ def run_config(model: ModelConfig, tp_size: int, layout: str, zero: str, **train
     )  # fmt: skip
 
 
-def plain_pytorch(model: ModelConfig) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+def plain_pytorch(
+    model: ModelConfig, vector_decay: float = 0.0
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Losses, gradient norms and final weights of a float64 loop of ``torch.optim.AdamW``."""
     decoder = Decoder(model, ParallelGroups.single())
     initialize(decoder, model, ParallelGroups.single(), TrainConfig().seed)
@@ -52,7 +54,7 @@ def plain_pytorch(model: ModelConfig) -> tuple[list[float], list[float], dict[st
     matrices = [p for p in weights.values() if p.dim() > 1]
     vectors = [p for p in weights.values() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": vector_decay}],
         lr=1e-2, betas=(0.9, 0.95), eps=1e-5,
     )  # fmt: skip
     losses, norms = [], []
@@ -90,6 +92,21 @@ def train_with_deepspeed(config: RunConfig) -> tuple[list[float], list[float], d
             weights[name] = full.float().numpy()
     engine.ds.destroy()
     return losses, norms, weights
+
+
+# What decays: matrices, and by option biases and norms. With both there is no second group.
+@pytest.mark.parametrize(
+    ("processes", "tp_size", "layout", "zero", "name"),
+    [(1, 1, "latent", "zero0", "both_biases_gelu_tanh"), (2, 2, "rank", "zero3", "ranks_by_layer"),
+     (2, 1, "latent", "zero1", "output_biases"), (2, 1, "latent", "zero2", "first_layer_dense")],
+)  # fmt: skip
+def test_biases_and_norms_decay_by_option(world, processes, tp_size, layout, zero, name):
+    run = run_config(MODELS[name], tp_size, layout, zero)
+    run = replace(run, optim=replace(OPTIM, decay_biases=True, decay_norms=True))
+    _, _, weights = plain_pytorch(run.model, vector_decay=0.1)
+    results = world(processes).run(train_with_deepspeed, run)
+    for key, value in results[0][2].items():
+        torch.testing.assert_close(torch.from_numpy(value).double(), weights[key], rtol=1e-4, atol=2e-5)
 
 
 # The shipped file keeps parameters below 100,000 elements on every rank, and these models have no others:

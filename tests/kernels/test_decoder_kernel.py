@@ -19,6 +19,9 @@ from megatron_lpa.parallel.groups import ParallelGroups
 
 FUSED = {
     **{name: MODELS[name] for name in ("s1_lpa", "s1_prenorm", "s2_lpa", "s2_low_all", "gqa_wide_heads")},
+    "both_biases": replace(
+        SETTING_2, projections=lowdim(bias="both", q=8, k=8, v=8, o=8, up=16, gate=16, down=16)
+    ),
     "norm_of_dense_and_lowdim": replace(SETTING_2, projections=lowdim(q=8, v=8, o=8)),
 }
 

@@ -7,9 +7,12 @@ from dataclasses import replace
 from megatron_lpa.config import ModelConfig, ProjectionConfig, ProjectionsConfig
 
 
-def lowdim(**ranks: int) -> ProjectionsConfig:
+def lowdim(
+    bias: str = "default", by_layer: dict[str, int | str] | None = None, **ranks: int
+) -> ProjectionsConfig:
     """Low-dimensional modules of these ranks, the other projections dense."""
-    return ProjectionsConfig(**{name: ProjectionConfig("lowdim", rank) for name, rank in ranks.items()})
+    pairs = {name: ProjectionConfig("lowdim", rank, bias, by_layer) for name, rank in ranks.items()}
+    return ProjectionsConfig(**pairs)
 
 
 SETTING_1 = ModelConfig(
@@ -41,6 +44,20 @@ MODELS = {
     "tied_gelu_padded": replace(
         SETTING_1, vocab_size=61, pad_vocab_to_multiple_of=4, tie_embeddings=True, activation="gelu",
         lm_head_bias=False, projections=LPA,
+    ),
+    "output_biases": replace(SETTING_2, projections=lowdim(bias="output", q=8, k=4, v=8, o=8, up=16, down=12)),
+    "both_biases_gelu_tanh": replace(
+        SETTING_1, activation="gelu_tanh", projections=lowdim(bias="both", q=8, k=8, o=8, up=16, down=12),
+    ),
+    "latent_biases": replace(SETTING_2, projections=lowdim(bias="latent", q=8, v=8, o=8, down=12)),
+    "first_layer_dense": replace(
+        SETTING_1, projections=lowdim(by_layer={"0": "dense"}, q=8, k=8, v=8, o=8, up=8, down=8),
+    ),
+    "ranks_by_layer": replace(
+        SETTING_2, num_layers=4, projections=replace(
+            lowdim(by_layer={"0": 4, "2-3": 12}, q=8, k=8, o=8, gate=16),
+            v=ProjectionConfig(bias="output", by_layer={"1": 8}), up=ProjectionConfig(bias="output"),
+        ),
     ),
     "padded_with_bias": replace(SETTING_2, vocab_size=45, pad_vocab_to_multiple_of=32, projections=LPA),
 }  # fmt: skip

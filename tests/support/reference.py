@@ -70,6 +70,8 @@ def feed_forward(x: torch.Tensor, w: Weights, prefix: str, model: ModelConfig) -
         hidden = gate / (1 + torch.exp(-gate)) * up
     elif model.activation == "relu":
         hidden = up.clamp(min=0)
+    elif model.activation == "gelu_tanh":
+        hidden = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
     else:
         hidden = 0.5 * up * (1 + torch.erf(up / math.sqrt(2)))
     return project(hidden, w, f"{prefix}down.")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 
 import pytest
 
-from megatron_lpa.config.compare import differences
+from megatron_lpa.config import ModelConfig
+from megatron_lpa.config.compare import completed, differences
 
 
 def test_usual_values_are_told_as_they_are() -> None:
@@ -44,3 +47,19 @@ def test_of_long_values_the_part_is_shown_in_which_they_differ() -> None:
     folder = "/data/" + "x" * 300
     (line,) = differences({"a": f"{folder}/old/" + "y" * 300}, {"a": f"{folder}/new"})
     assert "x/old/y" in line and "x/new" in line and len(line) < 300
+
+
+def test_a_saved_model_of_an_earlier_version_is_today_s_with_its_defaults() -> None:
+    """Settings that came later do by default what was done before; what somebody set otherwise is a difference."""
+    own = dataclasses.asdict(ModelConfig(num_layers=3))
+    earlier = copy.deepcopy(own)
+    for projection in earlier["projections"].values():
+        del projection["bias"], projection["by_layer"]
+    defaults = dataclasses.asdict(ModelConfig())
+    assert differences(completed(earlier, defaults), own, "model") == []
+    own["projections"]["q"] |= {"bias": "output", "by_layer": {"0": "dense"}}
+    assert differences(completed(earlier, defaults), own, "model") == [
+        "model.projections.q.bias was default, is output", "model.projections.q.by_layer was None, is {'0': 'dense'}",
+    ]  # fmt: skip
+    del earlier["num_layers"]
+    assert "num_layers was 12, is 3" in differences(completed(earlier, defaults), own)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from megatron_lpa.config import fitted_to_world, load_config, preset_names, validate_config
+from megatron_lpa.config.compare import differences
 from megatron_lpa.model.accounting import count_parameters
 from megatron_lpa.model.memory import estimate_memory
 
@@ -45,7 +47,18 @@ COUNTS_MILLIONS = {
     "s2_medium/lpa_qkv": 330,
     "s2_medium/low_ffn": 318,
     "s2_medium/low_all": 314,
+    "s1_small/official": 125,
+    "s1_small/official_transformer": 135,
+    "s1_medium/official": 319,
+    "s1_medium/official_transformer": 369,
+    "s2_small/official": 115,
+    "s2_small/official_transformer": 134,
+    "s2_medium/official": 318,
+    "s2_medium/official_transformer": 368,
 }
+OFFICIAL_BF16 = "bf16"
+PRECISION_OF_OFFICIAL: set[str] = set()
+"""What changes in Setting 2, beside what is listed in the test."""
 COUNTS_BILLIONS = {"3b/transformer": 3.23, "3b/same_param": 2.49, "3b/lpa": 2.43}
 
 
@@ -146,6 +159,61 @@ def test_learning_rates_are_the_papers(family: str, transformer: float, lpa: flo
     assert load_config(["--preset", f"{family}/transformer"]).optim.lr == transformer
     assert load_config(["--preset", f"{family}/same_param"]).optim.lr == transformer
     assert load_config(["--preset", f"{family}/lpa"]).optim.lr == lpa
+
+
+# The public code's two scripts and the defaults of the trainer that they call; the paper's where it says something.
+@pytest.mark.parametrize("variant", ["official", "official_transformer"])
+@pytest.mark.parametrize(
+    ("family", "vocabulary", "precision", "warmup", "eval_interval", "lr"),
+    [
+        ("s1_small", 32_000, "fp32", 1000, 200, {"official": 8e-4, "official_transformer": 8e-4}),
+        ("s1_medium", 32_000, "fp32", 1000, 200, {"official": 8e-4, "official_transformer": 8e-4}),
+        ("s2_small", 32_001, OFFICIAL_BF16, 0, 300, {"official": 1e-3, "official_transformer": 1e-3}),
+        ("s2_medium", 32_001, OFFICIAL_BF16, 0, 300, {"official": 8e-4, "official_transformer": 1e-3}),
+    ],
+)
+def test_official_presets_do_what_the_public_code_does(
+    family: str,
+    variant: str,
+    vocabulary: int,
+    precision: str,
+    warmup: int,
+    eval_interval: int,
+    lr: dict[str, float],
+) -> None:
+    config = load_config(["--preset", f"{family}/{variant}"])
+    optim, train, model = config.optim, config.train, config.model
+    assert (optim.lr, optim.warmup_steps, optim.schedule, optim.min_lr_ratio) == (
+        lr[variant],
+        warmup,
+        "cosine",
+        0,
+    )
+    assert (optim.beta1, optim.beta2, optim.eps) == (0.9, 0.95, 1e-5)
+    assert (optim.weight_decay, optim.grad_clip) == (0.0, 1.0)
+    assert (train.seed, train.precision, train.predict_next_block) == (27, precision, False)
+    assert train.eval_interval == eval_interval and model.vocab_size == vocabulary
+    assert (model.init, model.tie_embeddings, model.lm_head_bias) == ("pytorch", False, True)
+    first = family.startswith("s1")
+    assert (model.norm, model.norm_position, model.final_norm) == (
+        ("layernorm", "post_sublayer", False) if first else ("rmsnorm", "pre", True)
+    )
+    assert (model.activation, model.position_embedding, model.linear_bias, model.dropout, model.norm_eps) == (
+        ("relu", "learned", True, 0.1, 1e-5) if first else ("swiglu", "rope", False, 0.0, 1e-6)
+    )
+
+
+@pytest.mark.parametrize("family", ["s1_small", "s1_medium", "s2_small", "s2_medium"])
+def test_official_presets_differ_from_the_others_in_what_the_page_says(family: str) -> None:
+    for variant, plain in (("official", "lpa"), ("official_transformer", "transformer")):
+        names = differences(*(asdict(load_config(["--preset", f"{family}/{v}"])) for v in (plain, variant)))
+        changed = {line.partition(" was ")[0] for line in names} - {"logging.name"}
+        common = {"train.predict_next_block"}
+        assert changed - common == (
+            {"train.precision", "train.eval_batches"}
+            if family.startswith("s1")
+            else {"model.vocab_size", "optim.warmup_steps", "train.eval_interval", *PRECISION_OF_OFFICIAL}
+        )
 
 
 def test_tiny_variants_are_comparable_and_small() -> None:

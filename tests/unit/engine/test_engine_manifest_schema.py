@@ -194,8 +194,8 @@ FILE = {"bytes": 10, "sha256": 64 * "0"}
         {"state": {"format": 1, "optimizer_step": 3, "skipped_steps": 0, "parameters": {"a": parameter}}}
         for parameter in (
             {"shape": [3, 12], "tp_dim": 0}, {"shape": [8], "tp_dim": 1}, {"shape": [1 << 30, 1 << 30], "tp_dim": None},
-            {"shape": [1, 2, 3], "tp_dim": None}, {"shape": [0], "tp_dim": None}, {"shape": [True, 4], "tp_dim": None},
-            {"shape": [8, 12], "tp_dim": 2},
+            {"shape": 17 * [1], "tp_dim": None}, {"shape": [0], "tp_dim": None}, {"shape": [True, 4], "tp_dim": None},
+            {"shape": [8, 12], "tp_dim": 2}, {"shape": [2, 3, 8], "tp_dim": 1}, {"shape": [], "tp_dim": 0},
         )
     ]
     + [

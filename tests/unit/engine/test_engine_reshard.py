@@ -17,7 +17,16 @@ from megatron_lpa.engine.tensor_file import write_tensors
 from megatron_lpa.files import sha256
 from megatron_lpa.parallel.sharding import ParameterSpec, split
 
-SHAPES = [((8, 12), (None, 0, 1)), ((24, 4), (None, 0, 1)), ((16,), (None, 0))]
+SHAPES = [
+    ((8, 12), (None, 0, 1)),
+    ((24, 4), (None, 0, 1)),
+    ((16,), (None, 0)),
+    ((4, 8, 12), (None, 0, 1, 2)),
+    ((3, 4, 2, 8), (None, 1, 3)),
+    ((4, 3, 4, 2), (None, 0, 2)),
+    ((2, 4, 1, 4, 4), (None, 1, 3, 4)),
+    ((), (None,)),
+]
 
 
 def saved_in(
