@@ -223,9 +223,11 @@ def llama_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
 
 @contextlib.contextmanager
 def annotated_deepspeed() -> Iterator[None]:
-    """Puts annotations around what ZeRO stage 3 does, for a profile: its kernels have no names of their own."""
+    """Puts annotations around what the engine does beside the model, for a profile: its kernels have no names."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    from megatron_lpa.engine.stepping import OneReplica
 
     with contextlib.ExitStack() as patches:
         for owner, method, label in (
@@ -234,6 +236,7 @@ def annotated_deepspeed() -> Iterator[None]:
             (DeepSpeedZeroOptimizer_Stage3, "reduce_ready_partitions_and_remove_grads", "gradient reduction"),
             (DeepSpeedZeroOptimizer_Stage3, "independent_gradient_partition_epilogue", "gradient reduction"),
             (DeepSpeedZeroOptimizer_Stage3, "step", "optimizer"),
+            (OneReplica, "update", "optimizer"),
         ):
             patches.enter_context(
                 unittest.mock.patch.object(

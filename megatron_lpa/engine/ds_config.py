@@ -171,6 +171,37 @@ def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
     return ds_config
 
 
+ONLY_DEEPSPEED = (
+    "zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zenflow",
+)  # fmt: skip
+"""Knobs of ZeRO that change what is computed, or where, with one replica too."""
+
+
+def needs_deepspeed(ds_config: dict[str, Any]) -> bool:
+    """Whether something is asked for that only DeepSpeed does, also where there is nothing to partition.
+
+    Args:
+        ds_config: what ``build_ds_config`` returned.
+    """
+    zero = ds_config["zero_optimization"]
+    diagnostics = ds_config.get("wall_clock_breakdown") or ds_config.get("memory_breakdown")
+    return bool(
+        any(offloads(ds_config, key) for key in ("offload_optimizer", "offload_param"))
+        or any(zero.get(key) for key in ONLY_DEEPSPEED)
+        or diagnostics
+        or ds_config.get("comms_logger", {}).get("enabled")
+    )
+
+
+def offloads(ds_config: dict[str, Any], key: str) -> bool:
+    """Whether ``offload_optimizer`` or ``offload_param`` leaves the device: ``{"device": "none"}`` does not."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    # DeepSpeed has older names for both, and knows the defaults.
+    asked = getattr(DeepSpeedZeroConfig(**ds_config["zero_optimization"]), key)
+    return asked is not None and asked.device != "none"
+
+
 def _check_by_deepspeed(zero: dict[str, Any], name: str) -> None:
     # Here, as the file is read before DeepSpeed's seconds of imports.
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

@@ -85,14 +85,17 @@ def unsharded_state(engine) -> State:
     """Masters and moments by way of DeepSpeed's own gathering functions, merged over tensor-parallel ranks."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    if engine.zero_stage in (1, 2):
+    if engine.partition_stage in (1, 2):
         # DeepSpeed links moments after the first of several parameter groups has stepped, and never again.
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     found: State = {}
     for name, parameter in engine.module.named_parameters():
         for kind in KINDS:
-            if engine.zero_stage == 0:
+            if engine.groups.dp_size == 1 and engine.partition_stage == 0:
+                master = engine.stepper.master_of(parameter)
+                own = master if kind == "master" else engine.optimizer.state[master][kind]
+            elif engine.partition_stage == 0:
                 own = parameter if kind == "master" else engine.optimizer.state[parameter][kind]
             elif kind == "master":
                 own = safe_get_full_fp32_param(parameter)
@@ -117,7 +120,7 @@ def train_and_save(run: RunConfig, folder: str) -> tuple[State, list[float]]:
     save_checkpoint(engine, Path(folder), Progress(2, 2 * BATCH, 99), ORDER)
     state = unsharded_state(engine)
     losses = [step(engine, number) for number in range(2, 4)]
-    engine.ds.destroy()
+    engine.destroy()
     return (state if engine.groups.rank == 0 else {}), losses
 
 
@@ -135,7 +138,7 @@ def resume_elsewhere(run: RunConfig, checkpoint: str) -> tuple[State, State, lis
     used = {(n, "used"): unsharded(engine, p) for n, p in engine.module.named_parameters()}
     losses = [step(engine, number) for number in range(2, 4)]
     steps = fragments.optimizer_step(fragments.held_fragments(engine))
-    engine.ds.destroy()
+    engine.destroy()
     if engine.groups.rank != 0:
         return {}, {}, losses, steps
     return (
@@ -283,7 +286,7 @@ def roll_back(run: RunConfig, folder: str) -> tuple[State, State, list[float], l
     again = [step(engine, number) for number in range(2, 4)]
     load_checkpoint(engine, fresh, ORDER)
     again.insert(0, step(engine, 0))
-    engine.ds.destroy()
+    engine.destroy()
     return before, after, losses, again
 
 

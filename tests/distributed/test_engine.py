@@ -88,7 +88,7 @@ def train_with_deepspeed(config: RunConfig) -> tuple[list[float], list[float], d
         full = unsharded(engine, parameter)
         if full is not None:
             weights[name] = full.float().numpy()
-    engine.ds.destroy()
+    engine.destroy()
     return losses, norms, weights
 
 
@@ -161,7 +161,7 @@ def small_updates(config: RunConfig) -> bool:
     for _ in range(20):
         engine.train_step([ids] * engine.micro_steps, [0] * engine.micro_steps, 4e-4)
     after = unsharded(engine, parameter)
-    engine.ds.destroy()
+    engine.destroy()
     return before is None or bool((before != after).any())
 
 
@@ -209,7 +209,7 @@ def shards_under_zero_init(config: RunConfig) -> tuple[int, dict]:
         largest = max(largest, parameter.ds_tensor.numel() * groups.dp_size / parameter.ds_numel)
         with gathered_for_reading(engine, parameter):
             shards[name] = parameter.detach().clone().numpy()
-    engine.ds.destroy()
+    engine.destroy()
     assert largest < 1.5, "a parameter is not partitioned over the data-parallel group"
     return groups.tp_rank, shards
 

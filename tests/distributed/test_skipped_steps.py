@@ -30,7 +30,7 @@ def with_a_bad_step(run: RunConfig, value: float) -> tuple:
     losses += [step(engine, 2), step(engine, 3)]
     weights = weights_of(engine)
     assert engine.skipped_steps == skipped
-    engine.ds.destroy()
+    engine.destroy()
     return skipped, before, after, losses, weights
 
 
@@ -40,7 +40,7 @@ def without_it(run: RunConfig) -> tuple:
     engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
     losses = [step(engine, number) for number in range(4)]
     weights = weights_of(engine)
-    engine.ds.destroy()
+    engine.destroy()
     return losses, weights
 
 
