@@ -20,6 +20,7 @@ from benchmarks.step_config import Contender
 from benchmarks.step_figures import spread
 from benchmarks.step_loops import Loop, build_loop
 from benchmarks.step_timing import device_here, release, timed_steps
+from megatron_lpa.config.precision import PRECISIONS
 from megatron_lpa.errors import UserError
 
 HELP = "what the engine costs in one process, at each ZeRO stage"
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: 1)")  # fmt: skip
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps measured of each (default: 20)")  # fmt: skip
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32")
     parser.add_argument("--layers", type=int, metavar="N", help="decoder layers instead of the preset's")
     parser.add_argument("--sequence", type=int, metavar="N", help="tokens per sequence instead of the preset's")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the run, as kernels.loss=chunked; can be given again")  # fmt: skip

@@ -21,6 +21,7 @@ from torch.nn import functional
 from benchmarks.step_config import Contender
 from megatron_lpa.config import ModelConfig, OptimConfig, RunConfig
 from megatron_lpa.errors import UserError
+from megatron_lpa.model.precision import autocast_dtype, weights_dtype
 from megatron_lpa.model.recompute import recompute_for
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
@@ -68,10 +69,6 @@ def build_loop(contender: Contender, device: torch.device) -> Loop:
     )
 
 
-def dtype_of(precision: str) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-
-
 def random_batches(config: RunConfig, device: torch.device) -> list[list[torch.Tensor]]:
     """``BATCHES`` steps' worth of micro-batches (B, S + 1) of random ids, on the device."""
     generator = torch.Generator().manual_seed(config.train.seed)
@@ -108,8 +105,15 @@ def random_decoder(config: RunConfig, device: torch.device, precision: str) -> D
     groups = ParallelGroups.single()
     with device:
         recompute = recompute_for(config.train.activation_checkpointing)
-        decoder = Decoder(config.model, groups, config.parallel.lowdim_layout, recompute, config.kernels)
-    decoder.to(device, dtype_of(precision))
+        decoder = Decoder(
+            config.model,
+            groups,
+            config.parallel.lowdim_layout,
+            recompute,
+            config.kernels,
+            autocast_dtype(precision),
+        )
+    decoder.to(device, weights_dtype(precision))
     random_values(decoder, config.model, groups, config.train.seed)
     return decoder
 
@@ -210,7 +214,7 @@ def llama_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
     )
     with device:
         llama = transformers.LlamaForCausalLM(shape)
-    llama.to(device, dtype_of(config.train.precision)).train()
+    llama.to(device, weights_dtype(config.train.precision)).train()
     compiled = torch.compile(llama, backend="aot_eager" if dry else "inductor")
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:

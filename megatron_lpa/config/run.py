@@ -113,7 +113,8 @@ class TrainConfig:
         global_batch_size: sequences per optimizer step over all processes.
         micro_batch_size: sequences per process and forward pass, or fewer where a step has fewer for each; gradient
             accumulation follows.
-        precision: ``fp32``, or ``bf16`` with fp32 master weights.
+        precision: ``fp32``; ``bf16`` with fp32 master weights; or ``bf16_mixed``, autocast to bf16 over fp32 weights: products
+            and attention in bf16, the residual stream, norms and gradients in fp32.
         activation_checkpointing: ``selective`` keeps results of matrix products and attention and recomputes the
             rest of every layer in the backward pass, ``full`` recomputes all of every layer.
         deepspeed_config: a name in ``ds_configs/`` (``zero3``) or the path of such a JSON file.
@@ -151,7 +152,7 @@ class TrainConfig:
     epochs: float | None = None
     global_batch_size: int = 160
     micro_batch_size: int = 8
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "bf16_mixed"] = "bf16"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     deepspeed_config: str = "zero3"
     seed: int = 27

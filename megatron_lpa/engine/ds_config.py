@@ -130,7 +130,7 @@ def read_zero_knobs(name: str, precision: str) -> dict[str, Any]:
         raise UserError(
             f"{path}: train.precision=bf16 needs ZeRO stage 1 or above: DeepSpeed's stage 0 accumulates gradients "
             "in bf16 and leaves tensor-parallel shards out of the gradient norm; set "
-            "train.deepspeed_config=zero1 (the same memory on one process) or train.precision=fp32"
+            "train.deepspeed_config=zero1 (the same memory on one process) or train.precision=fp32 or bf16_mixed"
         )
     return knobs
 
@@ -155,6 +155,8 @@ def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dp_size),
         "train_batch_size": train.global_batch_size,
         "gradient_clipping": config.optim.grad_clip,
+        # For bf16_mixed DeepSpeed trains an fp32 model; autocast is the decoder's (model/transformer.py). Its own, the
+        # section torch_autocast, is global to the process and sends gradients of some modules in bf16.
         "bf16": {"enabled": train.precision == "bf16"},
         "steps_per_print": 10**9,
         # Its throughput timer waits for the whole device twice per micro-batch, for a figure that nobody reads.

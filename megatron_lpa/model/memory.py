@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_lpa.config.kernels import KernelConfig, chunk_tokens, takes_chunks
 from megatron_lpa.config.model import INPUT_PROJECTIONS, ModelConfig
+from megatron_lpa.config.precision import PRECISIONS
 from megatron_lpa.config.run import ParallelConfig, TrainConfig
 from megatron_lpa.model.accounting import count_parameters, projection_parameters
 
@@ -34,11 +35,6 @@ class MemoryEstimate:
         )
 
 
-def element_bytes(train: TrainConfig) -> int:
-    """Bytes of one parameter, gradient or activation."""
-    return 2 if train.precision == "bf16" else 4
-
-
 def parameters_per_tensor_rank(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Parameters that one tensor-parallel rank holds before ZeRO shards them.
 
@@ -48,14 +44,37 @@ def parameters_per_tensor_rank(model: ModelConfig, parallel: ParallelConfig) -> 
     size = parallel.tensor_parallel_size
     counts = count_parameters(model)
     positions = model.sequence_length * model.hidden_size if model.position_embedding == "learned" else 0
-    whole = counts.norm + positions
+    whole = counts.norm + positions + _whole_in_projections(model, parallel)
+    assert (counts.total - whole) % size == 0, (counts, whole, size)
+    return whole + (counts.total - whole) // size
+
+
+def _whole_in_projections(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Of all layers: biases of o and down, and in layout ``latent`` their W_B."""
+    whole = 0
     for name in ("o", "down"):
         whole += model.num_layers * projection_parameters(model, name)[1]
         projection = getattr(model.projections, name)
         if projection.kind == "lowdim" and parallel.lowdim_layout == "latent":
             whole += model.num_layers * projection.rank * model.hidden_size
-    assert (counts.total - whole) % size == 0, (counts, whole, size)
-    return whole + (counts.total - whole) // size
+    return whole
+
+
+def bytes_cast_weights(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> tuple[int, int]:
+    """``(bytes of all layers, bytes of the head)``: copies of weights that autocast makes, for one micro-batch.
+
+    They are kept for the backward pass, whole at every ZeRO stage; where activations are recomputed, one layer's at a
+    time. Norms and embeddings are not cast.
+    """
+    precision = PRECISIONS[train.precision]
+    if not precision.mixed:
+        return 0, 0
+    size, counts = parallel.tensor_parallel_size, count_parameters(model)
+    whole = _whole_in_projections(model, parallel)
+    layers = whole + (counts.attention + counts.ffn - whole) // size
+    rows = model.padded_vocab_size // size
+    head = rows * (model.hidden_size + (1 if model.lm_head_bias else 0))
+    return layers * precision.product_bytes, head * precision.product_bytes
 
 
 def saved_bytes_per_token_layer(
@@ -64,9 +83,9 @@ def saved_bytes_per_token_layer(
     """``(bytes, bytes of its input)`` that one layer keeps per token for its backward pass, without checkpointing.
 
     With flash attention, fused norms and dropout (as on a GPU), the two-product path of low-dimensional
-    modules, and T the tensor-parallel size, each in the run's precision unless said otherwise:
+    modules, and T the tensor-parallel size, each in the precision of products unless said otherwise:
 
-    - each of the two sublayers: the norm's input D and the projections' input D (before the norm comes
+    - each of the two sublayers: the norm's input D, in the precision of weights, and the projections' input D (before the norm comes
       the residual stream, after it the projections, or the other way round with ``post_sublayer``); the
       norm's statistics, fp32, 2 with layernorm and 1 with rmsnorm; with dropout a mask of D bytes;
     - attention: q (rotated), k (rotated) and v, ``(H + 2K) E / T``; the output ``H E / T``, which is also
@@ -75,17 +94,18 @@ def saved_bytes_per_token_layer(
       gate, up and their product, ``3F/T``, and with ``kernels.elementwise=eager`` silu(gate) too;
     - each low-dimensional module: its latent, r in layout ``latent``, ``r/T`` in ``rank``.
     """
-    size, b = parallel.tensor_parallel_size, element_bytes(train)
+    size, precision = parallel.tensor_parallel_size, PRECISIONS[train.precision]
+    b, stream = precision.product_bytes, precision.weight_bytes
     d = model.hidden_size
     statistics = 4 * (2 if model.norm == "layernorm" else 1)
-    sublayers = 2 * (2 * d * b + statistics + (d if model.dropout > 0 else 0))
+    sublayers = 2 * (d * (stream + b) + statistics + (d if model.dropout > 0 else 0))
     q_width, kv_width = model.num_heads * model.head_width, model.kv_heads * model.head_width
     attention = (2 * q_width + 2 * kv_width) // size * b + 4 * model.num_heads // size
     gated = 4 if kernels.elementwise == "eager" else 3
     ffn = {"relu": 1, "gelu": 2, "swiglu": gated}[model.activation] * model.ffn_hidden_size // size * b
     ranks = [getattr(model.projections, name).rank or 0 for name in model.projection_widths()]
     latents = sum(ranks) * b // (size if parallel.lowdim_layout == "rank" else 1)
-    return sublayers + attention + ffn + latents, d * b
+    return sublayers + attention + ffn + latents, d * stream
 
 
 def kept_bytes_per_token_layer(
@@ -101,7 +121,7 @@ def kept_bytes_per_token_layer(
     saved, layer_input = saved_bytes_per_token_layer(model, parallel, train, kernels)
     if train.activation_checkpointing != "selective":
         return layer_input if train.activation_checkpointing == "full" else saved
-    size, b = parallel.tensor_parallel_size, element_bytes(train)
+    size, b = parallel.tensor_parallel_size, PRECISIONS[train.precision].product_bytes
     kept = model.num_heads * model.head_width // size * b + 4 * model.num_heads // size
     for name, (_, d_out) in model.projection_widths().items():
         projection = getattr(model.projections, name)
@@ -121,11 +141,12 @@ def bytes_loss(
 ) -> int:
     """Bytes at the loss of one micro-batch, beside the head's input.
 
-    ``whole``: the logits of ``V/T`` ids and their gradient in the run's precision, and the fp32 numbers of one
+    ``whole``: the logits of ``V/T`` ids and their gradient in the precision of products, and the fp32 numbers of one
     chunk of tokens. ``chunked``: logits, gradient and fp32 numbers of one chunk, the gradient of the head's
     input, and the fp32 sum of the head's gradient.
     """
-    tokens, b = train.micro_batch_size * model.sequence_length, element_bytes(train)
+    tokens = train.micro_batch_size * model.sequence_length
+    b = PRECISIONS[train.precision].product_bytes
     columns = model.padded_vocab_size // parallel.tensor_parallel_size
     chunk = min(tokens, chunk_tokens(columns, 4)) * columns
     if takes_chunks(kernels.loss, tokens, columns, b):
@@ -138,18 +159,20 @@ def bytes_activations(
 ) -> int:
     """Peak bytes kept for backward on one GPU, for one micro-batch.
 
-    What every layer keeps; the final norm's and the head's inputs, and what the loss needs. With checkpointing the
+    What every layer keeps; the final norm's and the head's inputs, what the loss needs, and copies of weights. With checkpointing the
     peak is at the loss or where one layer has been recomputed, whichever is larger; for ``selective`` that
     layer is counted whole although some of it was kept.
     """
     tokens = train.micro_batch_size * model.sequence_length
     saved, _ = saved_bytes_per_token_layer(model, parallel, train, kernels)
     kept = model.num_layers * kept_bytes_per_token_layer(model, parallel, train, kernels)
-    head = tokens * model.hidden_size * element_bytes(train) * (2 if model.final_norm else 1)
-    peak = head + bytes_loss(model, parallel, train, kernels)
-    if train.activation_checkpointing != "none":
-        peak = max(peak, tokens * saved)
-    return tokens * kept + peak
+    precision = PRECISIONS[train.precision]
+    head = precision.product_bytes + (precision.weight_bytes if model.final_norm else 0)
+    cast_in_layers, cast_in_head = bytes_cast_weights(model, parallel, train)
+    peak = tokens * model.hidden_size * head + bytes_loss(model, parallel, train, kernels) + cast_in_head
+    if train.activation_checkpointing == "none":
+        return tokens * kept + peak + cast_in_layers
+    return tokens * kept + max(peak, tokens * saved + cast_in_layers // model.num_layers)
 
 
 def estimate_memory(
@@ -164,8 +187,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Bytes per GPU of parameters, gradients, optimizer state and activations.
 
-    Parameters take 2 bytes in bf16, 4 in fp32; gradients 4, as they accumulate in fp32; AdamW's state 12 with bf16 (fp32 master
-    weights and two moments), 8 with fp32. ZeRO (arXiv 1910.02054) divides over data-parallel ranks the
+    Parameters take 2 bytes in bf16, 4 in fp32 and bf16_mixed; gradients 4, as they accumulate in fp32; AdamW's state 12 with
+    bf16 (fp32 master weights and two moments), 8 with the others. ZeRO (arXiv 1910.02054) divides over data-parallel ranks the
     optimizer state from stage 1 on, gradients from 2 on, parameters in 3.
 
     Args:
@@ -178,12 +201,12 @@ def estimate_memory(
         offload_optimizer: the optimizer state lives on the host.
     """
     assert 0 <= zero_stage <= 3 and data_parallel_size >= 1, (zero_stage, data_parallel_size)
-    count, b = parameters_per_tensor_rank(model, parallel), element_bytes(train)
+    count, b = parameters_per_tensor_rank(model, parallel), PRECISIONS[train.precision].weight_bytes
 
     def share(size: int, from_stage: int) -> int:
         return -(-size // data_parallel_size) if zero_stage >= from_stage else size
 
-    optimizer_state = share(count * (12 if train.precision == "bf16" else 8), 1)
+    optimizer_state = share(count * (8 if b == 4 else 12), 1)
     return MemoryEstimate(
         bytes_parameters=share(count * b, 3),
         bytes_gradients=share(count * 4, 2),

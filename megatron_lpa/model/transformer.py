@@ -127,9 +127,9 @@ class Decoder(nn.Module):
         """
         if self.autocast is None:
             return self._compute(tokens, labels)
-        # Here and not around the whole engine: DeepSpeed ends an autocast that is not its own, and its own also
-        # sends gradients in bf16.
-        with torch.autocast(tokens.device.type, self.autocast):
+        # Here and not around the engine's call: DeepSpeed ends an autocast that is not its own. Without the cache, which
+        # would keep bf16 copies of all weights to the end of the pass; each is used once.
+        with torch.autocast(tokens.device.type, self.autocast, cache_enabled=False):
             return self._compute(tokens, labels)
 
     def _compute(self, tokens: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
