@@ -44,37 +44,34 @@ def parameters_per_tensor_rank(model: ModelConfig, parallel: ParallelConfig) -> 
     size = parallel.tensor_parallel_size
     counts = count_parameters(model)
     positions = model.sequence_length * model.hidden_size if model.position_embedding == "learned" else 0
-    whole = counts.norm + positions + _whole_in_projections(model, parallel)
+    biases = sum(projection_parameters(model, name)[1] for name in ("o", "down"))
+    whole = counts.norm + positions + model.num_layers * (biases + _whole_matrices(model, parallel))
     assert (counts.total - whole) % size == 0, (counts, whole, size)
     return whole + (counts.total - whole) // size
 
 
-def _whole_in_projections(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Of all layers: biases of o and down, and in layout ``latent`` their W_B."""
-    whole = 0
-    for name in ("o", "down"):
-        whole += model.num_layers * projection_parameters(model, name)[1]
-        projection = getattr(model.projections, name)
-        if projection.kind == "lowdim" and parallel.lowdim_layout == "latent":
-            whole += model.num_layers * projection.rank * model.hidden_size
-    return whole
+def _whole_matrices(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Elements of one layer's matrices that are whole on every rank: W_B of o and down in layout ``latent``."""
+    if parallel.lowdim_layout != "latent":
+        return 0
+    projections = [getattr(model.projections, name) for name in ("o", "down")]
+    return sum(p.rank * model.hidden_size for p in projections if p.kind == "lowdim")
 
 
 def bytes_cast_weights(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> tuple[int, int]:
-    """``(bytes of all layers, bytes of the head)``: copies of weights that autocast makes, for one micro-batch.
+    """``(bytes of all layers, bytes of the head)``: autocast's copies of matrices, for one micro-batch.
 
     They are kept for the backward pass, whole at every ZeRO stage; where activations are recomputed, one layer's at a
-    time. Norms and embeddings are not cast.
+    time. Norms and embeddings are not cast, and of biases nothing is kept.
     """
     precision = PRECISIONS[train.precision]
     if not precision.mixed:
         return 0, 0
-    size, counts = parallel.tensor_parallel_size, count_parameters(model)
-    whole = _whole_in_projections(model, parallel)
-    layers = whole + (counts.attention + counts.ffn - whole) // size
-    rows = model.padded_vocab_size // size
-    head = rows * (model.hidden_size + (1 if model.lm_head_bias else 0))
-    return layers * precision.product_bytes, head * precision.product_bytes
+    size, b = parallel.tensor_parallel_size, precision.product_bytes
+    whole = _whole_matrices(model, parallel)
+    matrices = sum(projection_parameters(model, name)[0] for name in model.projection_widths())
+    layer = whole + (matrices - whole) // size
+    return model.num_layers * layer * b, model.padded_vocab_size // size * model.hidden_size * b
 
 
 def saved_bytes_per_token_layer(

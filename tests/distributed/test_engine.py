@@ -135,13 +135,24 @@ def test_fp32_training_equals_plain_pytorch(world, processes, tp_size, layout, z
 
 
 @pytest.mark.parametrize(
-    ("processes", "tp_size", "zero"),
-    [(1, 1, "zero3"), (2, 2, "zero1"), (2, 1, "zero2"), (4, 2, EVERY_PARAMETER)],
+    ("processes", "tp_size", "zero", "precision"),
+    [
+        (1, 1, "zero3", "bf16"),
+        (2, 2, "zero1", "bf16"),
+        (2, 1, "zero2", "bf16"),
+        (4, 2, EVERY_PARAMETER, "bf16"),
+        (1, 1, "zero0", "bf16_mixed"),
+        (2, 1, "zero0", "bf16_mixed"),
+        (2, 1, "zero1", "bf16_mixed"),
+        (4, 2, "zero2", "bf16_mixed"),
+        (4, 2, EVERY_PARAMETER, "bf16_mixed"),
+        (2, 1, "zero3_offload", "bf16_mixed"),
+    ],
 )
-def test_bf16_training_follows_plain_pytorch(world, processes, tp_size, zero):
+def test_bf16_training_follows_plain_pytorch(world, processes, tp_size, zero, precision):
     model = MODELS["s2_lpa"]
     losses, norms, _weights = plain_pytorch(model)
-    config = run_config(model, tp_size, "rank", zero, precision="bf16")
+    config = run_config(model, tp_size, "rank", zero, precision=precision)
     results = world(processes).run(train_with_deepspeed, config)
     for rank_losses, rank_norms, _ in results:
         assert rank_losses == pytest.approx(losses, rel=5e-3)  # bf16 keeps 8 bits

@@ -49,7 +49,10 @@ def without_it(run: RunConfig) -> tuple:
     ("processes", "tp_size", "zero", "precision"),
     [
         (1, 1, "zero0", "fp32"),
+        (1, 1, "zero3", "bf16"),
+        (1, 1, "zero2", "bf16_mixed"),
         (2, 2, "zero0", "fp32"),
+        (2, 1, "zero3", "bf16_mixed"),
         (2, 1, "zero1", "bf16"),
         (2, 1, "zero1", "fp32"),
         (2, 2, "zero2", "fp32"),
