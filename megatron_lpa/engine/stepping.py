@@ -121,20 +121,17 @@ class OneReplica:
         norm = gradient_norm(self.parameters, self.masters, self.groups)
         value = float(norm)  # waits, once a step, as DeepSpeed does
         if math.isfinite(value):
-            self._step(value)
+            clips = 0 < self.clip < value + 1e-6
+            # PyTorch's fused AdamW divides gradients by this on its way, where clipping by itself would read and write
+            # all of them once more.
+            scale = ((norm + 1e-6) / self.clip).float() if clips else None
+            self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+            self.optimizer.step()
+            self.follow_masters()
         else:
             self.skipped_steps += 1
         self.optimizer.zero_grad(set_to_none=True)
         return norm
-
-    def _step(self, norm: float) -> None:
-        # PyTorch's fused AdamW divides gradients by this on its way, where clipping by itself would read and write
-        # all of them once more.
-        too_large = (norm + 1e-6) / self.clip if self.clip > 0 else 0.0
-        scale = torch.tensor(too_large, device=self.masters[0].device) if too_large > 1 else None
-        self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.follow_masters()
 
     def follow_masters(self) -> None:
         """Round the masters into the parameters."""
