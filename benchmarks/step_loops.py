@@ -3,7 +3,7 @@
 Weights and activations in bf16; gradients summed, clipped and applied in fp32; AdamW's moments and the master
 weights in fp32. That is what the engine does (2 + 4 + 12 bytes per parameter), so a bare loop in plain bf16 would
 win by leaving work out, and one under autocast would lose by casting every weight on every use. ``bare`` and
-``llama`` differ in the model alone, ``bare`` and ``engine`` in DeepSpeed alone.
+``llama`` differ in the model alone, ``bare`` and ``engine`` in what steps alone.
 """
 
 from __future__ import annotations
