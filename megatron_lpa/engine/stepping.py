@@ -243,6 +243,8 @@ def gradient_norm(
 ) -> torch.Tensor:
     """Global norm of whole gradients, 0-d fp64 on the device: every shard once, replicated parameters once.
 
+    The same bits on all tensor-parallel ranks, and not finite on all where a gradient of any rank is not.
+
     Args:
         parameters: all of the model.
         holders: of the fp32 gradient of each.
@@ -260,7 +262,10 @@ def gradient_norm(
             return torch.zeros((), dtype=torch.float64, device=device)
         return (torch.stack(torch._foreach_norm(tensors)).double() ** 2).sum()
 
-    total = squared(grads[True])
-    if groups.tp_size > 1:
-        dist.all_reduce(total, group=groups.tp_group)
-    return (total + squared(grads[False])).sqrt()
+    replicated = squared(grads[False])
+    if groups.tp_size == 1:
+        return replicated.sqrt()
+    # Rank 0's count. Times zero, what is not finite is no number, and reaches the others all the same.
+    total = squared(grads[True]) + replicated * (1.0 if groups.tp_rank == 0 else 0.0)
+    dist.all_reduce(total, group=groups.tp_group)
+    return total.sqrt()

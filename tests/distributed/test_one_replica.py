@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from distributed.test_checkpoint import config, step, weights_of
 from support.world import groups_for
 
@@ -55,3 +57,30 @@ def test_every_stage_takes_the_same_steps_and_they_are_deepspeeds(
     ]
     assert name == "DeepSpeedStep"
     assert losses == pytest.approx(results["zero3"][0], rel=1e-6)
+
+
+def with_one_bad_replica(run: RunConfig, value: float) -> tuple[int, bool, float]:
+    """A step in which the last rank alone has a bad gradient, of a parameter that every rank holds whole."""
+    from megatron_lpa.engine.build import Engine
+
+    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
+    step(engine, 0)
+    before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    if engine.groups.rank == engine.groups.world_size - 1:
+        hook = engine.module.final_norm.weight.register_hook(lambda gradient: gradient * value)
+    step(engine, 1)
+    if engine.groups.rank == engine.groups.world_size - 1:
+        hook.remove()
+    unchanged = all(torch.equal(p, before[name]) for name, p in engine.module.named_parameters())
+    ids = torch.ones(2, run.model.sequence_length + 1, dtype=torch.int64)
+    norm = engine.train_step([ids] * engine.micro_steps, [0] * engine.micro_steps, 1e-3).grad_norm
+    skipped = engine.skipped_steps
+    engine.destroy()
+    return skipped, unchanged, float(norm)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_bad_on_one_tensor_parallel_rank_alone_stops_the_step_on_all(world, value):
+    results = world(2).run(with_one_bad_replica, config("s2_lpa", 2, "zero3"), value)
+    assert [result[:2] for result in results] == [(1, True)] * 2
+    assert results[0][2] == results[1][2]

@@ -131,7 +131,8 @@ def test_evaluate_step(benchmark: ModuleType, tmp_path: Path, capsys: pytest.Cap
 def test_profile(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, path = tmp_path / "result.json", tmp_path / "trace.json.gz"
     words = ["profile", "--dry-run", "--steps", "2", "--loops", "bare", "engine"]
-    words += ["--set", "train.deepspeed_config=zero3_offload"]  # without offload one process needs no DeepSpeed
+    # Without offload one process needs no DeepSpeed.
+    words += ["--set", "train.deepspeed_config=zero3_offload"]
     assert benchmark.main([*words, "--trace", str(path), "--output", str(output)]) == 0
     profiles = json.loads(output.read_text())["profiles"]
     assert list(profiles) == ["bare", "engine"]
