@@ -1,10 +1,10 @@
-"""Our training step at ZeRO stage 3 in one process against a bare PyTorch loop of the same model.
+"""Our training step in one process against a bare PyTorch loop of the same model.
 
     python benchmarks/loop_overhead.py [--preset tiny/lpa] [--steps 30] [--output FILE.json] [overrides]
 
 Both run in this process, in turns of a few steps, on the same batches and threads, so that a noisy machine
 disturbs both alike; medians over steps. The bare loop is model, loss, backward, clip, ``AdamW.step``: no
-engine, no metrics, no data pipeline. Ours is the whole loop's step: reading data, DeepSpeed, stop agreement.
+engine, no metrics, no data pipeline. Ours is the whole loop's step: reading data, engine, stop agreement.
 """
 
 from __future__ import annotations

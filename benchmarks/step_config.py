@@ -17,7 +17,7 @@ from megatron_lpa.config.schema import CONFIG_KEYS, ConfigKey, nearest
 from megatron_lpa.errors import UserError
 
 LOOPS = ("bare", "engine", "llama")
-"""``bare``: PyTorch alone. ``engine``: ours, with DeepSpeed. ``llama``: ``transformers``, compiled."""
+"""``bare``: PyTorch alone. ``engine``: what training runs. ``llama``: ``transformers``, compiled."""
 
 LLAMA_WIDTH_MULTIPLE = 128
 """Widths of its FFN are rounded to this, as matrix products on a GPU like it."""

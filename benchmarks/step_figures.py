@@ -77,7 +77,7 @@ def variant_of(preset: str) -> tuple[str, str]:
 
 
 def comparisons(records: Sequence[Record], models: Mapping[tuple[str, str], ModelConfig]) -> list[Record]:
-    """What the goals ask: time and memory saved against the dense model, and what DeepSpeed costs.
+    """What the goals ask: time and memory saved against the dense model, and what the engine costs.
 
     Args:
         records: of contenders, those that failed included.

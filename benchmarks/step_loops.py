@@ -3,7 +3,7 @@
 Weights and activations in bf16; gradients summed, clipped and applied in fp32; AdamW's moments and the master
 weights in fp32. That is what the engine does (2 + 4 + 12 bytes per parameter), so a bare loop in plain bf16 would
 win by leaving work out, and one under autocast would lose by casting every weight on every use. ``bare`` and
-``llama`` differ in the model alone, ``bare`` and ``engine`` in DeepSpeed alone.
+``llama`` differ in the model alone, ``bare`` and ``engine`` in what steps alone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn import functional
 from benchmarks.step_config import Contender
 from megatron_lpa.config import ModelConfig, OptimConfig, RunConfig
 from megatron_lpa.errors import UserError
+from megatron_lpa.model.precision import autocast_dtype, weights_dtype
 from megatron_lpa.model.recompute import recompute_for
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
@@ -68,10 +69,6 @@ def build_loop(contender: Contender, device: torch.device) -> Loop:
     )
 
 
-def dtype_of(precision: str) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-
-
 def random_batches(config: RunConfig, device: torch.device) -> list[list[torch.Tensor]]:
     """``BATCHES`` steps' worth of micro-batches (B, S + 1) of random ids, on the device."""
     generator = torch.Generator().manual_seed(config.train.seed)
@@ -108,8 +105,15 @@ def random_decoder(config: RunConfig, device: torch.device, precision: str) -> D
     groups = ParallelGroups.single()
     with device:
         recompute = recompute_for(config.train.activation_checkpointing)
-        decoder = Decoder(config.model, groups, config.parallel.lowdim_layout, recompute, config.kernels)
-    decoder.to(device, dtype_of(precision))
+        decoder = Decoder(
+            config.model,
+            groups,
+            config.parallel.lowdim_layout,
+            recompute,
+            config.kernels,
+            autocast_dtype(precision),
+        )
+    decoder.to(device, weights_dtype(precision))
     random_values(decoder, config.model, groups, config.train.seed)
     return decoder
 
@@ -210,7 +214,7 @@ def llama_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
     )
     with device:
         llama = transformers.LlamaForCausalLM(shape)
-    llama.to(device, dtype_of(config.train.precision)).train()
+    llama.to(device, weights_dtype(config.train.precision)).train()
     compiled = torch.compile(llama, backend="aot_eager" if dry else "inductor")
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
@@ -223,9 +227,11 @@ def llama_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
 
 @contextlib.contextmanager
 def annotated_deepspeed() -> Iterator[None]:
-    """Puts annotations around what ZeRO stage 3 does, for a profile: its kernels have no names of their own."""
+    """Puts annotations around what the engine does beside the model, for a profile: its kernels have no names."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    from megatron_lpa.engine.stepping import OneReplica
 
     with contextlib.ExitStack() as patches:
         for owner, method, label in (
@@ -234,6 +240,7 @@ def annotated_deepspeed() -> Iterator[None]:
             (DeepSpeedZeroOptimizer_Stage3, "reduce_ready_partitions_and_remove_grads", "gradient reduction"),
             (DeepSpeedZeroOptimizer_Stage3, "independent_gradient_partition_epilogue", "gradient reduction"),
             (DeepSpeedZeroOptimizer_Stage3, "step", "optimizer"),
+            (OneReplica, "update", "optimizer"),
         ):
             patches.enter_context(
                 unittest.mock.patch.object(

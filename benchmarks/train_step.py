@@ -1,7 +1,7 @@
 """The whole training step on one device: Transformer, same-param Transformer and LPA, in three loops.
 
 * bare: our decoder and PyTorch's fused AdamW, no DeepSpeed;
-* engine: what training runs, with ZeRO stage 3;
+* engine: what training runs; on one device it goes without DeepSpeed, unless it offloads;
 * llama: the dense model in Llama's form as transformers runs it, with torch.compile and the same AdamW.
 
 All keep fp32 master weights and sum gradients in fp32 (benchmarks/step_loops.py says why). Ids are random, and so are

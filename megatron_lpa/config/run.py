@@ -117,7 +117,8 @@ class TrainConfig:
         global_batch_size: sequences per optimizer step over all processes.
         micro_batch_size: sequences per process and forward pass, or fewer where a step has fewer for each; gradient
             accumulation follows.
-        precision: ``fp32``, or ``bf16`` with fp32 master weights.
+        precision: ``fp32``; ``bf16`` with fp32 master weights; or ``bf16_mixed``, autocast to bf16 over fp32 weights: products
+            and attention in bf16, the residual stream, norms and gradients in fp32.
         predict_next_block: whether the last token of each sequence predicts the first one of the next, so that a
             sequence has as many labels as tokens. ``false`` leaves that label out of training and validation, as the
             paper's public code does, which shifts the labels inside each block.
@@ -158,7 +159,7 @@ class TrainConfig:
     epochs: float | None = None
     global_batch_size: int = 160
     micro_batch_size: int = 8
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "bf16_mixed"] = "bf16"
     predict_next_block: bool = True
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     deepspeed_config: str = "zero3"

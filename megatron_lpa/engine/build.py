@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +13,12 @@ from torch import nn
 
 from megatron_lpa.config import OptimConfig, RunConfig
 from megatron_lpa.engine.cpu_adam import not_built
-from megatron_lpa.engine.ds_config import build_ds_config
+from megatron_lpa.engine.ds_config import build_ds_config, needs_deepspeed, offloads
 from megatron_lpa.engine.launch import device_of_rank  # imported first: sets the accelerator
 from megatron_lpa.engine.mpu import ModelParallelUnit
+from megatron_lpa.engine.stepping import DeepSpeedStep, OneReplica, Stepper
 from megatron_lpa.model.init import initialize
+from megatron_lpa.model.precision import autocast_dtype, weights_dtype
 from megatron_lpa.model.recompute import recompute_for
 from megatron_lpa.model.transformer import Decoder, DecoderLayer
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -46,6 +47,10 @@ class Engine:
     Args:
         config: a validated run.
         groups: process groups of an initialised world.
+
+    Attributes:
+        zero_stage: ZeRO's stage, as the run asks for it.
+        partition_stage: the stage that divides state here: 0 with one replica, which has nobody to share with.
     """
 
     def __init__(self, config: RunConfig, groups: ParallelGroups) -> None:
@@ -54,22 +59,36 @@ class Engine:
         self.device = device_of_rank()
         self.ds_config = build_ds_config(config, groups.dp_size)
         self.zero_stage: int = self.ds_config["zero_optimization"]["stage"]
-        self._own_skipped_steps = 0
+        one_replica = groups.dp_size == 1 and not needs_deepspeed(self.ds_config)
+        self.partition_stage = 0 if one_replica else self.zero_stage
         self.module = self._build_module()
-        optimizer = self._build_optimizer(config.optim)
-        with redirect_stdout(io.StringIO()):  # DeepSpeed prints memory statistics whatever its log level
-            self.ds, self.optimizer, _, _ = deepspeed.initialize(
-                model=self.module,
-                optimizer=optimizer,
-                config=self.ds_config,
-                mpu=ModelParallelUnit(groups),
-                dist_init_required=False,
-            )
+        self.stepper: Stepper = self._build_replica() if one_replica else self._build_deepspeed()
+        self.optimizer: Any = self.stepper.optimizer
+
+    def _build_replica(self) -> OneReplica:
+        config = self.config
+        return OneReplica(
+            self.module,
+            weights_dtype(config.train.precision),
+            lambda stepped_on: self._build_optimizer(config.optim, stepped_on),
+            self.groups,
+            self.micro_steps,
+            config.optim.grad_clip,
+        )
+
+    def _build_deepspeed(self) -> DeepSpeedStep:
+        optim = self.config.optim
+        return DeepSpeedStep(
+            self.module,
+            self.ds_config,
+            lambda stepped_on: self._build_optimizer(optim, stepped_on),
+            self.groups,
+        )
 
     def _build_module(self) -> Decoder:
         config, groups = self.config, self.groups
         recompute = recompute_for(config.train.activation_checkpointing)
-        partitioned = self.zero_stage == 3
+        partitioned = self.partition_stage == 3
         # Both groups matter: with mpu alone, zero.Init would partition over the whole world and
         # overwrite the shards of the other tensor-parallel ranks with those of rank 0. The precision
         # must come from the config: where fp16 is unsupported (CPUs), zero.Init turns dtype=float32
@@ -84,7 +103,14 @@ class Engine:
             else self.device
         )
         with construction:
-            module = Decoder(config.model, groups, config.parallel.lowdim_layout, recompute, config.kernels)
+            module = Decoder(
+                config.model,
+                groups,
+                config.parallel.lowdim_layout,
+                recompute,
+                config.kernels,
+                autocast_dtype(config.train.precision),
+            )
         if partitioned:
             # A layer's parameters are gathered together, by one set of hooks instead of one per module inside.
             deepspeed.utils.set_z3_leaf_modules(module, [DecoderLayer])
@@ -93,20 +119,20 @@ class Engine:
             initialize(module, config.model, groups, config.train.seed)
         return module
 
-    def _build_optimizer(self, optim: OptimConfig) -> torch.optim.Optimizer:
-        decayed: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
+    def _build_optimizer(
+        self, optim: OptimConfig, stepped_on: Callable[[nn.Parameter], torch.Tensor]
+    ) -> torch.optim.Optimizer:
+        decayed: list[torch.Tensor] = []
+        plain: list[torch.Tensor] = []
         for parameter in self.module.parameters():
-            (decayed if spec_of(parameter).decays_by(optim) else plain).append(parameter)
+            (decayed if spec_of(parameter).decays_by(optim) else plain).append(stepped_on(parameter))
         param_groups: list[dict[str, Any]] = [
             {"params": decayed, "weight_decay": optim.weight_decay},
             {"params": plain, "weight_decay": 0.0},
         ]
         param_groups = [group for group in param_groups if group["params"]]  # DeepSpeed takes no empty one
         arguments: dict[str, Any] = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
-        offloaded = "offload_optimizer" in self.ds_config["zero_optimization"]
-        on_gpu = self.device.type == "cuda"
-        if offloaded and on_gpu:
+        if self.device.type == "cuda" and offloads(self.ds_config, "offload_optimizer"):
             try:
                 return deepspeed.ops.adam.DeepSpeedCPUAdam(param_groups, adamw_mode=True, **arguments)
             except Exception as error:  # it is compiled here, and compilers fail in many ways
@@ -116,16 +142,16 @@ class Engine:
     @property
     def skipped_steps(self) -> int:
         """Steps that changed nothing because the global norm of the gradient was not finite; equal on all ranks."""
-        return int(self.ds.skipped_steps) + self._own_skipped_steps
+        return self.stepper.skipped_steps
 
     @skipped_steps.setter
     def skipped_steps(self, count: int) -> None:
-        self.ds.skipped_steps, self._own_skipped_steps = count, 0
+        self.stepper.skipped_steps = count
 
     @property
     def micro_steps(self) -> int:
         """Micro-batches per optimizer step on each rank."""
-        return int(self.ds.gradient_accumulation_steps())
+        return int(self.ds_config["gradient_accumulation_steps"])
 
     def train_step(
         self, micro_batches: Sequence[torch.Tensor], first_samples: Sequence[int], lr: float
@@ -140,30 +166,21 @@ class Engine:
         assert len(micro_batches) == self.micro_steps, (len(micro_batches), self.micro_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.ds.train()
+        self._set_training(True)
         losses = []
-        grad_norm: float | torch.Tensor | None = None
         for index, (batch, first_sample) in enumerate(zip(micro_batches, first_samples, strict=True)):
             if self.config.model.dropout > 0:
                 seed_dropout(self.config.train.seed, first_sample)
             ids = self.to_device(batch)
-            loss = self._counted(self.ds(ids[:, :-1], ids[:, 1:])).mean()
-            self.ds.backward(loss)
+            loss = self._counted(self.stepper(ids[:, :-1], ids[:, 1:])).mean()
+            self.stepper.backward(loss, last=index == self.micro_steps - 1)
             losses.append(loss.detach())
-            if index == self.micro_steps - 1 and self._plain_optimizer:
-                grad_norm = self._gradient_norm()
-                finite = bool(
-                    grad_norm.isfinite()
-                )  # waits, once a step, as DeepSpeed does at the other stages
-                self._own_skipped_steps += not finite
-                # What DeepSpeed's optimizers do by themselves: nothing changes. PyTorch's AdamW calls this flag
-                # by the name it has for gradient scaling.
-                self.optimizer.found_inf = None if finite else torch.ones((), device=self.device)
-            self.ds.step()
-        if grad_norm is None:
-            grad_norm = self.ds.get_global_grad_norm()
-        assert grad_norm is not None
+        grad_norm = self.stepper.update()
         return StepResult(torch.stack(losses).mean(), grad_norm)
+
+    def _set_training(self, training: bool) -> None:
+        if self.module.training != training:  # it goes through all modules
+            self.module.train(training)
 
     def to_device(self, batch: torch.Tensor) -> torch.Tensor:
         """A CPU tensor on the device, without waiting for it: copies from unpinned memory would."""
@@ -173,10 +190,10 @@ class Engine:
 
     def losses(self, batch: torch.Tensor) -> torch.Tensor:
         """Per-token losses (B, S) of ids (B, S + 1), without gradients or dropout; (B, S - 1) if the last does not count."""
-        self.ds.eval()
+        self._set_training(False)
         with torch.no_grad():
             ids = self.to_device(batch)
-            return self._counted(self.ds(ids[:, :-1], ids[:, 1:]))
+            return self._counted(self.stepper(ids[:, :-1], ids[:, 1:]))
 
     def _counted(self, losses: torch.Tensor) -> torch.Tensor:
         """Those of (B, S) losses that ``train.predict_next_block`` says."""
@@ -194,23 +211,9 @@ class Engine:
         dist.all_reduce(total, group=self.groups.dp_group)
         return total
 
-    @property
-    def _plain_optimizer(self) -> bool:
-        """DeepSpeed wraps the optimizer, and reports a norm, in every case but fp32 at stage 0."""
-        return self.zero_stage == 0 and self.config.train.precision == "fp32"
-
-    def _gradient_norm(self) -> torch.Tensor:
-        """Global norm of whole gradients, 0-d fp64 on the device: every shard once, replicated parameters once."""
-        squares: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-        for parameter in self.module.parameters():
-            assert parameter.grad is not None
-            split = self.groups.tp_size > 1 and spec_of(parameter).tp_dim is not None
-            squares[split].append(parameter.grad.float().norm().double() ** 2)
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        total = sum(squares[True], zero)
-        if self.groups.tp_size > 1:
-            dist.all_reduce(total, group=self.groups.tp_group)
-        return (total + sum(squares[False], zero)).sqrt()
+    def destroy(self) -> None:
+        """Let go of hooks and memory; the engine is of no use afterwards."""
+        self.stepper.destroy()
 
 
 def _gathered_for_writing(parameter: nn.Parameter) -> Any:
@@ -219,6 +222,6 @@ def _gathered_for_writing(parameter: nn.Parameter) -> Any:
 
 def gathered_for_reading(engine: Engine, parameter: nn.Parameter) -> Any:
     """Context in which ``parameter`` holds this rank's whole tensor-parallel shard."""
-    if engine.zero_stage != 3:
+    if engine.partition_stage != 3:
         return nullcontext()
     return deepspeed.zero.GatheredParameters([parameter])

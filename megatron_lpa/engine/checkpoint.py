@@ -32,6 +32,7 @@ import safetensors
 import torch
 
 import megatron_lpa
+from megatron_lpa.config.precision import PRECISIONS
 from megatron_lpa.engine import fragments as where
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.decisions import AT_START, Decisions
@@ -291,7 +292,7 @@ def _own_tensors(
 
 def _checkpoint_bytes(engine: Engine, kinds: int) -> int:
     elements = sum(math.prod(spec_of(p).shape) for p in engine.module.parameters())
-    weight_bytes = 2 if engine.config.train.precision == "bf16" else 4
+    weight_bytes = PRECISIONS[engine.config.train.precision].weight_bytes
     return elements * (4 * kinds + weight_bytes)
 
 

@@ -28,6 +28,7 @@ import safetensors
 import torch
 
 import megatron_lpa
+from megatron_lpa.config.precision import PRECISIONS
 from megatron_lpa.engine.convert_source import Parameter, Source, SourceState
 from megatron_lpa.engine.manifest import MANIFEST, WrittenFile, sealed, verify_files
 from megatron_lpa.engine.new_folder import new_folder
@@ -36,8 +37,7 @@ from megatron_lpa.engine.store import write_durably
 from megatron_lpa.engine.tensor_file import LazyTensor, write_lazily
 from megatron_lpa.engine.weights_files import INDEX, SHARD_BYTES, index_text, weights_name
 from megatron_lpa.errors import UserError
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from megatron_lpa.model.precision import DTYPES
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def convert(
     step_name = f"step_{source.progress.step:08d}"
     if re.fullmatch(r"step_\d{8,}", output.name) and output.name != step_name:
         raise UserError(f"{output}: the checkpoint is of step {source.progress.step}; call it {step_name}")
-    dtype = DTYPES[weights_dtype or source.manifest["config"]["train"]["precision"]]
+    precision = source.manifest["config"]["train"]["precision"]
+    dtype = DTYPES[weights_dtype or PRECISIONS[precision].weights]
     needed = sum(p.elements for p in parameters) * (4 * len(source.kinds) + dtype.itemsize)
     state = SourceState(source)
     with new_folder(output, needed) as partial:

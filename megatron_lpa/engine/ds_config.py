@@ -130,7 +130,7 @@ def read_zero_knobs(name: str, precision: str) -> dict[str, Any]:
         raise UserError(
             f"{path}: train.precision=bf16 needs ZeRO stage 1 or above: DeepSpeed's stage 0 accumulates gradients "
             "in bf16 and leaves tensor-parallel shards out of the gradient norm; set "
-            "train.deepspeed_config=zero1 (the same memory on one process) or train.precision=fp32"
+            "train.deepspeed_config=zero1 (the same memory on one process) or train.precision=fp32 or bf16_mixed"
         )
     return knobs
 
@@ -155,6 +155,8 @@ def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dp_size),
         "train_batch_size": train.global_batch_size,
         "gradient_clipping": config.optim.grad_clip,
+        # For bf16_mixed DeepSpeed trains an fp32 model; autocast is the decoder's (model/transformer.py). Its own, the
+        # section torch_autocast, is global to the process and sends gradients of some modules in bf16.
         "bf16": {"enabled": train.precision == "bf16"},
         "steps_per_print": 10**9,
         # Its throughput timer waits for the whole device twice per micro-batch, for a figure that nobody reads.
@@ -169,6 +171,37 @@ def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         # Unsharded weights are written by our own checkpoint code, as safetensors.
         zero["stage3_gather_16bit_weights_on_model_save"] = False
     return ds_config
+
+
+ONLY_DEEPSPEED = (
+    "zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zenflow",
+)  # fmt: skip
+"""Knobs of ZeRO that change what is computed, or where, with one replica too."""
+
+
+def needs_deepspeed(ds_config: dict[str, Any]) -> bool:
+    """Whether something is asked for that only DeepSpeed does, also where there is nothing to partition.
+
+    Args:
+        ds_config: what ``build_ds_config`` returned.
+    """
+    zero = ds_config["zero_optimization"]
+    diagnostics = ds_config.get("wall_clock_breakdown") or ds_config.get("memory_breakdown")
+    return bool(
+        any(offloads(ds_config, key) for key in ("offload_optimizer", "offload_param"))
+        or any(zero.get(key) for key in ONLY_DEEPSPEED)
+        or diagnostics
+        or ds_config.get("comms_logger", {}).get("enabled")
+    )
+
+
+def offloads(ds_config: dict[str, Any], key: str) -> bool:
+    """Whether ``offload_optimizer`` or ``offload_param`` leaves the device: ``{"device": "none"}`` does not."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    # DeepSpeed has older names for both, and knows the defaults.
+    asked = getattr(DeepSpeedZeroConfig(**ds_config["zero_optimization"]), key)
+    return asked is not None and asked.device != "none"
 
 
 def _check_by_deepspeed(zero: dict[str, Any], name: str) -> None:

@@ -1,11 +1,11 @@
-"""The fp32 masters and AdamW's moments, where DeepSpeed keeps them, for every ZeRO stage.
+"""The fp32 masters and AdamW's moments, where they are kept, for every ZeRO stage.
 
 The only module that knows DeepSpeed's internals. A *shard* is a parameter's part on one tensor-parallel
 rank, flattened. A *fragment* is the range of it whose state this process holds:
 
 | stage | this process holds | where |
 |---|---|---|
-| 0 | the whole shard | the parameter itself |
+| 0 | the whole shard | the parameter itself; with one replica its fp32 master |
 | 1, 2 | what falls into its partition of the flat parameter group | ``param_groups`` of the optimizer inside |
 | 3 | its partition of the shard, less the padding at the end | ``fp32_partitioned_groups_flat`` |
 """
@@ -21,6 +21,7 @@ from torch import nn
 
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.reshard import MASTER, MOMENTS
+from megatron_lpa.engine.stepping import OneReplica
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import ParameterSpec, spec_of
@@ -75,14 +76,14 @@ def _held_fragments(engine: Engine) -> Iterator[Fragment]:
         place = _place(engine, parameter)
         if place is None or place.length == 0:
             continue
-        copy, copies = _copy_number(spec, engine.zero_stage, groups)
+        copy, copies = _copy_number(spec, engine.partition_stage, groups)
         yield Fragment(
             name, spec, place.start, place.length, copy, copies, place.flat, place.offset, place.optimizer
         )
 
 
-def _copy_number(spec: ParameterSpec, zero_stage: int, groups: ParallelGroups) -> tuple[int, int]:
-    copy, copies = (groups.dp_rank, groups.dp_size) if zero_stage == 0 else (0, 1)
+def _copy_number(spec: ParameterSpec, partition_stage: int, groups: ParallelGroups) -> tuple[int, int]:
+    copy, copies = (groups.dp_rank, groups.dp_size) if partition_stage == 0 else (0, 1)
     if spec.tp_dim is None:
         copy, copies = copy * groups.tp_size + groups.tp_rank, copies * groups.tp_size
     return copy, copies
@@ -98,11 +99,13 @@ class _Place:
 
 
 def _place(engine: Engine, parameter: nn.Parameter) -> _Place | None:
-    if engine.zero_stage == 0:
-        return _Place(0, parameter.numel(), parameter, 0, engine.optimizer)
+    if engine.partition_stage == 0:
+        stepper = engine.stepper
+        master = stepper.master_of(parameter) if isinstance(stepper, OneReplica) else parameter
+        return _Place(0, parameter.numel(), master, 0, engine.optimizer)
     zero: Any = engine.optimizer
     known: Any = parameter
-    if engine.zero_stage == 3:
+    if engine.partition_stage == 3:
         group, offset, partition = zero.grad_position[zero.get_param_id(known)]
         start = partition * zero._get_param_partition_rank(known)
         length = max(0, min(partition, known.ds_numel - start))
@@ -154,7 +157,7 @@ def set_optimizer_step(engine: Engine, fragments: Sequence[Fragment], step: int)
         # A tensor beside the parameter for PyTorch's fused AdamW, a number for DeepSpeed's on the CPU.
         fused = isinstance(optimizer, torch.optim.AdamW)
         state["step"] = torch.tensor(float(step), device=flat.device) if fused else step
-    if engine.zero_stage in (1, 2):  # the views of the moments behind deepspeed.utils.safe_get_*
+    if engine.partition_stage in (1, 2):  # the views of the moments behind deepspeed.utils.safe_get_*
         engine.optimizer._hp_optimizer_states_linked = False
         if step:
             engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -162,16 +165,18 @@ def set_optimizer_step(engine: Engine, fragments: Sequence[Fragment], step: int)
 
 def before_restoring(engine: Engine) -> None:
     """ZeRO-3 keeps small parameters whole: let go of those copies. No collective."""
-    if engine.zero_stage == 3:
+    if engine.partition_stage == 3:
         engine.optimizer.checkpoint_event_prologue()
 
 
 def after_restoring(engine: Engine) -> None:
     """Make what computes (bf16 copies, gathered parameters) follow from the masters; every rank calls it."""
     zero: Any = engine.optimizer
-    if engine.zero_stage in (1, 2):
+    if isinstance(engine.stepper, OneReplica):
+        engine.stepper.follow_masters()
+    elif engine.partition_stage in (1, 2):
         zero.update_lp_params()
-    elif engine.zero_stage == 3:
+    elif engine.partition_stage == 3:
         for group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(group)
         zero.checkpoint_event_epilogue()

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_lpa.config import ModelConfig
+from megatron_lpa.config.precision import PRECISIONS
 from megatron_lpa.engine.decisions import decisions_from_json
 from megatron_lpa.engine.unrecorded import unrecorded_from_json
 
@@ -247,7 +248,7 @@ _MANIFEST = _section(
                 "data_parallel_size": _whole(1, MOST_PROCESSES),
                 "lowdim_layout": _one_of("rank", "latent"),
                 "zero_stage": _whole(0, 3),
-                "precision": _one_of("bf16", "fp32"),
+                "precision": _one_of(*PRECISIONS),
                 "micro_batch_size": _whole(1, MOST_COUNT),
             },
         ),
@@ -260,7 +261,7 @@ _MANIFEST = _section(
             },
         ),
         "model": _typed(ModelConfig),
-        "config": _section({"train": _section({"precision": _one_of("bf16", "fp32")})}),
+        "config": _section({"train": _section({"precision": _one_of(*PRECISIONS)})}),
         "state": _section(
             {
                 "optimizer_step": _PROGRESS,

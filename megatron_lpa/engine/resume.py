@@ -134,8 +134,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Res
     _undamaged(lambda: _restore(engine, checkpoint, manifest), groups)
     where.after_restoring(engine)
     progress: Progress = manifest["progress"]
-    engine.ds.global_steps = progress.step
-    engine.ds.global_samples = progress.consumed_samples
+    engine.stepper.set_progress(progress.step, progress.consumed_samples)
     engine.skipped_steps = manifest["state"]["skipped_steps"]
     decisions = decisions_from_json(manifest["decisions"]) if "decisions" in manifest else None
     unrecorded = (

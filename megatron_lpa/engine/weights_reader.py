@@ -23,6 +23,7 @@ def load_decoder(
     dtype: torch.dtype = torch.float32,
     kernels: KernelConfig = KernelConfig(),  # noqa: B008 - frozen
     listed: Collection[str] | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Decoder:
     """A decoder in this process with the weights of a checkpoint's ``weights`` folder, in eval mode.
 
@@ -32,12 +33,14 @@ def load_decoder(
         dtype: of the decoder's parameters.
         kernels: which kernels it uses.
         listed: as in ``weights_in``.
+        autocast: as for ``Decoder``.
 
     Raises:
         UserError: missing or damaged files, or weights of another model.
         TryAgain: the disk does not give a file.
     """
-    decoder = Decoder(model, ParallelGroups.single(), kernels=kernels).to(dtype).eval()
+    decoder = Decoder(model, ParallelGroups.single(), kernels=kernels, autocast=autocast)
+    decoder.to(dtype).eval()
     expected = dict(named_parameters_once(decoder))
     seen: set[str] = set()
     files = TensorFiles()

@@ -20,11 +20,11 @@ from megatron_lpa.engine.manifest import (
 from megatron_lpa.engine.weights_reader import load_decoder
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.files import exists, is_dir
+from megatron_lpa.model.precision import autocast_dtype, weights_dtype
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
 
 CONFIG = "config.yaml"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,10 @@ def load_run(run: str | Path, step: int | None = None, tokenizer: str | None = N
     decoder = load_decoder(
         checkpoint / "weights",
         config.model,
-        _DTYPES[config.train.precision],
+        weights_dtype(config.train.precision),
         anywhere(config.kernels),
         listed={name.removeprefix("weights/") for name in names},
+        autocast=autocast_dtype(config.train.precision),
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return TrainedRun(config, decoder.to(device), loaded, manifest["progress"].step, folder, manifest)

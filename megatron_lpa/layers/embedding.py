@@ -9,7 +9,7 @@ from torch.nn import functional
 from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.config.kernels import takes_chunks
 from megatron_lpa.layers.loss import chunked_cross_entropy, vocab_parallel_cross_entropy
-from megatron_lpa.ops.linear import autocast_dtype
+from megatron_lpa.ops.linear import as_product_input
 from megatron_lpa.parallel.collectives import copy_to_tp, reduce_from_tp
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import ParameterSpec, new_parameter
@@ -89,10 +89,10 @@ class LanguageModelHead(nn.Module):
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """(B, S, D) -> logits (B, S, V/T) of this rank's ids; with labels (B, S), losses (B, S)."""
-        x = copy_to_tp(x, self.groups)
+        x = copy_to_tp(as_product_input(x), self.groups)
         backend = self.kernels.elementwise
         if labels is not None and takes_chunks(
-            self.kernels.loss, labels.numel(), self.weight.shape[0], autocast_dtype(x).itemsize
+            self.kernels.loss, labels.numel(), self.weight.shape[0], x.element_size()
         ):
             return chunked_cross_entropy(
                 x, self.weight, self.bias, labels, self.groups, self.vocab_size, backend

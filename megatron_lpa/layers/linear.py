@@ -15,7 +15,7 @@ from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.dense import DenseInput, DenseOutput
 from megatron_lpa.layers.lowdim import LowDimInput, LowDimOutput
 from megatron_lpa.layers.structure import InputStructure, OutputStructure
-from megatron_lpa.ops.linear import linears
+from megatron_lpa.ops.linear import as_product_input, linears
 from megatron_lpa.ops.lowdim import Norm, Rotary, lowdim_linears
 from megatron_lpa.parallel.collectives import copy_to_tp, gather_shards, reduce_scatter_shards
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -98,6 +98,8 @@ class InputProjections(nn.Module):
             rotary: rotary embedding of the first two outputs; only where ``foldable``.
         """
         assert (norm is None and rotary is None) or self.foldable
+        if norm is None:
+            x = as_product_input(x)
         x = copy_to_tp(x, self.groups)
         parameters = {name: self._parameters_of(name) for name in self.structures}
         results = self._before(x, parameters, norm, rotary)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from megatron_lpa.config.kernels import KernelConfig, chunk_tokens, takes_chunks
 from megatron_lpa.config.model import INPUT_PROJECTIONS, ModelConfig
+from megatron_lpa.config.precision import PRECISIONS
 from megatron_lpa.config.run import ParallelConfig, TrainConfig
-from megatron_lpa.model.accounting import count_parameters
+from megatron_lpa.model.accounting import count_parameters, projection_parameters
 
 DEFAULT = KernelConfig()
 
@@ -32,11 +33,6 @@ class MemoryEstimate:
         return (
             self.bytes_parameters + self.bytes_gradients + self.bytes_optimizer_state + self.bytes_activations
         )
-
-
-def element_bytes(train: TrainConfig) -> int:
-    """Bytes of one parameter, gradient or activation."""
-    return 2 if train.precision == "bf16" else 4
 
 
 def parameters_per_tensor_rank(model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -65,6 +61,31 @@ def _whole_on_every_rank(model: ModelConfig, parallel: ParallelConfig, name: str
     return whole
 
 
+def _cast_in_layer(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> int:
+    """Bytes of autocast's copies of one layer's matrices; ``model`` is that layer's."""
+    precision = PRECISIONS[train.precision]
+    if not precision.mixed:
+        return 0
+    whole = 0
+    if parallel.lowdim_layout == "latent":  # W_B of o and down
+        projections = [getattr(model.projections, name) for name in ("o", "down")]
+        whole = sum(p.rank * model.hidden_size for p in projections if p.kind == "lowdim")
+    matrices = sum(projection_parameters(model, name)[0] for name in model.projection_widths())
+    return (whole + (matrices - whole) // parallel.tensor_parallel_size) * precision.product_bytes
+
+
+def bytes_cast_weights(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> tuple[int, int]:
+    """``(bytes of all layers, bytes of the head)``: autocast's copies of matrices, for one micro-batch.
+
+    They are kept for the backward pass, whole at every ZeRO stage; where activations are recomputed, one layer's at a
+    time. Norms and embeddings are not cast, and of biases nothing is kept.
+    """
+    precision = PRECISIONS[train.precision]
+    layers = sum(count * _cast_in_layer(layer, parallel, train) for layer, count in model.layer_kinds())
+    columns = model.padded_vocab_size // parallel.tensor_parallel_size
+    return layers, columns * model.hidden_size * precision.product_bytes if precision.mixed else 0
+
+
 def saved_bytes_per_token_layer(
     model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, kernels: KernelConfig = DEFAULT
 ) -> tuple[int, int]:
@@ -73,9 +94,9 @@ def saved_bytes_per_token_layer(
     ``model`` is that layer's (``ModelConfig.at_layer``).
 
     With flash attention, fused norms and dropout (as on a GPU), the two-product path of low-dimensional
-    modules, and T the tensor-parallel size, each in the run's precision unless said otherwise:
+    modules, and T the tensor-parallel size, each in the precision of products unless said otherwise:
 
-    - each of the two sublayers: the norm's input D and the projections' input D (before the norm comes
+    - each of the two sublayers: the norm's input D, in the precision of weights, and the projections' input D (before the norm comes
       the residual stream, after it the projections, or the other way round with ``post_sublayer``); the
       norm's statistics, fp32, 2 with layernorm and 1 with rmsnorm; with dropout a mask of D bytes;
     - attention: q (rotated), k (rotated) and v, ``(H + 2K) E / T``; the output ``H E / T``, which is also
@@ -84,10 +105,11 @@ def saved_bytes_per_token_layer(
       gate, up and their product, ``3F/T``, and with ``kernels.elementwise=eager`` silu(gate) too;
     - each low-dimensional module: its latent, r in layout ``latent``, ``r/T`` in ``rank``.
     """
-    size, b = parallel.tensor_parallel_size, element_bytes(train)
+    size, precision = parallel.tensor_parallel_size, PRECISIONS[train.precision]
+    b, stream = precision.product_bytes, precision.weight_bytes
     d = model.hidden_size
     statistics = 4 * (2 if model.norm == "layernorm" else 1)
-    sublayers = 2 * (2 * d * b + statistics + (d if model.dropout > 0 else 0))
+    sublayers = 2 * (d * (stream + b) + statistics + (d if model.dropout > 0 else 0))
     q_width, kv_width = model.num_heads * model.head_width, model.kv_heads * model.head_width
     attention = (2 * q_width + 2 * kv_width) // size * b + 4 * model.num_heads // size
     gated = 4 if kernels.elementwise == "eager" else 3
@@ -98,7 +120,7 @@ def saved_bytes_per_token_layer(
         * b
     )
     latents = sum(_saved_latent(model, parallel, name) for name in model.projection_widths())
-    return sublayers + attention + ffn + latents * b, d * b
+    return sublayers + attention + ffn + latents * b, d * stream
 
 
 def _saved_latent(model: ModelConfig, parallel: ParallelConfig, name: str) -> int:
@@ -120,7 +142,7 @@ def kept_bytes_per_token_layer(
     saved, layer_input = saved_bytes_per_token_layer(model, parallel, train, kernels)
     if train.activation_checkpointing != "selective":
         return layer_input if train.activation_checkpointing == "full" else saved
-    size, b = parallel.tensor_parallel_size, element_bytes(train)
+    size, b = parallel.tensor_parallel_size, PRECISIONS[train.precision].product_bytes
     kept = model.num_heads * model.head_width // size * b + 4 * model.num_heads // size
     for name, (_, d_out) in model.projection_widths().items():
         projection = getattr(model.projections, name)
@@ -140,11 +162,12 @@ def bytes_loss(
 ) -> int:
     """Bytes at the loss of one micro-batch, beside the head's input.
 
-    ``whole``: the logits of ``V/T`` ids and their gradient in the run's precision, and the fp32 numbers of one
+    ``whole``: the logits of ``V/T`` ids and their gradient in the precision of products, and the fp32 numbers of one
     chunk of tokens. ``chunked``: logits, gradient and fp32 numbers of one chunk, the gradient of the head's
     input, and the fp32 sum of the head's gradient.
     """
-    tokens, b = train.micro_batch_size * model.sequence_length, element_bytes(train)
+    tokens = train.micro_batch_size * model.sequence_length
+    b = PRECISIONS[train.precision].product_bytes
     columns = model.padded_vocab_size // parallel.tensor_parallel_size
     chunk = min(tokens, chunk_tokens(columns, 4)) * columns
     if takes_chunks(kernels.loss, tokens, columns, b):
@@ -157,19 +180,25 @@ def bytes_activations(
 ) -> int:
     """Peak bytes kept for backward on one GPU, for one micro-batch.
 
-    What every layer keeps; the final norm's and the head's inputs, and what the loss needs. With checkpointing the
+    What every layer keeps; the final norm's and the head's inputs, what the loss needs, and copies of weights. With checkpointing the
     peak is at the loss or where one layer has been recomputed, whichever is larger; for ``selective`` that
     layer is counted whole although some of it was kept.
     """
     tokens = train.micro_batch_size * model.sequence_length
+    precision = PRECISIONS[train.precision]
     layers = model.layer_kinds()
     kept = sum(n * kept_bytes_per_token_layer(layer, parallel, train, kernels) for layer, n in layers)
-    head = tokens * model.hidden_size * element_bytes(train) * (2 if model.final_norm else 1)
-    peak = head + bytes_loss(model, parallel, train, kernels)
-    if train.activation_checkpointing != "none":
-        saved = max(saved_bytes_per_token_layer(layer, parallel, train, kernels)[0] for layer, _ in layers)
-        peak = max(peak, tokens * saved)
-    return tokens * kept + peak
+    head = precision.product_bytes + (precision.weight_bytes if model.final_norm else 0)
+    cast_in_layers, cast_in_head = bytes_cast_weights(model, parallel, train)
+    peak = tokens * model.hidden_size * head + bytes_loss(model, parallel, train, kernels) + cast_in_head
+    if train.activation_checkpointing == "none":
+        return tokens * kept + peak + cast_in_layers
+    recomputed = max(
+        tokens * saved_bytes_per_token_layer(layer, parallel, train, kernels)[0]
+        + _cast_in_layer(layer, parallel, train)
+        for layer, _ in layers
+    )
+    return tokens * kept + max(peak, recomputed)
 
 
 def estimate_memory(
@@ -184,8 +213,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Bytes per GPU of parameters, gradients, optimizer state and activations.
 
-    Parameters take 2 bytes in bf16, 4 in fp32; gradients 4, as they accumulate in fp32; AdamW's state 12 with bf16 (fp32 master
-    weights and two moments), 8 with fp32. ZeRO (arXiv 1910.02054) divides over data-parallel ranks the
+    Parameters take 2 bytes in bf16, 4 in fp32 and bf16_mixed; gradients 4, as they accumulate in fp32; AdamW's state 12 with
+    bf16 (fp32 master weights and two moments), 8 with the others. ZeRO (arXiv 1910.02054) divides over data-parallel ranks the
     optimizer state from stage 1 on, gradients from 2 on, parameters in 3.
 
     Args:
@@ -198,12 +227,12 @@ def estimate_memory(
         offload_optimizer: the optimizer state lives on the host.
     """
     assert 0 <= zero_stage <= 3 and data_parallel_size >= 1, (zero_stage, data_parallel_size)
-    count, b = parameters_per_tensor_rank(model, parallel), element_bytes(train)
+    count, b = parameters_per_tensor_rank(model, parallel), PRECISIONS[train.precision].weight_bytes
 
     def share(size: int, from_stage: int) -> int:
         return -(-size // data_parallel_size) if zero_stage >= from_stage else size
 
-    optimizer_state = share(count * (12 if train.precision == "bf16" else 8), 1)
+    optimizer_state = share(count * (8 if b == 4 else 12), 1)
     return MemoryEstimate(
         bytes_parameters=share(count * b, 3),
         bytes_gradients=share(count * 4, 2),

@@ -86,6 +86,7 @@ class Decoder(nn.Module):
         layout: tensor-parallel layout of low-dimensional modules.
         recompute: activation checkpointing of each layer; None keeps all activations.
         kernels: what computes the operations.
+        autocast: what ``torch.autocast`` makes of the products' inputs; None computes in the parameters' dtype.
 
     Parameters are uninitialised until ``megatron_lpa.model.init.initialize`` has run.
     """
@@ -97,10 +98,12 @@ class Decoder(nn.Module):
         layout: str = "latent",
         recompute: Recompute | None = None,
         kernels: KernelConfig = KernelConfig(),  # noqa: B008 - frozen
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = model
         self.groups = groups
+        self.autocast = autocast
         self.token_embedding = TokenEmbedding(model, groups)
         learned = model.position_embedding == "learned"
         self.position_embedding = PositionEmbedding(model) if learned else None
@@ -123,6 +126,14 @@ class Decoder(nn.Module):
         Returns:
             With labels, losses (B, S) in fp32; without, this rank's logits (B, S, V/T).
         """
+        if self.autocast is None:
+            return self._compute(tokens, labels)
+        # Here and not around the engine's call: DeepSpeed ends an autocast that is not its own. Without the cache, which
+        # would keep bf16 copies of all weights to the end of the pass; each is used once.
+        with torch.autocast(tokens.device.type, self.autocast, cache_enabled=False):
+            return self._compute(tokens, labels)
+
+    def _compute(self, tokens: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         x = self.token_embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(tokens.shape[1])

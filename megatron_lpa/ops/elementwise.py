@@ -29,6 +29,7 @@ from torch.nn import functional
 from megatron_lpa.errors import UserError
 from megatron_lpa.ops import elementwise_math as formulas
 
+HALF = (torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "eager", "compiled", "liger")
 
 
@@ -53,10 +54,12 @@ def resolve(backend: str, x: torch.Tensor) -> str:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str) -> torch.Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, (..., D) with weight (D,), in the dtype of x.
 
+    Under autocast in fp32.
+
     Raises:
         UserError: as ``resolve``.
     """
-    chosen = resolve(backend, x)
+    chosen, x = resolve(backend, x), _norm_input(x)
     if chosen == "compiled":
         return _RMSNorm.apply(x, weight, eps)
     if chosen == "liger":
@@ -72,10 +75,12 @@ def layer_norm(
 ) -> torch.Tensor:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last axis, (..., D), in the dtype of x.
 
+    Under autocast in fp32.
+
     Raises:
         UserError: as ``resolve``.
     """
-    chosen = resolve(backend, x)
+    chosen, x = resolve(backend, x), _norm_input(x)
     if chosen == "compiled":
         return _LayerNorm.apply(x, weight, bias, eps)
     if chosen == "liger":
@@ -83,6 +88,11 @@ def layer_norm(
 
         return LigerLayerNormFunction.apply(x, weight, bias, eps)
     return functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
+def _norm_input(x: torch.Tensor) -> torch.Tensor:
+    """Autocast computes norms in fp32 and leaves the result so; PyTorch's own does that on a GPU, and not on a CPU."""
+    return x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype in HALF else x
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, backend: str) -> torch.Tensor:

@@ -41,6 +41,11 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
+def as_product_input(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as autocast hands it to a matrix product: cast once where several products, or other ranks, read it."""
+    return x.to(autocast_dtype(x))
+
+
 def linears(
     x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
 ) -> tuple[torch.Tensor, ...]:
@@ -54,9 +59,11 @@ def linears(
     """
     inputs = [x, *weights, *(b for b in biases if b is not None)]
     training = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    # Under autocast the products cast what they read, which an autograd function would have to repeat.
-    if len(weights) == 1 or not training or torch.is_autocast_enabled(x.device.type):
+    if len(weights) == 1 or not training:
         return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+    # An autograd function has to be given what autocast would make of its tensors.
+    x, weights = as_product_input(x), [as_product_input(w) for w in weights]
+    biases = [None if b is None else as_product_input(b) for b in biases]
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     products = _Linears.apply(rows, len(weights), *weights, *biases)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in products)
@@ -87,7 +94,9 @@ class _Linears(torch.autograd.Function):
         for number, dz in enumerate(grads):
             if dz is None:
                 continue
-            with torch.autocast(dz.device.type, enabled=False):  # backward may run inside it; forward did not
+            with torch.autocast(
+                dz.device.type, enabled=False
+            ):  # backward may run inside it; all is cast already
                 if weights:
                     dx = dz @ weights[number] if dx is None else dx.addmm_(dz, weights[number])
                 if needed[number]:

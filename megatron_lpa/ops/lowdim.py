@@ -151,6 +151,8 @@ def lowdim_by_plan(
     dtype = autocast_dtype(x)
     if norm is not None and (plan.path != "fused" or dtype == torch.float16):
         x, norm = separate.rms_norm(x, norm.weight, norm.eps, elementwise), None
+    if norm is None:
+        x = x.to(dtype)
     if plan.path == "eager":
         return tuple(linear(linear(x, pair.w_a, pair.bias_a), pair.w_b, pair.bias_b) for pair in pairs)
     if plan.path == "merged":

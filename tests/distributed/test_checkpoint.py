@@ -64,14 +64,14 @@ def undisturbed_and_resumed(run: RunConfig, folder: str) -> tuple:
     path = save_checkpoint(engine, Path(folder), Progress(3, 3 * BATCH, 99), ORDER)
     losses += [step(engine, n) for n in range(3, 6)]
     weights = weights_of(engine)
-    engine.ds.destroy()
+    engine.destroy()
 
     other = replace(run, train=replace(run.train, seed=run.train.seed + 1))  # other initial weights
     resumed = Engine(other, groups)
     progress = load_checkpoint(resumed, path, ORDER).progress
     resumed_losses = [step(resumed, n) for n in range(3, 6)]
     resumed_weights = weights_of(resumed)
-    resumed.ds.destroy()
+    resumed.destroy()
     return losses[3:], resumed_losses, weights, resumed_weights, progress
 
 
@@ -114,7 +114,7 @@ def save_only(run: RunConfig, folder: str, steps: int, keep: int = 0, shard_byte
     named = weights_of(engine)
     if shard_bytes is not None:
         weights.write_weights(weights.gathered_weights(engine), Path(folder) / "sharded", shard_bytes)
-    engine.ds.destroy()
+    engine.destroy()
     return named
 
 
@@ -129,7 +129,7 @@ def load_into(run: RunConfig, checkpoint: str, order: SampleOrder) -> str:
     except UserError as error:
         return str(error)
     finally:
-        engine.ds.destroy()
+        engine.destroy()
     return ""
 
 
@@ -241,7 +241,7 @@ def save_without_space(run: RunConfig, folder: str, failing_rank: int, limit_byt
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         signal.signal(signal.SIGXFSZ, handler)
-        engine.ds.destroy()
+        engine.destroy()
     return ""
 
 
@@ -278,13 +278,13 @@ def resumed_with_other_settings(run: RunConfig, folder: str) -> tuple[list[float
     for number in range(2):
         step(engine, number)
     path = save_checkpoint(engine, Path(folder), Progress(2), ORDER)
-    engine.ds.destroy()
+    engine.destroy()
     changed = replace(run.optim, weight_decay=2.0, beta1=0.5, beta2=0.6, eps=1e-3, grad_clip=0.05)
     resumed = Engine(replace(run, optim=changed), groups)
     load_checkpoint(resumed, path, ORDER)
     losses = [step(resumed, number) for number in range(2, 5)]
     weights = weights_of(resumed)
-    resumed.ds.destroy()
+    resumed.destroy()
     return losses, [float(np.abs(value).sum()) for value in weights.values()]
 
 

@@ -74,7 +74,7 @@ def load_and_save_again(run: RunConfig, checkpoint: str, folder: str) -> None:
     engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
     load_checkpoint(engine, Path(checkpoint), ORDER)
     save_checkpoint(engine, Path(folder), Progress(2, 2 * BATCH, 99), ORDER)
-    engine.ds.destroy()
+    engine.destroy()
 
 
 @pytest.mark.parametrize("lowdim", ["latent", "rank"])
@@ -171,7 +171,7 @@ def load_universal(
         for state in ds.optimizer.optimizer.state.values():
             state["step"] = torch.tensor(float(state["step"]))
     like_ours = SimpleNamespace(
-        zero_stage=trainer.stage, optimizer=ds.optimizer, module=ds.module, groups=groups
+        partition_stage=trainer.stage, optimizer=ds.optimizer, module=ds.module, groups=groups
     )
     loaded = unsharded_state(like_ours)
     loss = one_step(ds, groups)
@@ -190,7 +190,7 @@ def continue_ours(run: RunConfig, checkpoint: str) -> tuple[State, float]:
     load_checkpoint(engine, Path(checkpoint), ORDER)
     loss = step(engine, 2)
     state = unsharded_state(engine)
-    engine.ds.destroy()
+    engine.destroy()
     return state, loss
 
 

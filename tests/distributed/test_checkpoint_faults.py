@@ -70,7 +70,7 @@ def save_steps(folder: str, steps: int) -> None:
     for step in range(1, steps + 1):
         set_masters(engine, step)
         save_checkpoint(engine, Path(folder), Progress(step, 8 * step), ORDER)
-    engine.ds.destroy()
+    engine.destroy()
 
 
 def load(folder: str) -> Loaded:
@@ -83,7 +83,7 @@ def load(folder: str) -> Loaded:
     except UserError as error:
         return Loaded(-1, 0.0, (), str(error))
     finally:
-        engine.ds.destroy()
+        engine.destroy()
     return Loaded(found.progress.step, masters(engine), found.notes, "")
 
 
@@ -200,7 +200,7 @@ def save_with_little_space(folder: str, free_bytes: int) -> str:
         return str(error)
     finally:
         shutil.disk_usage = real
-        engine.ds.destroy()
+        engine.destroy()
     return ""
 
 
@@ -265,7 +265,7 @@ def killed_saves(folder: str) -> list[tuple[int, int, float]]:
         assert newest.notes == (), newest
         found.append((newest.progress.step, len(checkpoint_folders(own)), masters(engine)))
         shutil.rmtree(own)
-    engine.ds.destroy()
+    engine.destroy()
     return found
 
 

@@ -75,7 +75,7 @@ def save_steps(folder: str, steps: list[int], newest: int = 0, failing: str = ""
             names.append(done.name)
     finally:
         store.fsync_folder, checkpoint.prune = sync, prune
-        engine.ds.destroy()
+        engine.destroy()
     return names
 
 
@@ -109,7 +109,7 @@ def load(folder: str, run: RunConfig = RUN, hiccup: tuple[str, int, int] | None 
         return Loaded(-1, 0.0, (), str(error), isinstance(error, TryAgain))
     finally:
         os.open, files.PAUSES_S = real, pauses
-        engine.ds.destroy()
+        engine.destroy()
     return Loaded(found.progress.step, value, found.notes, "", False)
 
 

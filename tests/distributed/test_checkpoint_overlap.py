@@ -43,7 +43,7 @@ def saved_beside_training(run: RunConfig, folder: str) -> list[tuple[float, floa
     finally:
         go_on.set()
         checkpoint.write_tensors = written
-    engine.ds.destroy()
+    engine.destroy()
     return losses
 
 
@@ -95,7 +95,7 @@ def failing_beside_training(run: RunConfig, folder: str, error: str) -> str:
         return str(caught)
     finally:
         checkpoint.write_tensors = written
-        engine.ds.destroy()
+        engine.destroy()
     return ""
 
 
@@ -138,7 +138,7 @@ def without_memory(run: RunConfig, folder: str, of: str) -> str:
     finally:
         torch.Tensor.to, torch.Tensor.cpu = to, cpu
     checkpoint.Saving(engine, Path(folder), Progress(1), ORDER, overlap=True).complete()
-    engine.ds.destroy()
+    engine.destroy()
     return said
 
 

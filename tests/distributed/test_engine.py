@@ -90,7 +90,7 @@ def train_with_deepspeed(config: RunConfig) -> tuple[list[float], list[float], d
         full = unsharded(engine, parameter)
         if full is not None:
             weights[name] = full.float().numpy()
-    engine.ds.destroy()
+    engine.destroy()
     return losses, norms, weights
 
 
@@ -152,13 +152,24 @@ def test_fp32_training_equals_plain_pytorch(world, processes, tp_size, layout, z
 
 
 @pytest.mark.parametrize(
-    ("processes", "tp_size", "zero"),
-    [(1, 1, "zero3"), (2, 2, "zero1"), (2, 1, "zero2"), (4, 2, EVERY_PARAMETER)],
+    ("processes", "tp_size", "zero", "precision"),
+    [
+        (1, 1, "zero3", "bf16"),
+        (2, 2, "zero1", "bf16"),
+        (2, 1, "zero2", "bf16"),
+        (4, 2, EVERY_PARAMETER, "bf16"),
+        (1, 1, "zero0", "bf16_mixed"),
+        (2, 1, "zero0", "bf16_mixed"),
+        (2, 1, "zero1", "bf16_mixed"),
+        (4, 2, "zero2", "bf16_mixed"),
+        (4, 2, EVERY_PARAMETER, "bf16_mixed"),
+        (2, 1, "zero3_offload", "bf16_mixed"),
+    ],
 )
-def test_bf16_training_follows_plain_pytorch(world, processes, tp_size, zero):
+def test_bf16_training_follows_plain_pytorch(world, processes, tp_size, zero, precision):
     model = MODELS["s2_lpa"]
     losses, norms, _weights = plain_pytorch(model)
-    config = run_config(model, tp_size, "rank", zero, precision="bf16")
+    config = run_config(model, tp_size, "rank", zero, precision=precision)
     results = world(processes).run(train_with_deepspeed, config)
     for rank_losses, rank_norms, _ in results:
         assert rank_losses == pytest.approx(losses, rel=5e-3)  # bf16 keeps 8 bits
@@ -178,7 +189,7 @@ def small_updates(config: RunConfig) -> bool:
     for _ in range(20):
         engine.train_step([ids] * engine.micro_steps, [0] * engine.micro_steps, 4e-4)
     after = unsharded(engine, parameter)
-    engine.ds.destroy()
+    engine.destroy()
     return before is None or bool((before != after).any())
 
 
@@ -226,7 +237,7 @@ def shards_under_zero_init(config: RunConfig) -> tuple[int, dict]:
         largest = max(largest, parameter.ds_tensor.numel() * groups.dp_size / parameter.ds_numel)
         with gathered_for_reading(engine, parameter):
             shards[name] = parameter.detach().clone().numpy()
-    engine.ds.destroy()
+    engine.destroy()
     assert largest < 1.5, "a parameter is not partitioned over the data-parallel group"
     return groups.tp_rank, shards
 

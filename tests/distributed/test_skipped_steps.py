@@ -30,7 +30,7 @@ def with_a_bad_step(run: RunConfig, value: float) -> tuple:
     losses += [step(engine, 2), step(engine, 3)]
     weights = weights_of(engine)
     assert engine.skipped_steps == skipped
-    engine.ds.destroy()
+    engine.destroy()
     return skipped, before, after, losses, weights
 
 
@@ -40,7 +40,7 @@ def without_it(run: RunConfig) -> tuple:
     engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
     losses = [step(engine, number) for number in range(4)]
     weights = weights_of(engine)
-    engine.ds.destroy()
+    engine.destroy()
     return losses, weights
 
 
@@ -49,7 +49,10 @@ def without_it(run: RunConfig) -> tuple:
     ("processes", "tp_size", "zero", "precision"),
     [
         (1, 1, "zero0", "fp32"),
+        (1, 1, "zero3", "bf16"),
+        (1, 1, "zero2", "bf16_mixed"),
         (2, 2, "zero0", "fp32"),
+        (2, 1, "zero3", "bf16_mixed"),
         (2, 1, "zero1", "bf16"),
         (2, 1, "zero1", "fp32"),
         (2, 2, "zero2", "fp32"),

@@ -64,7 +64,7 @@ def on_demand_and_device_waits(run: RunConfig) -> tuple[Counter[str], int]:
         unittest.mock.patch.object(get_accelerator(), "synchronize", lambda *_: waits.append(1)),
     ):
         step()
-    engine.ds.destroy()
+    engine.destroy()
     return events, len(waits)
 
 

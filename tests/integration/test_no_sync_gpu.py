@@ -1,4 +1,4 @@
-"""Steps that only launch work: the host never waits for the GPU, except where DeepSpeed does."""
+"""Steps that only launch work: the host waits for the GPU once per step, and where DeepSpeed does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.models import MODELS
 
-from megatron_lpa.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from megatron_lpa.config import OptimConfig, RunConfig, TrainConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,13 +54,19 @@ EVERY_PARAMETER = str(Path(__file__).parents[1] / "support" / "zero3_every_param
 
 
 @pytest.fixture
-def engine_of(tmp_path: Path) -> Iterator[Callable[[RunConfig], Any]]:
+def engine_of() -> Iterator[Callable[[RunConfig, bool], Any]]:
+    """Builds an engine of one process: as training does, or with DeepSpeed, as with several replicas."""
     pytest.importorskip("deepspeed", reason="needs DeepSpeed")
-    from megatron_lpa.engine.build import Engine
+    from megatron_lpa.engine import build
     from megatron_lpa.engine.launch import start_distributed, stop_distributed
 
     groups = start_distributed(1)
-    yield lambda config: Engine(config, groups)
+
+    def engine(config: RunConfig, deepspeed: bool) -> Any:
+        with unittest.mock.patch.object(build, "needs_deepspeed", lambda _: deepspeed):
+            return build.Engine(config, groups)
+
+    yield engine
     stop_distributed()
 
 
@@ -111,14 +117,37 @@ def not_named(stacks: list[str], names: tuple[str, ...]) -> list[str]:
     return [stack for stack in stacks if not any(name in stack for name in names)]
 
 
+def run_of(zero: str, mode: str, precision: str = "bf16") -> RunConfig:
+    train = TrainConfig(
+        steps=8, global_batch_size=4, micro_batch_size=2, precision=precision, deepspeed_config=zero,
+        activation_checkpointing=mode,
+    )  # fmt: skip
+    return RunConfig(model=MODELS["s2_lpa"], optim=OptimConfig(warmup_steps=0), train=train)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_mixed"])
+def test_a_step_of_one_replica_waits_once(engine_of, precision: str, mode: str) -> None:
+    engine = engine_of(run_of("zero3", mode, precision), False)
+    ids = torch.randint(64, (2, engine.config.model.sequence_length + 1))
+
+    def step() -> None:
+        engine.train_step([ids] * engine.micro_steps, [0] * engine.micro_steps, 1e-3)
+
+    for _ in range(3):  # compilation, first allocations
+        step()
+    torch.cuda.synchronize()
+    for _ in range(3):
+        (wait,), device_waits = where_waiting(step)
+        assert wait.startswith("stepping.update") and device_waits == []
+    assert where_waiting(lambda: engine.losses(ids)) == ([], [])
+
+
 @pytest.mark.parametrize("mode", ["none", "selective"])
 @pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3", EVERY_PARAMETER])
 def test_a_step_waits_only_inside_deepspeed(engine_of, zero: str, mode: str) -> None:
-    model: ModelConfig = MODELS["s2_lpa"]
-    train = TrainConfig(
-        steps=8, global_batch_size=4, micro_batch_size=2, deepspeed_config=zero, activation_checkpointing=mode
-    )
-    engine = engine_of(RunConfig(model=model, optim=OptimConfig(warmup_steps=0), train=train))
+    model = MODELS["s2_lpa"]
+    engine = engine_of(run_of(zero, mode), True)
     ids = torch.randint(model.vocab_size, (2, model.sequence_length + 1))
 
     def step() -> None:

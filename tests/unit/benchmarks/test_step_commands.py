@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,8 @@ def test_train_step_in_processes_of_their_own(
         ("evaluate-step --models nothing", "unknown preset 'nothing'"),
         ("evaluate-step --tokens 0", "--tokens is 0; give 1 or more"),
         ("profile --steps 0", "--steps is 0; give 1 or more"),
+        ("one-process --micro-batches 2 0", "give 1 or more"),
+        ("one-process --precision bf16", "the engine refuses bf16 there; name the others"),
     ],
 )
 def test_refusals(
@@ -96,6 +99,19 @@ def test_refusals(
 ) -> None:
     assert benchmark.main(words.split()) == 1
     assert message in capsys.readouterr().err
+
+
+def test_one_process_compares_both_loops_at_each_stage(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    words = ["one-process", "--dry-run", "--stages", "zero0", "zero3", "--output", str(output)]
+    # A process of its own: the engine joins a world, which stays.
+    subprocess.run([sys.executable, str(ROOT / "tools" / "benchmark.py"), *words], check=True, cwd=tmp_path)
+    result = json.loads(output.read_text())
+    assert [line["deepspeed_config"] for line in result["comparisons"]] == ["zero0", "zero3"]
+    for line in result["comparisons"]:
+        medians = [statistics.median(line["all_steps_ms"][name]) for name in ("engine", "bare")]
+        assert line["ratio"] == pytest.approx(medians[0] / medians[1], rel=1e-3)
+        assert line["cpu_ratio"] > 0 and line["steps"] == 2
 
 
 def test_evaluate_step(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +131,8 @@ def test_evaluate_step(benchmark: ModuleType, tmp_path: Path, capsys: pytest.Cap
 def test_profile(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, path = tmp_path / "result.json", tmp_path / "trace.json.gz"
     words = ["profile", "--dry-run", "--steps", "2", "--loops", "bare", "engine"]
+    # Without offload one process needs no DeepSpeed.
+    words += ["--set", "train.deepspeed_config=zero3_offload"]
     assert benchmark.main([*words, "--trace", str(path), "--output", str(output)]) == 0
     profiles = json.loads(output.read_text())["profiles"]
     assert list(profiles) == ["bare", "engine"]

@@ -231,7 +231,7 @@ def test_help_documents_keys_and_presets(capsys: pytest.CaptureFixture[str]) -> 
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert "--model.projections.down.rank INT" in text
-    assert "--train.precision {fp32,bf16}" in text
+    assert "--train.precision {fp32,bf16,bf16_mixed}" in text
     assert "optimizer steps of linear warm-up from 0. (default: 1000)" in text
     assert all(name in text for name in preset_names())
 

@@ -12,7 +12,13 @@ import pytest
 
 from megatron_lpa import files
 from megatron_lpa.config import OptimConfig, RunConfig, TrainConfig
-from megatron_lpa.engine.ds_config import SHIPPED, build_ds_config, find_ds_config, read_zero_knobs
+from megatron_lpa.engine.ds_config import (
+    SHIPPED,
+    build_ds_config,
+    find_ds_config,
+    needs_deepspeed,
+    read_zero_knobs,
+)
 from megatron_lpa.errors import TryAgain, UserError
 
 RUN = RunConfig(
@@ -156,3 +162,34 @@ def test_an_unknown_name_lists_the_known_ones():
 def test_bf16_at_stage_0_is_refused_with_the_way_out():
     with pytest.raises(UserError, match="zero1"):
         read_zero_knobs("zero0", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "needed"),
+    [
+        ({}, False),
+        ({"zero": {"reduce_bucket_size": 1000, "overlap_comm": True}}, False),
+        ({"zero": {"offload_optimizer": {"device": "cpu"}}}, True),
+        ({"zero": {"offload_optimizer": {"device": "none"}}}, False),
+        ({"zero": {"offload_optimizer": {}}}, False),
+        ({"zero": {"offload_param": {"device": "cpu"}}}, True),
+        ({"zero": {"zero_quantized_weights": True}}, True),
+        ({"zero": {"zero_quantized_weights": False}}, False),
+        ({"wall_clock_breakdown": True}, True),
+        ({"memory_breakdown": True}, True),
+        ({"comms_logger": {"enabled": True}}, True),
+        ({"comms_logger": {"enabled": False}}, False),
+    ],
+)
+def test_what_only_deepspeed_does_is_left_to_it_with_one_replica_too(tmp_path, knobs, needed):
+    content = {key: value for key, value in knobs.items() if key != "zero"}
+    name = write(tmp_path, {"zero_optimization": {"stage": 3, **knobs.get("zero", {})}, **content})
+    ds = build_ds_config(replace(RUN, train=replace(RUN.train, deepspeed_config=name)), dp_size=1)
+    assert needs_deepspeed(ds) is needed
+
+
+def test_mixed_precision_is_an_fp32_model_to_deepspeed_at_every_stage():
+    for name in ("zero0", "zero1", "zero2", "zero3"):
+        train = replace(RUN.train, precision="bf16_mixed", deepspeed_config=name)
+        ds = build_ds_config(replace(RUN, train=train), 8)
+        assert ds["bf16"] == {"enabled": False} and "torch_autocast" not in ds and "data_types" not in ds

@@ -110,6 +110,17 @@ def test_weights_are_the_masters_in_the_precision_asked_for(
     assert same == (dtype != "fp32")
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), ("bf16", torch.bfloat16)])
+def test_weights_of_a_mixed_run_stay_fp32_unless_asked_otherwise(
+    tmp_path: Path, dtype: str | None, expected: torch.dtype
+) -> None:
+    state = random_checkpoint(tmp_path / "run" / "checkpoints", MODELS["s1_lpa"], precision="bf16_mixed")
+    convert(find_source(tmp_path / "run"), tmp_path / NAME, TargetLayout(1, 1, "latent"), dtype)
+    assert manifest_of(tmp_path / NAME)["layout"]["precision"] == "bf16_mixed"
+    for name, value in load_file(tmp_path / NAME / "weights" / "model.safetensors").items():
+        assert value.dtype == expected and torch.equal(value, state[name, "master"].to(expected)), name
+
+
 def test_weights_of_several_files_are_those_that_training_writes(
     tmp_path: Path, saved: tuple[Path, State], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,11 +33,11 @@ def built(error: Exception, monkeypatch: pytest.MonkeyPatch) -> UserError:
     monkeypatch.setattr(deepspeed.ops.adam, "DeepSpeedCPUAdam", fail)
     engine: Any = object.__new__(Engine)
     engine.module, engine.device = nn.Module(), torch.device("cuda")
-    engine.ds_config = {"zero_optimization": {"offload_optimizer": {}}}
+    engine.ds_config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     engine.config = SimpleNamespace(train=SimpleNamespace(deepspeed_config="offload.json"))
     optim: Any = SimpleNamespace(lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.1)
     with pytest.raises(UserError, match=r"offload\.json: DeepSpeed's CPU Adam cannot be built") as caught:
-        engine._build_optimizer(optim)
+        engine._build_optimizer(optim, lambda parameter: parameter)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
     return caught.value
 

@@ -29,10 +29,12 @@ from megatron_lpa.model.accounting import (
 )
 from megatron_lpa.model.memory import (
     bytes_activations,
+    bytes_cast_weights,
     estimate_memory,
     parameters_per_tensor_rank,
     saved_bytes_per_token_layer,
 )
+from megatron_lpa.model.precision import autocast_dtype
 from megatron_lpa.model.transformer import Decoder, DecoderLayer
 from megatron_lpa.parallel.groups import ParallelGroups
 
@@ -220,8 +222,10 @@ def test_the_decoder_has_as_many_parameters(model: ModelConfig) -> None:
     ],
     ids=["relu", "swiglu-lowdim-grouped", "gelu-wide"],
 )
-def test_saved_bytes_are_what_autograd_keeps(model: ModelConfig) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16_mixed"])
+def test_saved_bytes_are_what_autograd_keeps(model: ModelConfig, precision: str) -> None:
     """layernorm without dropout: the CPU, unlike CUDA, has no fused rmsnorm and no one-byte masks."""
+    train = TrainConfig(precision=precision)  # type: ignore[arg-type]
     layer = DecoderLayer(model, ParallelGroups.single(), "latent", KernelConfig())
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
@@ -236,16 +240,20 @@ def test_saved_bytes_are_what_autograd_keeps(model: ModelConfig) -> None:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    dtype = autocast_dtype(precision)
+    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None, cache_enabled=False)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         output = layer(x, rope)
     assert output.requires_grad
-    per_token = sum(storage.nbytes() for storage in kept.values()) / x[..., 0].numel()
-    assert (
-        per_token
-        == saved_bytes_per_token_layer(
-            model, ParallelConfig(), TrainConfig(precision="fp32"), KernelConfig(elementwise="eager")
-        )[0]
-    )
+    kernels = KernelConfig(elementwise="eager")
+    per_token, _ = saved_bytes_per_token_layer(model, ParallelConfig(), train, kernels)
+    in_layers, _ = bytes_cast_weights(model, ParallelConfig(), train)
+    expected = per_token * x[..., 0].numel() + in_layers // model.num_layers
+    if (
+        dtype is not None and rope is not None
+    ):  # rotation without a compiler rounds both tables, for q and for k
+        expected += 2 * 2 * rope[0].numel() * dtype.itemsize
+    assert sum(storage.nbytes() for storage in kept.values()) == expected
 
 
 @pytest.mark.parametrize(("layout", "latents"), [("latent", 8), ("rank", 4)])
@@ -275,6 +283,8 @@ def test_activations_of_a_hand_counted_layer(layout: str, latents: int) -> None:
         ("bf16", 3, (290, 580, 1740)),
         ("fp32", 0, (2320, 2320, 4640)),
         ("fp32", 3, (580, 580, 1160)),
+        ("bf16_mixed", 1, (2320, 2320, 1160)),
+        ("bf16_mixed", 3, (580, 580, 1160)),
     ],
 )
 def test_zero_divides_state_over_data_parallel_ranks(

@@ -1,0 +1,271 @@
+"""What turns losses into optimizer steps: DeepSpeed, or plain PyTorch where one process holds each part of the model.
+
+ZeRO divides state over data-parallel replicas. With one replica there is nothing to divide, at any stage, but DeepSpeed's
+flat buffers and copies would be paid for in every step; ``OneReplica`` does the same arithmetic without them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_lpa.engine.launch import device_of_rank  # imported first: sets the accelerator
+from megatron_lpa.engine.mpu import ModelParallelUnit
+from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.parallel.sharding import spec_of
+
+import deepspeed  # isort: skip
+
+OptimizerOf = Callable[[Callable[[nn.Parameter], torch.Tensor]], torch.optim.Optimizer]
+"""Builds the optimizer; takes what it steps on in place of each parameter."""
+
+
+class Stepper(Protocol):
+    """A module and its optimizer.
+
+    Attributes:
+        optimizer: PyTorch's, or DeepSpeed's around it.
+        skipped_steps: steps that changed nothing because the gradient's global norm was not finite.
+    """
+
+    optimizer: Any
+    skipped_steps: int
+
+    def __call__(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Losses (B, S)."""
+        ...
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of one micro-batch's mean loss; ``last`` of a step's."""
+        ...
+
+    def update(self) -> float | torch.Tensor:
+        """Clip and step; the global norm before clipping."""
+        ...
+
+    def set_progress(self, step: int, samples: int) -> None:
+        """Optimizer steps and samples so far, after a checkpoint was loaded."""
+        ...
+
+    def destroy(self) -> None:
+        """Let go of hooks and memory."""
+        ...
+
+
+class OneReplica:
+    """The step of a model of which this process holds one whole tensor-parallel part.
+
+    Below fp32, fp32 master weights are stepped on and rounded into the parameters; a micro-batch's gradient is added to its
+    fp32 sum, and freed, as soon as the backward pass has finished it. Masters start from the rounded values. All of that
+    is what DeepSpeed does at the stages 1 to 3.
+
+    Args:
+        module: the decoder, in fp32.
+        dtype: of the parameters that compute.
+        optimizer_of: builds AdamW.
+        groups: process groups, with one data-parallel rank.
+        micro_steps: micro-batches per step.
+        clip: largest global norm; 0 turns clipping off.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        optimizer_of: OptimizerOf,
+        groups: ParallelGroups,
+        micro_steps: int,
+        clip: float,
+    ) -> None:
+        self.module = module.to(dtype)
+        self.groups, self.micro_steps, self.clip = groups, micro_steps, clip
+        self.skipped_steps = 0
+        self.parameters = list(module.parameters())
+        self.masters: list[torch.Tensor] = list(self.parameters)
+        self._hooks: list[Any] = []
+        if dtype != torch.float32:
+            self.masters = [p.detach().float() for p in self.parameters]
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                take = _GradientTaker(master)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(take))
+        self._master_of: dict[torch.Tensor, torch.Tensor] = dict(
+            zip(self.parameters, self.masters, strict=True)
+        )
+        self.optimizer = optimizer_of(self.master_of)
+
+    def master_of(self, parameter: nn.Parameter) -> torch.Tensor:
+        """What AdamW steps on: fp32, the parameter itself where that is fp32."""
+        return self._master_of[parameter]
+
+    def __call__(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Losses (B, S)."""
+        losses: torch.Tensor = self.module(tokens, labels)
+        return losses
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of one micro-batch's mean loss."""
+        (loss / self.micro_steps if self.micro_steps > 1 else loss).backward()
+
+    def update(self) -> torch.Tensor:
+        """Clip and step; the global norm before clipping, 0-d fp64 on the device."""
+        for master in self.masters:
+            if master.grad is None:  # of a parameter that took no part: zero, as DeepSpeed has it
+                master.grad = torch.zeros_like(master)
+        norm = gradient_norm(self.parameters, self.masters, self.groups)
+        value = float(norm)  # waits, once a step, as DeepSpeed does
+        if math.isfinite(value):
+            clips = 0 < self.clip < value + 1e-6
+            # PyTorch's fused AdamW divides gradients by this on its way, where clipping by itself would read and write
+            # all of them once more.
+            scale = ((norm + 1e-6) / self.clip).float() if clips else None
+            self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
+            self.optimizer.step()
+            self.follow_masters()
+        else:
+            self.skipped_steps += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def follow_masters(self) -> None:
+        """Round the masters into the parameters."""
+        if self._hooks:
+            with torch.no_grad():
+                torch._foreach_copy_([*self.parameters], self.masters)
+
+    def set_progress(self, step: int, samples: int) -> None:
+        """Nothing here counts them."""
+
+    def destroy(self) -> None:
+        """Let go of the hooks on the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+class _GradientTaker:
+    """Moves a gradient into a master's fp32 sum."""
+
+    def __init__(self, master: torch.Tensor) -> None:
+        self.master = master
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        if self.master.grad is None:
+            self.master.grad = gradient.float()
+        else:
+            self.master.grad.add_(gradient)
+        parameter.grad = None
+
+
+class DeepSpeedStep:
+    """DeepSpeed's engine around a module.
+
+    Args:
+        module: the decoder, built for the configuration's stage.
+        ds_config: DeepSpeed's configuration.
+        optimizer_of: builds the optimizer inside.
+        groups: process groups.
+    """
+
+    def __init__(
+        self, module: nn.Module, ds_config: dict[str, Any], optimizer_of: OptimizerOf, groups: ParallelGroups
+    ) -> None:
+        self.groups = groups
+        self._own_skipped_steps = 0
+        # DeepSpeed wraps the optimizer, and reports a norm, in every case but fp32 at stage 0.
+        self._plain_optimizer = ds_config["zero_optimization"]["stage"] == 0
+        assert not (self._plain_optimizer and ds_config["bf16"]["enabled"])
+        optimizer = optimizer_of(lambda parameter: parameter)
+        with redirect_stdout(io.StringIO()):  # DeepSpeed prints memory statistics whatever its log level
+            self.ds, self.optimizer, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                config=ds_config,
+                mpu=ModelParallelUnit(groups),
+                dist_init_required=False,
+            )
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing because the norm was not finite; equal on all ranks."""
+        return int(self.ds.skipped_steps) + self._own_skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        self.ds.skipped_steps, self._own_skipped_steps = count, 0
+
+    def __call__(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Losses (B, S)."""
+        losses: torch.Tensor = self.ds(tokens, labels)
+        return losses
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Add the gradient of one micro-batch's mean loss."""
+        self.ds.backward(loss)
+        if not last:
+            self.ds.step()  # counts the micro-batch
+
+    def update(self) -> float | torch.Tensor:
+        """Clip and step; the global norm before clipping."""
+        if not self._plain_optimizer:
+            self.ds.step()
+            norm: float | torch.Tensor | None = self.ds.get_global_grad_norm()
+            assert norm is not None
+            return norm
+        parameters = list(self.ds.module.parameters())
+        norm = gradient_norm(parameters, parameters, self.groups)
+        finite = bool(norm.isfinite())  # waits, once a step, as DeepSpeed does at the other stages
+        self._own_skipped_steps += not finite
+        # What DeepSpeed's optimizers do by themselves: nothing changes. PyTorch's AdamW calls this flag
+        # by the name it has for gradient scaling.
+        self.optimizer.found_inf = None if finite else torch.ones((), device=device_of_rank())
+        self.ds.step()
+        return norm
+
+    def set_progress(self, step: int, samples: int) -> None:
+        """Optimizer steps and samples so far, after a checkpoint was loaded."""
+        self.ds.global_steps, self.ds.global_samples = step, samples
+
+    def destroy(self) -> None:
+        """Let go of hooks and memory."""
+        self.ds.destroy()
+
+
+def gradient_norm(
+    parameters: Sequence[nn.Parameter], holders: Sequence[torch.Tensor], groups: ParallelGroups
+) -> torch.Tensor:
+    """Global norm of whole gradients, 0-d fp64 on the device: every shard once, replicated parameters once.
+
+    The same bits on all tensor-parallel ranks, and not finite on all where a gradient of any rank is not.
+
+    Args:
+        parameters: all of the model.
+        holders: of the fp32 gradient of each.
+        groups: process groups.
+    """
+    grads: dict[bool, list[torch.Tensor]] = {True: [], False: []}
+    for parameter, holder in zip(parameters, holders, strict=True):
+        assert holder.grad is not None
+        split = groups.tp_size > 1 and spec_of(parameter).tp_dim is not None
+        grads[split].append(holder.grad)
+    device = grads[False][0].device if grads[False] else grads[True][0].device
+
+    def squared(tensors: list[torch.Tensor]) -> torch.Tensor:
+        if not tensors:
+            return torch.zeros((), dtype=torch.float64, device=device)
+        return (torch.stack(torch._foreach_norm(tensors)).double() ** 2).sum()
+
+    replicated = squared(grads[False])
+    if groups.tp_size == 1:
+        return replicated.sqrt()
+    # Rank 0's count. Times zero, what is not finite is no number, and reaches the others all the same.
+    total = squared(grads[True]) + replicated * (1.0 if groups.tp_rank == 0 else 0.0)
+    dist.all_reduce(total, group=groups.tp_group)
+    return total.sqrt()
