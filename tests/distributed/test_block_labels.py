@@ -26,7 +26,7 @@ def a_step(config: RunConfig) -> tuple[float, float, list[float]]:
     result = engine.train_step(list(rows), [0] * engine.micro_steps, OPTIM.lr)
     evaluated = engine.losses(batches(config.model)[1])
     loss, norm = float(engine.mean_over_replicas(result.loss)), float(result.grad_norm)
-    engine.ds.destroy()
+    engine.destroy()
     assert evaluated.shape[1] == config.model.sequence_length - 1
     return loss, norm, evaluated.mean(dim=1).tolist()
 
