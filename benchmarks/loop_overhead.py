@@ -30,6 +30,7 @@ from megatron_lpa.engine.launch import start_distributed, stop_distributed
 from megatron_lpa.model.init import initialize
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.train.alike import sample_order
 from megatron_lpa.train.loop import train_one_step
 from megatron_lpa.train.state import Run
 
@@ -79,7 +80,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     groups = start_distributed(1)
     engine = Engine(config, groups)
     splits = open_splits(config.data, config.model.sequence_length, config.train.seed)
-    run = Run(config, folder, engine, splits, steps=10**6)
+    run = Run(config, folder, engine, splits, sample_order(config, splits), steps=10**6)
     bare = bare_loop(run)
 
     def ours() -> None:

@@ -114,6 +114,18 @@ def test_one_process_compares_both_loops_at_each_stage(tmp_path: Path) -> None:
         assert line["cpu_ratio"] > 0 and line["steps"] == 2
 
 
+def test_the_whole_loop_is_timed_beside_a_bare_one(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    words = "--steps 5 --model.num_layers 1 --model.sequence_length 16 --train.global_batch_size 2"
+    words += f" --train.micro_batch_size 1 --output {output}"
+    subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "loop_overhead.py"), *words.split()], check=True
+    )
+    result = json.loads(output.read_text())
+    ratio = result["step_ms_ours"] / result["step_ms_bare"]
+    assert result["overhead_percent"] == pytest.approx(100 * (ratio - 1)) and result["steps_measured"] == 5
+
+
 def test_evaluate_step(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "result.json"
     assert benchmark.main(["evaluate-step", "--dry-run", "--output", str(output)]) == 0
