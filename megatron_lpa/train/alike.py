@@ -14,7 +14,7 @@ import torch
 import megatron_lpa
 from megatron_lpa.config import RunConfig
 from megatron_lpa.data.splits import Splits
-from megatron_lpa.engine.ds_config import read_zero_knobs
+from megatron_lpa.engine.ds_config import check_by_deepspeed, read_zero_knobs
 from megatron_lpa.engine.manifest import SampleOrder
 from megatron_lpa.files import tree_digest
 from megatron_lpa.ops.dispatch import ENVIRONMENT_VARIABLE
@@ -38,6 +38,7 @@ def start_facts(config: RunConfig) -> dict[str, Any]:
         UserError: DeepSpeed's configuration cannot be used.
     """
     knobs = read_zero_knobs(config.train.deepspeed_config, config.train.precision)
+    check_by_deepspeed(knobs["zero_optimization"], config.train.deepspeed_config)
     facts = dict(flat(dataclasses.asdict(config)))
     facts |= {f"{config.train.deepspeed_config}: {name}": value for name, value in flat(knobs)}
     facts |= {f"version of {name}": _version(name) for name in PACKAGES}
