@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_lpa.config import TrainConfig, fitted_to_world, load_config, validate_config
-from megatron_lpa.engine.ds_config import read_zero_knobs
+from megatron_lpa.engine.ds_config import check_zero_file
 from megatron_lpa.errors import EXIT_FAILED, EXIT_REFUSED, RankError, UserError
 from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.watchdog import Watchdog
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for warning in notes + validate_config(config, world_size):
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
-        read_zero_knobs(config.train.deepspeed_config, config.train.precision)
+        check_zero_file(config, world_size)
         watchdog.limit(config.train.start_timeout_s, "train.start_timeout_s")
         watchdog.enter("loading libraries")
         # Seconds of imports, only once the config is known to be good.

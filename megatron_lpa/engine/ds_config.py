@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa.config import RunConfig
-from megatron_lpa.engine.zero_knobs import check_knobs, parse_strictly
+from megatron_lpa.engine.zero_knobs import check_device, check_knobs, check_world, parse_strictly
 from megatron_lpa.errors import UserError, named, shown
 from megatron_lpa.files import LASTING, names_in, patiently, read_json
 
@@ -110,6 +110,18 @@ def read_zero_knobs(name: str, precision: str) -> dict[str, Any]:
     return knobs
 
 
+def check_zero_file(config: RunConfig, world_size: int) -> None:
+    """Whether the file of ZeRO knobs can be used by so many processes; neither DeepSpeed nor PyTorch is imported.
+
+    Raises:
+        UserError: as ``read_zero_knobs``, or a knob does not fit the number of processes.
+        TryAgain: as ``read_zero_knobs``.
+    """
+    name = config.train.deepspeed_config
+    zero = read_zero_knobs(name, config.train.precision)["zero_optimization"]
+    check_world(find_ds_config(name), zero, world_size, config.parallel.tensor_parallel_size)
+
+
 def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration of a run.
 
@@ -180,19 +192,22 @@ def offloads(ds_config: dict[str, Any], key: str) -> bool:
 
 
 def check_by_deepspeed(zero: dict[str, Any], name: str) -> None:
-    """Ask the installed DeepSpeed, which may be another than ``zero_knobs`` was written for.
+    """Whether this machine can use the knobs, by the installed DeepSpeed: it may be another than ``zero_knobs`` is for.
 
     Args:
         zero: the knobs that ``read_zero_knobs`` gives as ``zero_optimization``.
         name: the run's ``train.deepspeed_config``, for messages.
 
     Raises:
-        UserError: it does not take one of them.
+        UserError: DeepSpeed does not take one of them, or not without a GPU.
     """
-    # Here, as the file is read before DeepSpeed's seconds of imports.
+    # Here, as the file is read before seconds of imports.
+    import torch
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
+    if not torch.cuda.is_available():
+        check_device(find_ds_config(name), zero)
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:

@@ -17,6 +17,9 @@ from typing import Any
 
 from megatron_lpa.errors import UserError, shown
 
+MOST_BUCKET = 10**12
+"""Of elements: a buffer of more is on no machine."""
+
 MOST = 2**63 - 1
 """Sizes become 64-bit integers."""
 
@@ -91,7 +94,6 @@ ZERO: dict[str, Knob] = {
     "stage3_use_all_reduce_for_fetch_params": BOOL,
     "stage3_allgather_sequential": BOOL,
     "ignore_unused_parameters": BOOL,
-    "legacy_stage1": BOOL,
     "round_robin_gradients": BOOL,
     "parameter_alignment": BOOL,
     "zero_hpz_partition_size": WHOLE,
@@ -138,7 +140,7 @@ TOP: dict[str, dict[str, Knob] | Knob] = {
     "zero_optimization": ZERO,
     "aio": {
         "block_size": Knob(int, 1), "queue_depth": Knob(int, 1), "intra_op_parallelism": Knob(int, 1),
-        "single_submit": BOOL, "overlap_events": BOOL, "use_gds": BOOL,
+        "single_submit": BOOL, "overlap_events": BOOL,
     },
     "comms_logger": {"enabled": BOOL, "prof_all": BOOL, "prof_ops": TEXTS, "verbose": BOOL, "debug": BOOL},
     "wall_clock_breakdown": BOOL,
@@ -152,6 +154,7 @@ REFUSED = {
     "cpu_offload_use_pin_memory": "is an old name; give pin_memory inside offload_optimizer and offload_param",
     "stage3_gather_fp16_weights_on_model_save": "is an old name; remove it: checkpoints hold whole weights already",
     "compute_grad_norm": "is not for a file: every step records the gradient's norm; remove it",
+    "legacy_stage1": "is not in DeepSpeed any more; remove it",
     "zenflow": "is not supported: it brings an optimizer of its own; remove it",
 }
 """What DeepSpeed knows inside ``zero_optimization``, and why a file must not say it."""
@@ -241,7 +244,66 @@ def _zero(path: Path, zero: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("offload_optimizer", "offload_param"):
         if key in checked and not _offloads(path, where + key, checked[key], checked["stage"]):
             del checked[key]
+    _check_combinations(path, checked)
     return checked
+
+
+def _check_combinations(path: Path, zero: Mapping[str, Any]) -> None:
+    for key in ("reduce_bucket_size", "allgather_bucket_size"):
+        if zero.get(key, 0) > MOST_BUCKET:
+            raise UserError(
+                f"{path}: zero_optimization.{key} is {zero[key]} but must be {MOST_BUCKET:,} or less"
+            )
+    if zero["stage"] in (1, 2) and zero.get("allgather_bucket_size", 0) % 2:
+        raise UserError(
+            f"{path}: zero_optimization.allgather_bucket_size is {zero['allgather_bucket_size']} but must be even at stages "
+            "1 and 2"
+        )
+    if zero.get("stage3_module_granularity_threshold"):
+        raise UserError(
+            f"{path}: zero_optimization.stage3_module_granularity_threshold is not supported, as each layer is gathered "
+            "whole already; remove it"
+        )
+
+
+def check_world(path: Path, zero: Mapping[str, Any], world_size: int, tp_size: int) -> None:
+    """Whether checked knobs fit so many processes.
+
+    Args:
+        path: for messages.
+        zero: ``zero_optimization`` as ``check_knobs`` gives it.
+        world_size: processes in all.
+        tp_size: tensor-parallel size.
+
+    Raises:
+        UserError: they do not.
+    """
+    size = zero.get("zero_hpz_partition_size", 1)
+    if zero["stage"] != 3 or size < 2:
+        return
+    name = "zero_optimization.zero_hpz_partition_size"
+    if tp_size > 1:  # DeepSpeed's groups of neighbours would mix the shards of one tensor-parallel group
+        raise UserError(
+            f"{path}: {name} needs parallel.tensor_parallel_size=1, which is {tp_size}; remove it"
+        )
+    if world_size % min(size, world_size):
+        raise UserError(
+            f"{path}: {name} is {size} but must divide the {world_size} processes; correct or remove it"
+        )
+
+
+def check_device(path: Path, zero: Mapping[str, Any]) -> None:
+    """Whether checked knobs can be used without a GPU.
+
+    Raises:
+        UserError: DeepSpeed has no such code for a CPU.
+    """
+    used = [key for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights") if zero.get(key)]
+    offload = zero.get("offload_optimizer", {})
+    used += ["offload_optimizer.ratio"] * (offload.get("ratio", 1.0) != 1.0)
+    used += ["offload_optimizer.super_offload"] * offload.get("super_offload", False)
+    if used and zero["stage"] == 3:
+        raise UserError(f"{path}: zero_optimization.{used[0]} needs a GPU, and none is visible; remove it")
 
 
 def _offloads(path: Path, name: str, offload: Mapping[str, Any], stage: int) -> bool:

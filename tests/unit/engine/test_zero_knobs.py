@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_lpa.engine.ds_config import SHIPPED, read_zero_knobs
-from megatron_lpa.engine.zero_knobs import OBJECTS, REFUSED, TOP, ZERO, Knob
+from megatron_lpa.engine.zero_knobs import OBJECTS, REFUSED, TOP, ZERO, Knob, check_device, check_world
 from megatron_lpa.errors import UserError
 
 OFFLOADS = {
@@ -120,6 +120,10 @@ def test_a_value_of_another_type_is_refused_with_its_key(tmp_path, value):
         ({"prefetch_bucket_size": 1, "stage3_prefetch_bucket_size": 2}, ["prefetch_bucket_size is given twice"]),
         ({"leaf_module": ["a.B"]}, ["leaf_module is ['a.B']", '"names"']),
         ({"leaf_module": {"names": [1]}}, ["leaf_module.names is [1]", "a list of texts"]),
+        ({"reduce_bucket_size": 10**15}, ["reduce_bucket_size", "1,000,000,000,000 or less"]),
+        ({"allgather_bucket_size": 101}, ["allgather_bucket_size is 101 but must be even"]),
+        ({"module_granularity_threshold": 5}, ["module_granularity_threshold is not supported"]),
+        ({"legacy_stage1": True}, ["legacy_stage1", "remove it"]),
         ({"stage": 4}, ["zero_optimization.stage"]),
         ({"stage": 3.0}, ["zero_optimization.stage"]),
     ],
@@ -163,6 +167,39 @@ def test_what_the_file_itself_does_not_take(tmp_path, top, words):
 def test_what_only_looks_like_json(tmp_path, text, words):
     message = refusal(tmp_path, text)
     assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    ("size", "world_size", "tp_size", "message"),
+    [
+        (1, 4, 2, None), (2, 4, 1, None), (16, 4, 1, None), (0, 4, 1, None),
+        (3, 4, 1, "zero_hpz_partition_size is 3 but must divide the 4 processes"),
+        (2, 4, 2, "needs parallel.tensor_parallel_size=1"),
+    ],
+)  # fmt: skip
+def test_groups_of_parameters_fit_the_processes(tmp_path, size, world_size, tp_size, message):
+    zero = read(tmp_path, {"stage": 3, "zero_hpz_partition_size": size})
+    if message is None:
+        check_world(tmp_path, zero, world_size, tp_size)
+        return
+    with pytest.raises(UserError, match=message):
+        check_world(tmp_path, zero, world_size, tp_size)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"zero_quantized_weights": True},
+        {"zero_quantized_nontrainable_weights": True},
+        {"offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+        {"offload_optimizer": {"device": "cpu", "super_offload": True}},
+    ],
+)
+def test_what_only_a_gpu_can_do(tmp_path, knobs):
+    zero = read(tmp_path, {"stage": 3, **knobs})
+    with pytest.raises(UserError, match="needs a GPU"):
+        check_device(tmp_path, zero)
+    check_device(tmp_path, read(tmp_path, {"stage": 3, "offload_optimizer": {"device": "cpu"}}))
 
 
 @pytest.mark.parametrize("given", [None, {}, {"device": "none"}, {"pin_memory": True}])
