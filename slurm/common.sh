@@ -214,7 +214,10 @@ end_stopped() {
         show_errors
         fail "$EXIT_STOPPED" "stopped, but not in order: what came after step $(newest_step) is lost$(cause)"
     fi
-    say "stopped at the checkpoint of step $(newest_step); submit the same line again to continue"
+    local step at="before the first checkpoint"
+    step="$(newest_step)"
+    if ((step)); then at="at the checkpoint of step $step"; fi
+    say "stopped $at; submit the same line again to continue"
     if [[ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" == RUNNING ]]; then
         trap '' TERM
         scancel "$SLURM_JOB_ID" || true

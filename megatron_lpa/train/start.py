@@ -116,7 +116,7 @@ def _train_together(config: RunConfig, meeting: Meeting, watchdog: Watchdog, sto
         watchdog.enter("ending")
         largest_of_all(0, groups)  # nobody leaves while another rank is still talking to it
         stop_distributed()
-    if signum:
+    if run is not None and signum:
         line = stopped_line(signum, run.progress.step, run.saved_step)
         tell_launcher(line)
         if run.is_main:
