@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa.config import RunConfig
-from megatron_lpa.engine.zero_knobs import check_device, check_knobs, check_world, parse_strictly
+from megatron_lpa.engine.zero_knobs import check_knobs, check_world, parse_strictly
 from megatron_lpa.errors import UserError, named, shown
 from megatron_lpa.files import LASTING, names_in, patiently, read_json
 
@@ -192,22 +192,19 @@ def offloads(ds_config: dict[str, Any], key: str) -> bool:
 
 
 def check_by_deepspeed(zero: dict[str, Any], name: str) -> None:
-    """Whether this machine can use the knobs, by the installed DeepSpeed: it may be another than ``zero_knobs`` is for.
+    """Ask the installed DeepSpeed, which may be another than ``zero_knobs`` was written for.
 
     Args:
         zero: the knobs that ``read_zero_knobs`` gives as ``zero_optimization``.
         name: the run's ``train.deepspeed_config``, for messages.
 
     Raises:
-        UserError: DeepSpeed does not take one of them, or not without a GPU.
+        UserError: it does not take one of them.
     """
     # Here, as the file is read before seconds of imports.
-    import torch
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
-    if not torch.cuda.is_available():
-        check_device(find_ds_config(name), zero)
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
