@@ -295,8 +295,10 @@ def read_text(path: str | os.PathLike[str], most_bytes: int = MOST_TEXT_BYTES) -
         raise UnusableFile(f"{path}, line {line}: not UTF-8 text (byte {error.start})") from error
 
 
-def read_json(path: str | os.PathLike[str], most_bytes: int = MOST_TEXT_BYTES) -> Any:
-    """What a file of JSON holds.
+def read_json(
+    path: str | os.PathLike[str], most_bytes: int = MOST_TEXT_BYTES, parse: Callable[[str], Any] = json.loads
+) -> Any:
+    """What a file of JSON holds, by a ``parse`` that raises what ``json.loads`` raises.
 
     Raises:
         UnusableFile: as ``read_text``, or not JSON: cut short, nested too deeply, a number of too many digits.
@@ -304,7 +306,7 @@ def read_json(path: str | os.PathLike[str], most_bytes: int = MOST_TEXT_BYTES) -
     """
     text = read_text(path, most_bytes)
     try:
-        return json.loads(text)
+        return parse(text)
     except json.JSONDecodeError as error:
         raise UnusableFile(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from error
     except RecursionError as error:

@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_lpa.config import TrainConfig, fitted_to_world, load_config, validate_config
+from megatron_lpa.engine.ds_config import check_zero_file
 from megatron_lpa.errors import EXIT_FAILED, EXIT_REFUSED, RankError, UserError
+from megatron_lpa.parallel.launcher import tell_launcher
 from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.watchdog import Watchdog
 
@@ -46,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for warning in notes + validate_config(config, world_size):
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
+        check_zero_file(config, world_size)
         watchdog.limit(config.train.start_timeout_s, "train.start_timeout_s")
         watchdog.enter("loading libraries")
         # Seconds of imports, only once the config is known to be good.
@@ -57,10 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(error)
         return error.exit_code
     except KeyboardInterrupt:
+        if not _number("LOCAL_RANK", 0):
+            print("stopped by SIGINT before training began; the same command starts again", flush=True)
         return 128 + signal.SIGINT
-    except Exception:
+    except Exception as error:
         watchdog.finish()
         traceback.print_exc()
+        tell_launcher(f"{type(error).__name__}: {error}")
         return EXIT_FAILED
     finally:
         watchdog.stop()
@@ -84,6 +90,7 @@ def _tell(error: UserError) -> None:
     if rank and not isinstance(error, RankError) and not error.known_to_all:
         message = f"rank {rank} ({socket.gethostname()}): {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
+    tell_launcher(f"error: {message}")
     if error.exit_code == EXIT_REFUSED:
         # For slurm/common.sh as well: srun ends the other processes, and then gives theirs instead of this code.
         print(f"exit code {EXIT_REFUSED}: {AGAIN}", file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@
 #
 #   0 complete   1 the run folder cannot be written   2 wrong options   3 a node cannot train
 #   4 no progress over several starts   5 SLURM refused to requeue   78 training would end like this again
-#   143 stopped by SIGTERM
+#   143 stopped by SIGTERM; SLURM then shows CANCELLED, where it lets a job cancel itself
 readonly EXIT_FOLDER=1 EXIT_OPTIONS=2 EXIT_HEALTH=3 EXIT_NO_PROGRESS=4 EXIT_NOT_REQUEUED=5 EXIT_REFUSED=78 EXIT_STOPPED=143
 
 asked_by="" # USR1: save, then start again. TERM: save, then end.
@@ -144,7 +144,7 @@ own_operators() {
 
 stop_without_progress() {
     fail "$EXIT_NO_PROGRESS" "$1 starts of this job brought no checkpoint after step $first_step" \
-        "(MAX_RESTARTS_WITHOUT_PROGRESS=$max_idle); see $run/logs. Mend the cause and submit the job again"
+        "(MAX_RESTARTS_WITHOUT_PROGRESS=$max_idle); see $run/logs. Mend the cause and submit the job again$(cause)"
 }
 
 check_health() {
@@ -172,6 +172,15 @@ wait_for_health() {
     start_again
 }
 
+# Sets MASTER_PORT to one that is free on the first node, which this script and rank 0 share. srun hands it to all nodes.
+# Another one at each start: what takes a port may stay there. One that the user has named is taken if it is free.
+choose_port() {
+    local port
+    port="$("${python[@]}" -m megatron_lpa.parallel.address ${MASTER_PORT:+"$MASTER_PORT"})" ||
+        fail "$EXIT_OPTIONS" "there is no port at which the processes can meet"
+    export MASTER_PORT="$port"
+}
+
 # Whether a process of this start has said that another start would end alike.
 refused() { grep -q -s "^exit code $EXIT_REFUSED: " -- "$logs"/rank_*.log; }
 
@@ -185,6 +194,35 @@ show_errors() {
             return
         fi
     done
+}
+
+# What the ranks' logs say went wrong first, to repeat it below the launcher's own lines. That another rank is gone says
+# nothing of why.
+cause() {
+    local lines line
+    lines="$(grep -h -s -m 1 '^error:' -- "$logs"/rank_*.log)" || return 0
+    line="$(grep -v -m 1 'lost its connection to another process' <<<"$lines")" || line="${lines%%$'\n'*}"
+    line="${line#error: }"
+    echo ". Training said: ${line:0:1000}"
+}
+
+# A job that was stopped is not FAILED, which would call for somebody. Nor may it be COMPLETED: what waits for the trained
+# model (--dependency=afterok) would start. So it ends as CANCELLED. SLURM itself may have decided otherwise by now (time
+# limit, requeue, preemption), and then has the say.
+end_stopped() {
+    if ((status != EXIT_STOPPED)); then
+        show_errors
+        fail "$EXIT_STOPPED" "stopped, but not in order: what came after step $(newest_step) is lost$(cause)"
+    fi
+    local step at="before the first checkpoint"
+    step="$(newest_step)"
+    if ((step)); then at="at the checkpoint of step $step"; fi
+    say "stopped $at; submit the same line again to continue"
+    if [[ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" == RUNNING ]]; then
+        trap '' TERM
+        scancel "$SLURM_JOB_ID" || true
+    fi
+    exit "$EXIT_STOPPED"
 }
 
 start_again() {
@@ -227,14 +265,15 @@ train_on_slurm() {
     export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
     if [[ ${python[0]} == */* ]]; then export PATH="${python[0]%/*}:$PATH"; fi
     if [[ $device == cpu ]]; then export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu; fi
+    # Where sbatch --export=... left them out, bash has them for itself alone. And srun's output is to go where it is read.
+    export PATH HOME="${HOME-$(cd ~ && pwd)}"
+    unset SLURM_LABELIO SLURM_STDOUTMODE SLURM_STDERRMODE
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     # On one machine nobody else needs to reach the processes.
     if ((${#hosts[@]} == 1)); then export MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"; fi
     export MASTER_ADDR="${MASTER_ADDR:-${hosts[0]}}"
-    # Below the ports that systems hand out by themselves, and those that SLURM's own traffic usually has.
-    export MASTER_PORT="${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 10000))}"
 
     # A run that must be new, or must not be, has answered that at its first start.
     if ((restarts > 0)); then set -- "$@" --train.resume auto; fi
@@ -247,10 +286,12 @@ train_on_slurm() {
     own_operators
     say "start $((restarts + 1)) on $(IFS=,; echo "${hosts[*]}"): $processes processes, logs in $logs"
 
-    on_all_nodes=(--nodes="$nodes" --distribution=block --mpi=none)
+    # ALL: sbatch --export=... counts for srun too, and would keep back what this script exports.
+    on_all_nodes=(--nodes="$nodes" --distribution=block --mpi=none --export=ALL)
     wait_for_health "$@"
 
     if [[ -z $asked_by ]]; then
+        choose_port
         # shellcheck disable=SC2016  # the variables of each task
         srun "${on_all_nodes[@]}" --ntasks="$processes" --ntasks-per-node="$per_node" --kill-on-bad-exit=1 --input=none \
             ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
@@ -278,11 +319,12 @@ train_on_slurm() {
         exit 0
     fi
     say "training ended with exit code $status at the checkpoint of step $(newest_step)"
-    if [[ $asked_by == TERM ]]; then exit "$EXIT_STOPPED"; fi
+    if [[ $asked_by == TERM ]]; then end_stopped; fi
     if [[ -z $asked_by ]]; then
         show_errors
         if refused; then
-            fail "$EXIT_REFUSED" "another start would end in the same way, so there is none; mend the cause and submit the job again"
+            fail "$EXIT_REFUSED" "another start would end in the same way, so there is none; mend the cause and submit" \
+                "the job again$(cause)"
         fi
     fi
     start_again

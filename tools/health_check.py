@@ -30,6 +30,7 @@ from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.config.run import DataConfig
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
+from megatron_lpa.engine.ds_config import read_zero_knobs
 from megatron_lpa.engine.manifest import complete_checkpoints
 from megatron_lpa.engine.store import retention_of
 from megatron_lpa.errors import UserError, shown
@@ -64,6 +65,10 @@ def problems_of_node(config: RunConfig, gpus: int) -> Iterator[str]:
         yield from folder_problems(run)
         yield from disk_problems(run, config)
     yield from folder_problems(Path(tempfile.gettempdir()))
+    try:
+        read_zero_knobs(config.train.deepspeed_config, config.train.precision)
+    except UserError as error:
+        yield str(error)
     for prefix in prefixes_of(config.data):
         yield from dataset_problems(prefix)
 

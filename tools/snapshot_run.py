@@ -34,6 +34,7 @@ from megatron_lpa import __version__
 from megatron_lpa.config import RunConfig, fitted_to_world, load_config, validate_config
 from megatron_lpa.config.redaction import Redaction, is_secret_name
 from megatron_lpa.config.yaml_io import format_yaml
+from megatron_lpa.engine.ds_config import check_zero_file
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.files import (
     LASTING,
@@ -307,6 +308,7 @@ def prepare(argv: Sequence[str]) -> Path:
     own, options = parser.parse_known_args(argv)
     config, warnings = fitted_to_world(load_config(options), own.processes)
     warnings += validate_config(config, own.processes)
+    check_zero_file(config, own.processes)
     assert config.logging.name is not None
     run = Path(config.logging.run_dir) / config.logging.name
     # Before anything is written: a run folder may come from a stranger.

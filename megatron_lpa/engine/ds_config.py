@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa.config import RunConfig
+from megatron_lpa.engine.zero_knobs import check_knobs, check_world, parse_strictly
 from megatron_lpa.errors import UserError, named, shown
 from megatron_lpa.files import LASTING, names_in, patiently, read_json
 
@@ -38,14 +39,6 @@ DECIDED_BY_RUN = {
     "tensor_parallel": "parallel.tensor_parallel_size",
 }
 """DeepSpeed's keys that a file must leave alone, and the run's key that decides instead."""
-
-ALLOWED: dict[str, type] = {
-    "zero_optimization": dict,
-    "aio": dict,
-    "comms_logger": dict,
-    "wall_clock_breakdown": bool,
-    "memory_breakdown": bool,
-}
 
 
 def find_ds_config(name: str) -> Path:
@@ -94,7 +87,7 @@ def read_zero_knobs(name: str, precision: str) -> dict[str, Any]:
     """
     path = find_ds_config(name)
     try:
-        knobs = read_json(path, MOST_BYTES)
+        knobs = read_json(path, MOST_BYTES, parse_strictly)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; check the path and its permissions"
@@ -106,26 +99,8 @@ def read_zero_knobs(name: str, precision: str) -> dict[str, Any]:
             raise UserError(
                 f"{path}: {key!r} contradicts the run's config; remove it and set {DECIDED_BY_RUN[key]}"
             )
-        if key not in ALLOWED:
-            raise UserError(f"{path}: unknown key {shown(key)}; known: {', '.join(ALLOWED)}")
-        if key != "zero_optimization" and not isinstance(knobs[key], ALLOWED[key]):
-            kind = "an object" if ALLOWED[key] is dict else "true or false"
-            raise UserError(f"{path}: {key} is {shown(knobs[key])} but must be {kind}")
-    zero = knobs.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    if not isinstance(zero, dict) or type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise UserError(f"{path}: 'zero_optimization.stage' must be 0, 1, 2 or 3")
-    for key in ("offload_optimizer", "offload_param"):
-        offload = zero.get(key)
-        if offload is not None and not isinstance(offload, dict):
-            raise UserError(
-                f'{path}: {key} is {shown(offload)} but must be an object such as {{"device": "cpu"}}'
-            )
-        if offload and offload.get("device") == "nvme":
-            raise UserError(
-                f"{path}: {key} to nvme is not supported: checkpoints do not reach what lies there; set its device "
-                "to cpu, or use train.deepspeed_config=zero3_offload"
-            )
+    knobs = check_knobs(path, knobs)
+    stage = knobs["zero_optimization"]["stage"]
     if stage == 0 and precision == "bf16":
         raise UserError(
             f"{path}: train.precision=bf16 needs ZeRO stage 1 or above: DeepSpeed's stage 0 accumulates gradients "
@@ -133,6 +108,18 @@ def read_zero_knobs(name: str, precision: str) -> dict[str, Any]:
             "train.deepspeed_config=zero1 (the same memory on one process) or train.precision=fp32 or bf16_mixed"
         )
     return knobs
+
+
+def check_zero_file(config: RunConfig, world_size: int) -> None:
+    """Whether the file of ZeRO knobs can be used by so many processes; neither DeepSpeed nor PyTorch is imported.
+
+    Raises:
+        UserError: as ``read_zero_knobs``, or a knob does not fit the number of processes.
+        TryAgain: as ``read_zero_knobs``.
+    """
+    name = config.train.deepspeed_config
+    zero = read_zero_knobs(name, config.train.precision)["zero_optimization"]
+    check_world(find_ds_config(name), zero, world_size, config.parallel.tensor_parallel_size)
 
 
 def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
@@ -148,7 +135,7 @@ def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
     """
     ds_config = read_zero_knobs(config.train.deepspeed_config, config.train.precision)
     zero = ds_config["zero_optimization"]
-    _check_by_deepspeed(zero, config.train.deepspeed_config)
+    check_by_deepspeed(zero, config.train.deepspeed_config)
     train = config.train
     ds_config |= {
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
@@ -204,8 +191,17 @@ def offloads(ds_config: dict[str, Any], key: str) -> bool:
     return asked is not None and asked.device != "none"
 
 
-def _check_by_deepspeed(zero: dict[str, Any], name: str) -> None:
-    # Here, as the file is read before DeepSpeed's seconds of imports.
+def check_by_deepspeed(zero: dict[str, Any], name: str) -> None:
+    """Ask the installed DeepSpeed, which may be another than ``zero_knobs`` was written for.
+
+    Args:
+        zero: the knobs that ``read_zero_knobs`` gives as ``zero_optimization``.
+        name: the run's ``train.deepspeed_config``, for messages.
+
+    Raises:
+        UserError: it does not take one of them.
+    """
+    # Here, as the file is read before seconds of imports.
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 

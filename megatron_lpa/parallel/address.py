@@ -1,11 +1,22 @@
-"""Where rank 0 is: ``MASTER_ADDR`` and ``MASTER_PORT``, as launchers set them."""
+"""Where rank 0 is: ``MASTER_ADDR`` and ``MASTER_PORT``, as launchers set them; and a port that is free here.
+
+    python -m megatron_lpa.parallel.address [PORT]
+
+prints a free port of this machine: the given one if it is free. ``slurm/common.sh`` asks for one at each start.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import socket
+import sys
+from collections.abc import Sequence
 
 from megatron_lpa.errors import UserError
+
+PORTS = range(10_000, 30_000)
+"""What is chosen from: below the ports that systems hand out by themselves, and those of most services."""
 
 
 def master_address() -> tuple[str, int]:
@@ -19,9 +30,47 @@ def master_address() -> tuple[str, int]:
         raise UserError("MASTER_ADDR is empty; set it to rank 0's address")
     if port is None:
         raise UserError("WORLD_SIZE is above 1 but MASTER_PORT is not set; start through a launcher")
-    if not port.isdecimal() or not 0 < int(port[:9]) < 1 << 16:
-        raise UserError(f"MASTER_PORT is {port[:40]!r}, but must be a number from 1 to 65535")
-    return host, int(port)
+    return host, _port_of(port)
+
+
+def _port_of(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text[:9]) < 1 << 16:
+        raise UserError(f"MASTER_PORT is {text[:40]!r}, but must be a number from 1 to 65535")
+    return int(text)
+
+
+def listener_at(port: int, local: bool) -> socket.socket:
+    """A socket that listens on this machine.
+
+    Args:
+        port: where.
+        local: to this machine's own processes only, else to all that reach it.
+
+    Raises:
+        OSError: the port is taken, or not for this user.
+    """
+    dual = socket.has_dualstack_ipv6() and not local
+    return socket.create_server(
+        ("127.0.0.1" if local else "", port),
+        family=socket.AF_INET6 if dual else socket.AF_INET,
+        backlog=4096,
+        dualstack_ipv6=dual,
+    )
+
+
+def free_port() -> int:
+    """A port that nothing listens at on this machine, at this moment; another one each time.
+
+    Raises:
+        UserError: there seems to be none.
+    """
+    for port in random.SystemRandom().sample(PORTS, 200):
+        try:
+            listener_at(port, local=False).close()
+        except OSError:
+            continue
+        return port
+    raise UserError(f"no port from {PORTS.start} to {PORTS.stop - 1} is free on this machine")
 
 
 def is_loopback(host: str) -> bool:
@@ -44,3 +93,26 @@ def why_unknown(host: str, port: int) -> str:
     except UnicodeError as error:
         return str(error)
     return ""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print a free port; 0, or 78 where none can be given."""
+    try:
+        port = _port_of(argv[0]) if argv else free_port()
+        try:
+            listener_at(port, local=False).close()
+        except OSError as error:
+            print(
+                f"note: port {port} cannot be used on {socket.gethostname()}: {error.strerror}",
+                file=sys.stderr,
+            )
+            port = free_port()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(port)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -21,8 +21,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_lpa.errors import EXIT_REFUSED, RankError, RankHang, TryAgain, UserError, shown
-from megatron_lpa.parallel.address import is_loopback, master_address, why_unknown
+from megatron_lpa.parallel.address import is_loopback, listener_at, master_address, why_unknown
 from megatron_lpa.parallel.disagreement import disagreement, named
+from megatron_lpa.parallel.launcher import another_port
 from megatron_lpa.parallel.place import Place
 
 Say = Callable[[str], None]
@@ -205,22 +206,12 @@ def _serve(place: Place, waiting: _Patience) -> dist.Store:
         pass
     # Where all processes are on this machine, nobody else needs to reach the port.
     local = place.local_size >= place.world_size and is_loopback(host)
-    dual = socket.has_dualstack_ipv6() and not local
     try:
-        listener = socket.create_server(
-            ("127.0.0.1" if local else "", port),
-            family=socket.AF_INET6 if dual else socket.AF_INET,
-            backlog=4096,
-            dualstack_ipv6=dual,
-        )
+        listener = listener_at(port, local)
     except OSError as error:
-        hint = (
-            "give the launcher another --master_port"
-            if error.errno == errno.EADDRINUSE
-            else "choose another port"
-        )
+        doubt = "if another run uses this port, " if error.errno == errno.EADDRINUSE else ""
         raise RankError(
-            f"the processes cannot meet at {host}:{port}: {error.strerror}; if another run uses this port, {hint}"
+            f"the processes cannot meet at {host}:{port}: {error.strerror}; {doubt}{another_port()}"
         ) from error
     store = dist.TCPStore(
         "127.0.0.1",  # whatever MASTER_ADDR is: PyTorch would wait for a wrong one without a word
@@ -314,9 +305,7 @@ def _gather(
     message = disagreement(facts, hosts)
     foreign = any(len({json.dumps(f.get(name)) for f in facts}) > 1 for name in OF_ONE_RUN)
     if foreign:
-        message += (
-            f". Or another run uses port {master_address()[1]}: give the launcher another --master_port"
-        )
+        message += f". Or another run uses port {master_address()[1]}: {another_port()}"
     return answers, {
         "kind": "fine" if not message else "foreign" if foreign else "unlike",
         "message": message,
@@ -366,7 +355,7 @@ def _check_call(call: Mapping[str, Any], place: Place) -> None:
         theirs and ours and theirs != ours for theirs, ours in zip(call["launch"], _launch_of(), strict=True)
     ):
         raise RankError(
-            f"{place}: another run's rank 0 answers at port {master_address()[1]}; give the launcher another --master_port"
+            f"{place}: another run's rank 0 answers at port {master_address()[1]}; {another_port()}"
         )
     if place.rank >= call["world_size"]:
         raise RankError(

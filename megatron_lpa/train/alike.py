@@ -14,8 +14,9 @@ import torch
 import megatron_lpa
 from megatron_lpa.config import RunConfig
 from megatron_lpa.data.splits import Splits
-from megatron_lpa.engine.ds_config import read_zero_knobs
+from megatron_lpa.engine.ds_config import check_by_deepspeed, find_ds_config, read_zero_knobs
 from megatron_lpa.engine.manifest import SampleOrder
+from megatron_lpa.engine.zero_knobs import check_device
 from megatron_lpa.files import tree_digest
 from megatron_lpa.ops.dispatch import ENVIRONMENT_VARIABLE
 from megatron_lpa.parallel.disagreement import flat
@@ -38,6 +39,9 @@ def start_facts(config: RunConfig) -> dict[str, Any]:
         UserError: DeepSpeed's configuration cannot be used.
     """
     knobs = read_zero_knobs(config.train.deepspeed_config, config.train.precision)
+    check_by_deepspeed(knobs["zero_optimization"], config.train.deepspeed_config)
+    if not torch.cuda.is_available():
+        check_device(find_ds_config(config.train.deepspeed_config), knobs["zero_optimization"])
     facts = dict(flat(dataclasses.asdict(config)))
     facts |= {f"{config.train.deepspeed_config}: {name}": value for name, value in flat(knobs)}
     facts |= {f"version of {name}": _version(name) for name in PACKAGES}

@@ -47,6 +47,21 @@ class StopRequest:
             os._exit(128 + signum)
 
 
+def stopped_line(signum: int, step: int, saved_step: int) -> str:
+    """What a run that a signal has stopped says last: what is left of it, and how it goes on.
+
+    Args:
+        signum: the signal.
+        step: that it has done.
+        saved_step: of its newest checkpoint; -1 without one.
+    """
+    stopped = f"stopped by {signal.Signals(signum).name} after step {step:,}"
+    if saved_step < 0:
+        return f"{stopped}, with nothing saved; the same command starts the run anew"
+    saved = "which is saved" if saved_step == step else f"saved at step {saved_step:,}"
+    return f"{stopped}, {saved}; the same command continues"
+
+
 def _parents(count: int) -> list[int]:
     """Process ids of the parent, its parent, and so on; fewer where one is gone."""
     found: list[int] = []

@@ -29,6 +29,7 @@ from megatron_lpa.ops.dispatch import requested_path
 from megatron_lpa.parallel.agreement import from_first, gather_json, largest_of_all, together
 from megatron_lpa.parallel.disagreement import disagreement
 from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.parallel.launcher import tell_launcher
 from megatron_lpa.parallel.meeting import Meeting, meet
 from megatron_lpa.parallel.place import place_from_environment
 from megatron_lpa.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, refuse_links, refuse_unwritable
@@ -46,7 +47,7 @@ from megatron_lpa.train.loop import train
 from megatron_lpa.train.rollback import check_passed_over
 from megatron_lpa.train.run_lock import RunLock, lock_run, wait_s
 from megatron_lpa.train.schedule import total_steps
-from megatron_lpa.train.signals import StopRequest
+from megatron_lpa.train.signals import StopRequest, stopped_line
 from megatron_lpa.train.state import Run
 from megatron_lpa.train.watchdog import Watchdog
 
@@ -115,6 +116,11 @@ def _train_together(config: RunConfig, meeting: Meeting, watchdog: Watchdog, sto
         watchdog.enter("ending")
         largest_of_all(0, groups)  # nobody leaves while another rank is still talking to it
         stop_distributed()
+    if run is not None and signum:
+        line = stopped_line(signum, run.progress.step, run.saved_step)
+        tell_launcher(line)
+        if run.is_main:
+            print(line, flush=True)
     return signum
 
 

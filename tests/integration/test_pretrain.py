@@ -98,6 +98,8 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_resuming_is_exact(
     (checkpoint,) = complete_checkpoints(run / "checkpoints")
     stopped_at = read_manifest(checkpoint)["progress"].step
     assert 3 <= stopped_at < 400
+    said = f"stopped by {signum.name} after step {stopped_at}, which is saved; the same command continues"
+    assert [said in stdout for stdout in finished.stdout] == [True, False]
     assert records(run, "test") == []
 
     shorter = [

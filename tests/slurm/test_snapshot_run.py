@@ -380,10 +380,12 @@ def test_a_disk_that_does_not_take_the_snapshot(
 def test_options_that_cannot_run_leave_nothing(
     tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool.main(options("--train.global_batch_size", "7")) == 78
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.startswith("error: train.global_batch_size")
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 1, "offload_optimizer": true}}')
+    for key, value in (("train.global_batch_size", "7"), ("train.deepspeed_config", "own.json")):
+        assert tool.main(options(f"--{key}", value)) == 78
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith(("error: train.global", "error: own.json: zero_optimization.offload_"))
     assert not (tmp_path / "runs").exists()
 
 

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import sys
 import tarfile
 import time
@@ -38,12 +39,14 @@ class Site:
     folder: Path
     environment: dict[str, str]
 
-    def submit(self, name: str, script: str = "lpa_3b", *more: str, **environment: str) -> str:
+    def submit(
+        self, name: str, script: str = "lpa_3b", *more: str, option: str = "", **environment: str
+    ) -> str:
         arguments = [
             *SMALL, "--data.prefix", str(self.folder / "my data" / "tokens"), "--train.steps", str(STEPS),
             "--logging.run_dir", str(self.folder / "my runs"), "--logging.name", name, *more,
         ]  # fmt: skip
-        options = [*OPTIONS, f"--output={self.folder}/%x_%j.log"]
+        options = [*OPTIONS, f"--output={self.folder}/%x_%j.log", *([option] if option else [])]
         return self.cluster.submit(
             f"slurm/{script}.sh", arguments, options, self.environment | environment, cwd=REPOSITORY
         )
@@ -181,9 +184,12 @@ def test_sigterm_saves_and_ends_the_job(site: Site) -> None:
     site.wait_for_step(job, "stopped run", 3)
     site.cluster.signal_script(job, "TERM")
     ended, output = site.ended(job)
-    assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 143, 0), output
+    # Neither FAILED, as nothing did, nor COMPLETED, as jobs with --dependency=afterok would start.
+    assert (ended.state, ended.restarts) == ("CANCELLED", 0), output
     (step,) = complete_steps(site.run("stopped run"))
     assert 3 <= step < STEPS
+    said = output.splitlines()
+    assert f"stopped at the checkpoint of step {step}; submit the same line again to continue" in said[-1]
 
     job = site.submit("stopped run", "lpa_3b", "--train.checkpoint_interval", "0")
     site.wait_for_step(job, "stopped run", step + 3)
@@ -229,7 +235,26 @@ def test_an_error_that_stays_is_not_tried_again(site: Site, undisturbed: Path) -
     ended, output = site.ended(job)
     assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 78, 0), output
     assert "was written with another model" in output
+    assert "was written with another model" in output.splitlines()[-1]  # below what srun says of each process
     assert "another start would end in the same way" in output
+
+
+def test_little_of_the_environment_and_a_port_that_is_taken(site: Site) -> None:
+    """sbatch --export=... counts for srun as well, and what listens at a port may do so for days."""
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        given = {
+            **site.environment,
+            "MASTER_PORT": str(port),
+            "SLURM_LABELIO": "1",
+            "MAX_RESTARTS_WITHOUT_PROGRESS": "0",
+        }
+        few = ",".join(f"{name}={value}" for name, value in given.items())
+        job = site.submit("little run", "lpa_3b", "--train.steps", "3", option=f"--export={few}")
+        ended, output = site.ended(job)
+    assert (ended.state, ended.exit_code, ended.restarts) == ("COMPLETED", 0, 0), output
+    assert f"note: port {port} cannot be used on" in output
+    assert [record["step"] for record in records(site.run("little run"))] == [1, 2, 3]
 
 
 def test_a_requeued_job_whose_nodes_are_not_ready_starts_again(site: Site) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megatron_lpa import pretrain
@@ -49,6 +51,21 @@ def test_what_all_know_is_told_once_per_machine(
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         pretrain._tell(error)
         assert capsys.readouterr().err.partition("\n")[0] == expected
+
+
+def test_a_wrong_knob_of_zero_ends_a_start_before_it_makes_anything(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.json").write_text('{"zero_optimization": {"stage": 1, "overlap_com": true}}')
+    options = ["--preset", "tiny/lpa", "--data.prefix", "nowhere", "--logging.name", "x"]
+    assert pretrain.main([*options, "--train.deepspeed_config", "own.json"]) == 78
+    error, *rest = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+    assert (
+        error == "error: own.json: unknown key 'zero_optimization.overlap_com'; did you mean 'overlap_comm'?"
+    )
+    assert len(rest) == 1 and rest[0].startswith("exit code 78: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["own.json"]
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
