@@ -27,7 +27,7 @@ class StepReport:
 
 
 SAID = "said"
-"""Of an event that whoever made it has printed: as a "warning" or a "note". The console leaves it out."""
+"""Of an event that whoever made it has printed, as a "warning". The console leaves it out."""
 
 
 class RollBack(Exception):

@@ -54,7 +54,7 @@ class Checkpoints(Callback):
     def on_start(self, run: Run) -> None:
         """Record what was noticed while resuming; a validation made up for counts for the checkpoint of its step."""
         for note in run.resume_notes:
-            self._record(run, note, said="note")
+            self._record(run, note)
         together(lambda: self._note_validation(run), run.engine.groups)
 
     def _note_validation(self, run: Run) -> None:

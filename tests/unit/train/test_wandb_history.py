@@ -86,7 +86,7 @@ def test_what_is_synced_is_the_final_history(tmp_path: Path) -> None:
         folder,
         "Start(0).train(1, 2, 3, base=100.0).rewind(1).train(2, 3, base=200.0).close()\n"
         "Start(2).train(3, base=300.0).train(3, base=0.0, kind='test').close()\n"
-        "Start(3).train(3, base=0.0, kind='test').train(4, base=400.0).close()",
+        "Start(3).train(4, base=400.0).close()",
     )
     former = sorted((folder / SUPERSEDED).iterdir(), key=lambda path: history_of(path, "train/loss"))
     assert [history_of(each, "train/loss") for each in former] == [
