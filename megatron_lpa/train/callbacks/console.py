@@ -21,7 +21,7 @@ RECENT = 100
 """Records that tell how fast a run is: of its present speed, with validations and checkpoints."""
 
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"), (1, ""))
-_NEVER_SHOWN = ("kind", "step", "time", "message", SAID)
+_NEVER_SHOWN = ("kind", "step", "time", "message", SAID, NOT_FINITE)
 
 
 class Console(Sink):
@@ -126,7 +126,8 @@ def describe(record: Record, steps: int, left_s: float | None = None) -> str:
         )
     if record["kind"] == "event" and isinstance(record.get("message"), str):
         return f"{start} {_one_line(record['message'])}"
-    values = (f"{key}={_short(value)}" for key, value in record.items() if key not in _NEVER_SHOWN)
+    shown = {**record, **record.get(NOT_FINITE, {})}
+    values = (f"{key}={_short(value)}" for key, value in shown.items() if key not in _NEVER_SHOWN)
     return _one_line(f"{start} {record['kind']}: {' '.join(values)}".rstrip())
 
 

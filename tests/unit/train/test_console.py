@@ -88,6 +88,7 @@ def test_everything_fits_beside_the_mfu_of_a_long_run() -> None:
             "grads: q=0.123457 layers=[1, null] name=a b bad=null",
         ),
         ({"kind": "grads"}, "grads:"),
+        ({"kind": "grads", "q": None, "k": 1.0, "not_finite": {"q": "-inf"}}, "grads: q=-inf k=1"),
         ({"kind": "event", "found": 3}, "event: found=3"),
         ({"kind": "event", "message": 5}, "event:"),
         ({"kind": "event", "message": "a\x1b[2Jb\nc \u4eac"}, "a\\x1b[2Jb\\nc \u4eac"),
