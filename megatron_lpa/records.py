@@ -13,6 +13,7 @@ import math
 import os
 import reprlib
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from megatron_lpa.errors import TryAgain
 from megatron_lpa.files import fsync_folder, is_dir, new_file, open_regular, patiently, sha256, status
 
 Record = dict[str, Any]
-"""One line of ``metrics.jsonl``; ``kind`` is train, valid, test or event, or one that a later version has."""
+"""One line of ``metrics.jsonl``; ``kind`` is train, valid, test or event, or a callback's own."""
 
 NUMBERS = {
     "train": ("tokens", "loss", "step_ms"),
@@ -31,6 +32,9 @@ NUMBERS = {
     "event": (),
 }
 """What a record of each kind has besides its step. Nothing is known of other kinds."""
+
+LARGEST_LOSS = math.log(sys.float_info.max)
+"""Of which there is a perplexity."""
 
 MOST_RECORD_BYTES = 16 << 20
 """Of one line: far more than a record has, also one with messages of many processes."""
@@ -42,6 +46,15 @@ _MOST_SEQUENCES = 10_000
 
 class NoRecord(ValueError):
     """Why a line is no record, in words that follow the name of its file and its number."""
+
+
+class NoStep(NoRecord):
+    """A line of a kind that is not ours, and without a step: nobody here reads it, and it is no damage."""
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``; infinite where that is beyond a float64, and NaN of NaN."""
+    return math.inf if loss > LARGEST_LOSS else math.exp(loss)
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,7 @@ class Line:
 
         Raises:
             NoRecord: not a JSON object with a number ``step`` from 0 on, a text ``kind`` and the ``NUMBERS`` of that kind.
+            NoStep: it has a kind that is not in ``NUMBERS``, and no step.
         """
         if self.too_long:
             raise NoRecord(
@@ -83,6 +97,8 @@ class Line:
         if not isinstance(record, dict):
             raise NoRecord("not a JSON object")
         step, kind = record.get("step"), record.get("kind")
+        if isinstance(kind, str) and kind not in NUMBERS and step is None:
+            raise NoStep(f"its kind is {reprlib.repr(kind)}, and it has no step")
         if not is_finite_number(step) or step < 0:
             raise NoRecord(f"its step is {reprlib.repr(step)}, not a number of steps")
         if not isinstance(kind, str):
@@ -258,6 +274,10 @@ def keep_records(path: Path, wanted: Callable[[Record], bool], aside: str) -> Ke
             for line in read_lines(path):
                 try:
                     record = line.record()
+                except NoStep:
+                    if line.ended:
+                        file.write(line.content + b"\n")
+                    continue
                 except NoRecord as problem:
                     if line.ended or line.too_long:
                         count += 1

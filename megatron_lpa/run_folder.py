@@ -29,6 +29,7 @@ TOKENIZER = "tokenizer"
 TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 WANDB_ID = "wandb_id"
+SUPERSEDED = f"{WANDB}/superseded"
 LOGS = "logs"
 HANG = "hang"
 SNAPSHOT = "snapshot"
@@ -37,7 +38,7 @@ _FOLDER, _FILE, _EITHER = "a folder", "a regular file", "a regular file or a fol
 # A folder comes before what is in it: nothing is looked at through a link. W&B makes links of its own in its folder.
 _WRITTEN = (
     (CHECKPOINTS, _FOLDER), (LOGS, _FOLDER), (f"{LOGS}/{HANG}", _FOLDER), (TOKENIZER, _FOLDER), (TENSORBOARD, _FOLDER),
-    (WANDB, _FOLDER), (f".{WANDB}", _FOLDER), (SNAPSHOT, _FOLDER),
+    (WANDB, _FOLDER), (f".{WANDB}", _FOLDER), (SUPERSEDED, _FOLDER), (SNAPSHOT, _FOLDER),
     (f".{SNAPSHOT}.*", _FOLDER),
     (LOCK, _FILE), (METRICS, _FILE), ("metrics.damaged*.jsonl", _FILE), (CONFIG, _FILE), (WANDB_ID, _FILE),
     (".*.partial", _FILE),

@@ -190,7 +190,7 @@ def check_agreement(full: Path, short: Path, interval: int) -> str:
 
 
 def comparable_losses(records: Sequence[Record], interval: int) -> dict[tuple[int, str], float]:
-    """Losses by (step, kind), without means over cut intervals.
+    """Finite losses by (step, kind), without means over cut intervals.
 
     A run that was stopped inside a logging interval has, after it, a mean over the rest of the interval.
     """
@@ -200,7 +200,7 @@ def comparable_losses(records: Sequence[Record], interval: int) -> dict[tuple[in
         (record["step"], record["kind"]): record["loss"]
         for kind in ("train", "valid")
         for record in records_of([*records], kind)
-        if kind == "valid" or record["step"] not in cut
+        if record["loss"] is not None and (kind == "valid" or record["step"] not in cut)
     }
 
 

@@ -28,6 +28,7 @@ from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.held_out import check_tokenizer, split_streams, training_warnings
 from megatron_lpa.evaluate.perplexity import TextLoss, ids_of_texts, measure, sum_of
 from megatron_lpa.evaluate.trained import TrainedRun, load_run, required_tokenizer
+from megatron_lpa.record_values import finite
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -151,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(numbers, indent=2) if arguments.json else describe(numbers))
+    print(json.dumps(finite(numbers), indent=2) if arguments.json else describe(numbers))
     return 0
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lpa.errors import UserError
+from megatron_lpa.evaluate.comparable import warn_of_tokenizers
 from megatron_lpa.evaluate.curves import figure_of, read_curve, save_png
 
 
@@ -51,6 +52,8 @@ def plot(arguments: argparse.Namespace) -> Path:
     if output.suffix != ".png":
         raise UserError(f"--output {output}: only PNG is written; give a name that ends in .png")
     curves = [read_curve(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    if warning := warn_of_tokenizers(labels, folders):
+        print(f"warning: {warning}", file=sys.stderr)
     save_png(figure_of(curves, arguments.x, arguments.smooth, arguments.title), output)
     return output
 

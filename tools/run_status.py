@@ -31,7 +31,7 @@ from megatron_lpa.engine.store import REPLACED, damaged_folders
 from megatron_lpa.errors import EXIT_FAILED, UserError
 from megatron_lpa.evaluate.trained import read_config
 from megatron_lpa.files import exists
-from megatron_lpa.records import NoRecord, read_lines
+from megatron_lpa.records import NoRecord, NoStep, read_lines
 from megatron_lpa.run_folder import CHECKPOINTS, METRICS, shown
 from megatron_lpa.train.schedule import total_steps
 
@@ -124,6 +124,8 @@ def _recorded(path: Path, step: int) -> tuple[set[str], str]:
                 continue  # still being written
             try:
                 record = line.record()
+            except NoStep:
+                continue
             except NoRecord:
                 damaged.append(line.number)
                 continue

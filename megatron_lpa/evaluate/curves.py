@@ -29,10 +29,10 @@ class Curve:
         label: name in the legend.
         tokens: tokens trained on at each train record.
         seconds: time spent in training steps until each train record.
-        loss: mean loss of the steps since the record before, nats per token.
+        loss: mean loss of the steps since the record before, nats per token; NaN where none was finite.
         valid_tokens: tokens trained on at each validation.
         valid_seconds: time spent in training steps until each validation.
-        valid_loss: validation losses, nats per token.
+        valid_loss: validation losses, nats per token; NaN where not finite.
     """
 
     label: str
@@ -73,10 +73,24 @@ def read_curve(folder: Path, label: str) -> Curve:
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over ``width`` neighbouring values, centred, over fewer at both ends; ``width`` 1 changes nothing."""
+    """Mean over ``width`` neighbouring values, centred, over fewer at both ends; ``width`` 1 changes nothing.
+
+    NaN stays NaN, and has no part in the mean of its neighbours.
+    """
     assert width >= 1
     before, after = (width - 1) // 2, width // 2
-    return np.array([values[max(0, i - before) : i + after + 1].mean() for i in range(len(values))])
+    near = (values[max(0, i - before) : i + after + 1] for i in range(len(values)))
+    means = [window[np.isfinite(window)] for window in near]
+    return np.array(
+        [part.mean() if np.isfinite(value) else np.nan for value, part in zip(values, means, strict=True)]
+    )
+
+
+def alone(values: np.ndarray) -> np.ndarray:
+    """Which values, bool ``(n,)``, are between two gaps: a line does not show them."""
+    there = np.isfinite(values)
+    padded = np.concatenate([[False], there, [False]])
+    return there & ~padded[:-2] & ~padded[2:]
 
 
 def figure_of(curves: Sequence[Curve], axis: Axis = "both", smooth: int = 1, title: str | None = None) -> Any:
@@ -102,7 +116,10 @@ def figure_of(curves: Sequence[Curve], axis: Axis = "both", smooth: int = 1, tit
                 if kind == "tokens"
                 else (curve.seconds, curve.valid_seconds)
             )
-            panel.plot(x / scale, smoothed(curve.loss, smooth), color=colour, lw=1.8, label=curve.label)
+            losses = smoothed(curve.loss, smooth)
+            panel.plot(x / scale, losses, color=colour, lw=1.8, label=curve.label)
+            if (dots := alone(losses)).any():
+                panel.plot(x[dots] / scale, losses[dots], ls="none", marker=".", ms=4, color=colour)
             panel.plot(
                 valid_x / scale,
                 curve.valid_loss,
@@ -147,7 +164,8 @@ def save_png(figure: Any, path: Path) -> None:
 
 
 def _column(records: Sequence[dict[str, Any]], name: str) -> np.ndarray:
-    return np.array([record[name] for record in records], dtype=np.float64)
+    values = np.array([record[name] for record in records], dtype=np.float64)
+    return np.where(np.isfinite(values), values, np.nan)
 
 
 def _title(kinds: Sequence[str], smooth: int) -> str:
@@ -161,6 +179,8 @@ def _loss_limits(curves: Sequence[Curve], smooth: int) -> tuple[float, float]:
     for curve in curves:
         losses = smoothed(curve.loss, smooth)
         settled = losses[curve.tokens >= curve.tokens[-1] / 12]
+        if not np.isfinite(settled).any():
+            settled = losses
         finite = [value for value in (*settled, *curve.valid_loss) if np.isfinite(value)]
         if finite:
             low.append(min(finite))

@@ -16,13 +16,13 @@ from megatron_lpa.data.splits import Splits, open_splits
 from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
 from megatron_lpa.data.tokenizers.loading import load_tokenizer
 from megatron_lpa.errors import TryAgain, UserError
-from megatron_lpa.evaluate.trained import CONFIG, TrainedRun, found_again
+from megatron_lpa.evaluate.trained import CONFIG, RecordedRun, found_again
 from megatron_lpa.files import is_dir
 
 _BLOCK_SAMPLES = 1024
 
 
-def split_streams(run: TrainedRun, name: str, max_tokens: int | None = None) -> list[np.ndarray]:
+def split_streams(run: RecordedRun, name: str, max_tokens: int | None = None) -> list[np.ndarray]:
     """The ids of a split of the run's own data, as the training loop reads it.
 
     Args:
@@ -37,7 +37,7 @@ def split_streams(run: TrainedRun, name: str, max_tokens: int | None = None) -> 
     Raises:
         UserError: the data is gone or has changed, or the run has no such split.
     """
-    splits = open_splits(_data_of(run), run.config.model.sequence_length, run.config.train.seed)
+    splits = open_splits(data_of(run), run.config.model.sequence_length, run.config.train.seed)
     _refuse_other_data(run, splits)
     split: Samples | None = getattr(splits, name)
     if split is None:
@@ -53,7 +53,7 @@ def split_streams(run: TrainedRun, name: str, max_tokens: int | None = None) -> 
     return [_stream(dataset, count) for dataset, count in split.giving(num_samples) if count]
 
 
-def check_tokenizer(run: TrainedRun, prefix: str) -> list[str]:
+def check_tokenizer(run: RecordedRun, prefix: str) -> list[str]:
     """Compares what made a dataset with the run's tokenizer; warnings where that is not known.
 
     Raises:
@@ -62,7 +62,7 @@ def check_tokenizer(run: TrainedRun, prefix: str) -> list[str]:
     manifest = read_manifest(prefix)
     if manifest is None:
         return [f"{prefix} has no manifest: whether its ids are of the run's tokenizer is not known"]
-    known = _fingerprint_of(run)
+    known = fingerprint_of(run)
     if known is None:
         return [
             f"{run.folder} records no tokenizer: whether the ids of {prefix} are of the run's is not known"
@@ -77,7 +77,7 @@ def check_tokenizer(run: TrainedRun, prefix: str) -> list[str]:
     return []
 
 
-def training_warnings(run: TrainedRun, prefix: str) -> list[str]:
+def training_warnings(run: RecordedRun, prefix: str) -> list[str]:
     """A warning if a dataset, or a copy of it, is what the run was trained on."""
     for key, recorded in _training_prefixes(run.config.data):
         own = found_again(recorded, run.config, run.folder, ".idx")
@@ -108,7 +108,7 @@ def _training_prefixes(data: DataConfig) -> Sequence[tuple[str, str]]:
     return [*named, *(("data.blend", prefix) for prefix in data.blend or {})]
 
 
-def _data_of(run: TrainedRun) -> DataConfig:
+def data_of(run: RecordedRun) -> DataConfig:
     """``data.*`` with paths that lead to the data from here."""
 
     def found(prefix: str | None) -> str | None:
@@ -131,7 +131,7 @@ def _data_of(run: TrainedRun) -> DataConfig:
     )
 
 
-def _refuse_other_data(run: TrainedRun, splits: Splits) -> None:
+def _refuse_other_data(run: RecordedRun, splits: Splits) -> None:
     """A cut of other data would hold out other documents, perhaps ones that the model was trained on."""
     saved = run.manifest.get("order", {}).get("data")
     if run.config.data.train_prefix is not None or not saved:
@@ -144,7 +144,7 @@ def _refuse_other_data(run: TrainedRun, splits: Splits) -> None:
         )
 
 
-def _fingerprint_of(run: TrainedRun) -> tuple[str, str] | None:
+def fingerprint_of(run: RecordedRun) -> tuple[str, str] | None:
     """The fingerprint of the run's tokenizer, and where it is known from."""
     copy = run.folder / "tokenizer"
     if is_dir(copy):

@@ -25,6 +25,7 @@ from megatron_lpa.data.preparation.records import read_texts
 from megatron_lpa.data.tokenizers.loading import Tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.transformer import Decoder
+from megatron_lpa.records import perplexity as perplexity_of
 
 
 @dataclass(frozen=True)
@@ -198,4 +199,4 @@ def ids_of_texts(inputs: Sequence[str], tokenizer: Tokenizer, key: str = "text")
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return perplexity_of(value)

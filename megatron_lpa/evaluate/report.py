@@ -7,17 +7,31 @@ import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_lpa.config import RunConfig
 from megatron_lpa.engine.manifest import complete_checkpoints, described
+from megatron_lpa.evaluate.comparable import (
+    HELD_OUT,
+    Terms,
+    bits_per_byte,
+    comparable,
+    notes,
+    same_data,
+    same_tokenizer,
+    terms_of,
+    text_bytes,
+)
 from megatron_lpa.evaluate.metrics_file import Record, read_metrics, records_of
 from megatron_lpa.evaluate.trained import read_config
 from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
-from megatron_lpa.records import is_finite_number
+from megatron_lpa.records import is_finite_number, perplexity
 
 NOT_MEASURED = "not measured"
+NOT_FINITE = "not finite"
+NOT_COMPARABLE = "not comparable"
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,8 @@ class RunSummary:
         peak_memory_bytes: largest memory of the first process: of its GPU, or resident without one.
         train_loss: of the last logging interval, nats per token.
         valid_loss: the last one.
-        test_loss: the last one.
+        test_loss: the last one. A loss that was not finite is NaN.
+        terms: what the losses are of.
     """
 
     label: str
@@ -55,6 +70,7 @@ class RunSummary:
     train_loss: float | None
     valid_loss: float | None
     test_loss: float | None
+    terms: Terms
 
 
 def summarize(folder: Path, label: str | None = None) -> RunSummary:
@@ -81,9 +97,10 @@ def summarize(folder: Path, label: str | None = None) -> RunSummary:
         tokens_per_second=_median(settled, "tokens_per_second"),
         step_ms=_median(settled, "step_ms"),
         peak_memory_bytes=max(_values(train, "memory_peak_bytes"), default=None),
-        train_loss=_last(train, "loss"),
-        valid_loss=_last(valid, "loss"),
-        test_loss=_last(test, "loss"),
+        train_loss=_last_loss(train),
+        valid_loss=_last_loss(valid),
+        test_loss=_last_loss(test),
+        terms=terms_of(folder, {"valid": _evaluated(valid), "test": _evaluated(test)}),
     )
 
 
@@ -93,10 +110,12 @@ class _Row:
     value: Callable[[RunSummary], float | str | None]
     form: Callable[[float], str]
     ratio: bool = True
+    kind: str | None = None
+    """Of a loss: which one it is."""
 
 
 def _perplexity(loss: float | None) -> float | None:
-    return None if loss is None else math.exp(loss) if loss < 700 else math.inf
+    return None if loss is None else perplexity(loss)
 
 
 _ROWS = (
@@ -109,25 +128,66 @@ _ROWS = (
     _Row("tokens per second", lambda run: run.tokens_per_second, lambda n: f"{n:,.0f}"),
     _Row("step time", lambda run: run.step_ms, lambda n: f"{n:,.0f} ms"),
     _Row("peak memory per process", lambda run: run.peak_memory_bytes, lambda n: f"{n / 2**20:,.0f} MiB"),
-    _Row("last training loss", lambda run: run.train_loss, lambda n: f"{n:.4f}"),
-    _Row("validation loss", lambda run: run.valid_loss, lambda n: f"{n:.4f}"),
-    _Row("validation perplexity", lambda run: _perplexity(run.valid_loss), lambda n: f"{n:,.2f}"),
-    _Row("test loss", lambda run: run.test_loss, lambda n: f"{n:.4f}"),
-    _Row("test perplexity", lambda run: _perplexity(run.test_loss), lambda n: f"{n:,.2f}"),
+    _Row("last training loss", lambda run: run.train_loss, lambda n: f"{n:.4f}", kind="train"),
+    _Row("validation loss", lambda run: run.valid_loss, lambda n: f"{n:.4f}", kind="valid"),
+    _Row(
+        "validation perplexity", lambda run: _perplexity(run.valid_loss), lambda n: f"{n:,.2f}", kind="valid"
+    ),
+    _Row("test loss", lambda run: run.test_loss, lambda n: f"{n:.4f}", kind="test"),
+    _Row("test perplexity", lambda run: _perplexity(run.test_loss), lambda n: f"{n:,.2f}", kind="test"),
 )
 
 
-def comparison_table(runs: Sequence[RunSummary]) -> str:
-    """A Markdown table, one column per run; with two or more, the second divided by the first."""
+def bits_per_byte_rows(runs: Sequence[RunSummary]) -> list[_Row]:
+    """Rows of what can be compared where tokenizers differ; none where they do not, or where it is not known of all.
+
+    The data is read for it, and its text counted.
+    """
+    if same_tokenizer([run.terms for run in runs]):
+        return []
+    rows = []
+    for kind, title in HELD_OUT.items():
+        values = {run.folder: _bits_per_byte(run, kind) for run in runs}
+        if None not in values.values():
+            one_text = all(same_data(runs[0].terms, run.terms, kind) for run in runs)
+            rows.append(_Row(f"{title} bits per byte", partial(_of_folder, values), _four_digits, one_text))
+    return rows
+
+
+def _of_folder(values: dict[Path, float | None], run: RunSummary) -> float | None:
+    return values[run.folder]
+
+
+def _four_digits(number: float) -> str:
+    return f"{number:.4f}"
+
+
+def _bits_per_byte(run: RunSummary, kind: str) -> float | None:
+    loss = run.valid_loss if kind == "valid" else run.test_loss
+    tokens = run.terms.tokens[kind]
+    if loss is None or not tokens:
+        return None
+    counted = text_bytes(run.folder, kind, tokens)
+    return bits_per_byte(loss, tokens, counted) if counted else None
+
+
+def comparison_table(runs: Sequence[RunSummary], more: Sequence[_Row] = ()) -> str:
+    """A Markdown table, one column per run; with two or more, the second divided by the first.
+
+    Args:
+        runs: in the order of the columns.
+        more: rows that follow the others.
+    """
     header = ["", *(run.label for run in runs)]
     if len(runs) > 1:
         header.append(f"{runs[1].label} / {runs[0].label}")
     lines = [header]
-    for row in _ROWS:
+    for row in (*_ROWS, *more):
         values = [row.value(run) for run in runs]
-        cells = [NOT_MEASURED if value is None else row.form(value) for value in values]  # type: ignore[arg-type]
+        cells = [_cell(value, row.form) for value in values]
         if len(runs) > 1:
-            cells.append(_ratio(values[0], values[1]) if row.ratio else "")
+            alike = row.kind is None or comparable([run.terms for run in runs[:2]], row.kind)
+            cells.append("" if not row.ratio else _ratio(values[0], values[1]) if alike else NOT_COMPARABLE)
         lines.append([row.title, *cells])
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
@@ -141,6 +201,12 @@ def comparison_table(runs: Sequence[RunSummary]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
+def _cell(value: float | str | None, form: Callable[[Any], str]) -> str:
+    if value is None:
+        return NOT_MEASURED
+    return NOT_FINITE if isinstance(value, float) and not math.isfinite(value) else form(value)
+
+
 def report_text(
     runs: Sequence[RunSummary], plot_name: str, samples: Sequence[tuple[str, Sequence[str]]]
 ) -> str:
@@ -151,7 +217,12 @@ def report_text(
         plot_name: picture beside the report.
         samples: run label and texts it generated.
     """
-    parts = [f"# {' and '.join(run.label for run in runs)}", comparison_table(runs)]
+    more = bits_per_byte_rows(runs)
+    parts = [f"# {' and '.join(run.label for run in runs)}", comparison_table(runs, more)]
+    parts += [
+        f"**Note:** {note}"
+        for note in notes([run.label for run in runs], [run.terms for run in runs], bool(more))
+    ]
     parts.append(
         "Speeds are medians over the logging intervals after the first. Losses are nats per token, perplexity "
         "is per token. Memory is that of the first process: allocated on its GPU, or resident without one."
@@ -164,6 +235,8 @@ def report_text(
 
 def _ratio(first: float | str | None, second: float | str | None) -> str:
     if isinstance(first, str) or isinstance(second, str) or first is None or second is None or first == 0:
+        return ""
+    if not (math.isfinite(first) and math.isfinite(second)):
         return ""
     return f"{second / first:.3f}"
 
@@ -199,3 +272,13 @@ def _median(records: Sequence[Record], name: str) -> float | None:
 def _last(records: Sequence[Record], name: str) -> Any:
     """A number, as ``read_metrics`` has checked, or None."""
     return records[-1][name] if records else None
+
+
+def _last_loss(records: Sequence[Record]) -> float | None:
+    loss = _last(records, "loss")
+    return math.nan if records and loss is None else loss
+
+
+def _evaluated(records: Sequence[Record]) -> int | None:
+    found = records[-1].get("tokens_evaluated") if records else None
+    return found if isinstance(found, int) else None

@@ -14,6 +14,7 @@ from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
 from megatron_lpa.engine.manifest import (
     MANIFEST,
     complete_checkpoints,
+    described,
     read_manifest,
     verify_files,
 )
@@ -28,24 +29,33 @@ CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
-class TrainedRun:
-    """A trained model with what is needed to use it.
+class RecordedRun:
+    """What a run folder says of a trained model, without the weights.
 
     Args:
         config: the run's resolved configuration.
-        decoder: in eval mode, in the run's precision, on the GPU if there is one.
         tokenizer: None when the run recorded none and none was given.
-        step: optimizer steps that made these weights.
         folder: the run folder.
         manifest: what the checkpoint says about itself.
     """
 
     config: RunConfig
-    decoder: Decoder
     tokenizer: Tokenizer | None
-    step: int
     folder: Path
     manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainedRun(RecordedRun):
+    """A trained model with what is needed to use it.
+
+    Args:
+        decoder: in eval mode, in the run's precision, on the GPU if there is one.
+        step: optimizer steps that made these weights.
+    """
+
+    decoder: Decoder
+    step: int
 
 
 def load_run(run: str | Path, step: int | None = None, tokenizer: str | None = None) -> TrainedRun:
@@ -78,7 +88,20 @@ def load_run(run: str | Path, step: int | None = None, tokenizer: str | None = N
         autocast=autocast_dtype(config.train.precision),
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return TrainedRun(config, decoder.to(device), loaded, manifest["progress"].step, folder, manifest)
+    return TrainedRun(config, loaded, folder, manifest, decoder.to(device), manifest["progress"].step)
+
+
+def recorded_run(folder: Path, step: int | None = None) -> RecordedRun:
+    """What a run folder says of its newest checkpoint. Of the checkpoint only the manifest is read.
+
+    Raises:
+        UserError, TryAgain: as :func:`load_run`, but for damaged weights.
+    """
+    folder, checkpoint = find_checkpoint(folder, step)
+    config = read_config(folder)
+    return RecordedRun(
+        config, _tokenizer_of(config, folder, None), folder, described(checkpoint, complete=False)
+    )
 
 
 def find_checkpoint(path: Path, step: int | None = None) -> tuple[Path, Path]:
@@ -128,7 +151,7 @@ def read_config(folder: Path) -> RunConfig:
     return load_config(["--config", str(path)])
 
 
-def required_tokenizer(run: TrainedRun) -> Tokenizer:
+def required_tokenizer(run: RecordedRun) -> Tokenizer:
     """The run's tokenizer.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ from megatron_lpa.data.batches import load_batch
 from megatron_lpa.data.sampler import evaluation_indices
 from megatron_lpa.data.samples import Samples
 from megatron_lpa.errors import UserError
+from megatron_lpa.records import perplexity
 from megatron_lpa.train.state import Run, agree_to_go_on
 
 
@@ -30,7 +30,7 @@ class SplitLoss:
     @property
     def perplexity(self) -> float:
         """``exp(loss)``, per token."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity(self.loss)
 
 
 def evaluate_split(run: Run, split: Samples, max_samples: int | None = None) -> SplitLoss | None:

@@ -26,6 +26,10 @@ class StepReport:
     data_wait_s: float
 
 
+SAID = "said"
+"""Of an event that whoever made it has printed, as a "warning". The console leaves it out."""
+
+
 class RollBack(Exception):
     """Raised by a callback, on all ranks alike: the run is to go back to its newest checkpoint. The text says why."""
 
@@ -68,6 +72,9 @@ class Sink:
     """
 
     required = False
+
+    def look(self, run: Run) -> None:
+        """Before any sink opens: the files are still as an earlier start left them."""
 
     def open(self, run: Run) -> None:
         """Before the first record."""

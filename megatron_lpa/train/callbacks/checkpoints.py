@@ -22,7 +22,8 @@ class LastValidation(Sink):
     """Remembers the last validation loss on rank 0, for the manifest of a checkpoint of the same step."""
 
     def __init__(self) -> None:
-        self._step, self._loss = -1, 0.0
+        self._step = -1
+        self._loss: float | None = None
 
     def write(self, record: Record) -> None:
         """Take note of validation records."""
@@ -34,7 +35,7 @@ class LastValidation(Sink):
         self._step = -1
 
     def loss_at(self, step: int) -> float | None:
-        """The loss of validation after ``step`` steps, if it ran then."""
+        """The loss of validation after ``step`` steps, if it ran then and was finite."""
         return self._loss if self._step == step else None
 
 
@@ -107,7 +108,7 @@ class Checkpoints(Callback):
         )
         if run.is_main:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-        self._record(run, f"checkpoint failed: {warning}")
+        self._record(run, f"checkpoint failed: {warning}", said="warning")
 
     def before_failure(self, run: Run) -> None:
         """Save what there is, before a problem from outside ends the run."""
@@ -181,6 +182,6 @@ class Checkpoints(Callback):
         run.saved_step = saving.progress.step
         self._record(run, f"checkpoint {path}", blocked_s=round(saving.blocked_s, 3))
 
-    def _record(self, run: Run, message: str, **details: float) -> None:
+    def _record(self, run: Run, message: str, **details: float | str) -> None:
         record = {"kind": "event", "step": run.progress.step, "message": message, **details}
         self.metrics.emit(run, record)

@@ -6,16 +6,17 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from megatron_lpa.engine.unrecorded import NOTHING_UNRECORDED, Unrecorded
-from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.errors import TryAgain, UserError, shown
 from megatron_lpa.model.accounting import flops_per_token_training
 from megatron_lpa.parallel.agreement import gather_numbers, largest_of_all, together
+from megatron_lpa.record_values import CannotRecord, finished
 from megatron_lpa.records import Record
-from megatron_lpa.train.callbacks.base import Callback, Sink, StepReport
+from megatron_lpa.train.callbacks.base import SAID, Callback, Sink, StepReport
 from megatron_lpa.train.hardware import peak_flops_per_second, peak_memory_bytes
 from megatron_lpa.train.state import Run
 
@@ -32,23 +33,25 @@ class Metrics(Callback):
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = list(sinks)
+        self._as_text: set[tuple[str, str]] = set()
         self._losses: list[torch.Tensor] = []
         self._unrecorded = NOTHING_UNRECORDED
         self._timed_steps = 0
         self._step_s = self._data_wait_s = 0.0
 
     def on_start(self, run: Run) -> None:
-        """Open all sinks, and go on with the interval in which the run was stopped."""
+        """Open all sinks, once each has seen what an earlier start left; go on with the interval of the stop."""
         self._unrecorded = run.unrecorded
 
         def open_sinks() -> int:
-            for sink in list(self.sinks) if run.is_main else ():
-                try:
-                    sink.open(run)
-                except UserError:
-                    raise
-                except Exception as error:
-                    self._give_up(sink, error, run)
+            for hook in (Sink.look, Sink.open):
+                for sink in list(self.sinks) if run.is_main else ():
+                    try:
+                        getattr(sink, hook.__name__)(run)
+                    except UserError:
+                        raise
+                    except Exception as error:
+                        self._give_up(sink, error, run)
             return len(self.sinks)
 
         together(open_sinks, run.engine.groups)
@@ -82,9 +85,9 @@ class Metrics(Callback):
                 "step": run.progress.step,
                 "tokens": run.progress.consumed_tokens,
                 "samples": run.progress.consumed_samples,
-                "loss": loss,
+                "loss": math.nan if loss is None else loss,
                 "lr": report.lr,
-                "grad_norm": _finite(float(report.result.grad_norm)),
+                "grad_norm": float(report.result.grad_norm),
                 "tokens_per_second": rate,
                 "step_ms": 1000 * self._step_s / steps,
                 "data_wait_ms": 1000 * self._data_wait_s / steps,
@@ -120,7 +123,7 @@ class Metrics(Callback):
         """Record it, and say it where warnings go."""
         if run.is_main:
             print(f"warning: {message}", file=sys.stderr, flush=True)
-        self.emit(run, {"kind": "event", "step": run.progress.step, "message": message})
+        self.emit(run, {"kind": "event", "message": message, SAID: "warning"})
 
     def after_rollback(self, run: Run) -> None:
         """Forget the steps since the last record, and let sinks drop what will come again."""
@@ -135,10 +138,27 @@ class Metrics(Callback):
                 self._give_up(sink, error, run)
 
     def emit(self, run: Run, record: Record) -> None:
-        """Hand a record to all sinks; called on every rank, acts on rank 0."""
+        """Hand a record to all sinks; called on every rank, acts on rank 0.
+
+        Args:
+            run: the run. Where the record is none that tools can read, that is its problem: all ranks stop at the next
+                agreement, with a checkpoint.
+            record: as ``finished`` takes it. It needs a kind; ours are train, valid, test and event.
+        """
         if not run.is_main:
             return
-        record = {**record, "time": time.time()}
+        kind = shown(record.get("kind") if isinstance(record, Mapping) else record)
+        try:
+            record, as_text = finished(record, run.progress.step, time.time())
+        except CannotRecord as problem:
+            message = f"a callback's record of the kind {kind} cannot be written: {problem}"
+            run.problem = run.problem or UserError(message)
+            return
+        for key in as_text:
+            if (kind, key) not in self._as_text:
+                self._as_text.add((kind, key))
+                words = "JSON has nothing for it, and it is written as text"
+                print(f"warning: {key} of records of the kind {kind}: {words}", file=sys.stderr, flush=True)
         for sink in list(self.sinks):
             try:
                 sink.write(record)
@@ -178,8 +198,3 @@ def _straggler(waits_s: Sequence[float], steps: int) -> dict[str, float]:
         return {}
     late_s = max(waits_s) - min(waits_s)
     return {"slowest_rank": waits_s.index(min(waits_s)), "slowest_rank_late_ms": 1000 * late_s / steps}
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else None

@@ -1,27 +1,33 @@
-"""Sinks of records: the metrics file, the console, TensorBoard, Weights & Biases."""
+"""Sinks of records: the metrics file, which is the record of a run, and by name its views.
+
+The console, TensorBoard and W&B have modules of their own.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
-import json
 import os
 import stat
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import BinaryIO
 
-from megatron_lpa.config.redaction import Redaction
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import LASTING, exists, patiently, read_text, write_whole
+from megatron_lpa.files import LASTING, patiently
+from megatron_lpa.record_values import encoded
 from megatron_lpa.records import Kept, Record, Steps, keep_records, write_again
-from megatron_lpa.run_folder import DAMAGED_METRICS, METRICS, TENSORBOARD, WANDB_ID, open_own
+from megatron_lpa.run_folder import DAMAGED_METRICS, METRICS, open_own
 from megatron_lpa.train.callbacks.base import Sink
+from megatron_lpa.train.callbacks.console import Console
+from megatron_lpa.train.callbacks.tensorboard import TensorBoard
+from megatron_lpa.train.callbacks.weights_and_biases import NO_WANDB, WandB
 from megatron_lpa.train.run_lock import RunLock
 from megatron_lpa.train.state import Run
+
+__all__ = ["METRICS", "NO_WANDB", "Console", "MetricsFile", "TensorBoard", "WandB"]
 
 MOST_WAITING = 10_000
 """Records that wait in memory for a disk that is full: a few megabytes."""
@@ -144,7 +150,7 @@ class MetricsFile(Sink):
 
     def _append(self, record: Record) -> None:
         assert self._file is not None
-        line = (json.dumps(record) + "\n").encode()
+        line = encoded(record) + b"\n"
         self._torn = True
         try:
             written = self._file.write(line)
@@ -252,151 +258,3 @@ def _is_regular(path: Path) -> bool:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except FileNotFoundError:
         return False
-
-
-class Console(Sink):
-    """Readable lines on stdout, and a progress bar on a terminal."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._steps = 0
-
-    def open(self, run: Run) -> None:
-        """Start the progress bar where one is wanted."""
-        self._steps = run.steps
-        wanted = run.config.logging.progress_bar
-        if wanted == "on" or (wanted == "auto" and sys.stderr.isatty()):
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=run.steps, initial=run.progress.step, unit="step", dynamic_ncols=True)
-
-    def write(self, record: Record) -> None:
-        """One line per record."""
-        self._say(describe(record, self._steps))
-        if self._bar is not None and record["kind"] == "train":
-            self._bar.update(record["step"] - self._bar.n)
-            self._bar.set_postfix(loss=_number(record["loss"], ".3f"))
-
-    def close(self) -> None:
-        """Finish the progress bar."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def _say(self, line: str) -> None:
-        if self._bar is not None:
-            self._bar.write(line)
-        else:
-            print(line, flush=True)
-
-
-def describe(record: Record, steps: int) -> str:
-    """A record as one readable line."""
-    step = f"step {record['step']:>{len(str(steps))}}/{steps}"
-    if record["kind"] == "train":
-        mfu = "" if record["mfu"] is None else f" | mfu {100 * record['mfu']:.1f} %"
-        return (
-            f"{step} | loss {_number(record['loss'], '.4f')} | lr {record['lr']:.2e}"
-            f" | grad norm {_number(record['grad_norm'], '.3f')}"
-            f" | {record['tokens_per_second']:,.0f} tokens/s | {record['step_ms']:.0f} ms/step{mfu}"
-        )
-    if record["kind"] in ("valid", "test"):
-        return (
-            f"{step} | {record['kind']} loss {record['loss']:.4f} | perplexity {record['perplexity']:.2f}"
-            f" | {record['tokens_evaluated']:,} tokens"
-        )
-    return f"{step} | {record['message']}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
-
-
-class TensorBoard(Sink):
-    """Event files in ``<run folder>/tensorboard``."""
-
-    def __init__(self) -> None:
-        self._writer: Any = None
-
-    def open(self, run: Run) -> None:
-        """Open the writer; earlier events after the resumed step are hidden."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(run.folder / TENSORBOARD), purge_step=run.progress.step + 1)
-
-    def write(self, record: Record) -> None:
-        """Every number under ``<kind>/<name>``."""
-        for name, value in numbers(record).items():
-            self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
-
-    def close(self) -> None:
-        """Flush and close."""
-        if self._writer is not None:
-            self._writer.close()
-
-
-NO_WANDB = (
-    "logging.wandb needs the package wandb: pip install 'megatron_lpa[wandb]', or set logging.wandb=off"
-)
-
-
-class WandB(Sink):
-    """Weights & Biases, online or offline; the run's id is kept in the run folder for resuming.
-
-    W&B gets metrics and the configuration without known secrets. What it would collect by itself it does not: the
-    command, every variable of SLURM (with the job's comment), the repository's address. The snapshot has what matters.
-    """
-
-    def __init__(self, mode: Literal["offline", "online"]) -> None:
-        self._mode = mode
-        self._run: Any = None
-
-    def open(self, run: Run) -> None:
-        """Start or continue the W&B run.
-
-        Raises:
-            UserError: the package is not installed.
-        """
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(NO_WANDB) from None
-        id_file = run.folder / WANDB_ID
-        if not exists(id_file):
-            write_whole(id_file, os.urandom(4).hex())
-        self._run = wandb.init(
-            project=run.config.logging.wandb_project,
-            name=run.folder.name,
-            id=read_text(id_file).strip(),
-            resume="allow",
-            mode=self._mode,
-            dir=str(run.folder),
-            config=Redaction(os.environ).tree(dataclasses.asdict(run.config)),
-            settings=wandb.Settings(
-                x_disable_machine_info=True,
-                x_disable_meta=True,
-                disable_git=True,
-                disable_code=True,
-                console="off",
-                x_save_requirements=False,
-            ),
-        )
-
-    def write(self, record: Record) -> None:
-        """Every number under ``<kind>/<name>``."""
-        values = {f"{record['kind']}/{name}": value for name, value in numbers(record).items()}
-        if values:
-            self._run.log(values, step=record["step"])
-
-    def close(self) -> None:
-        """Finish the W&B run."""
-        if self._run is not None:
-            self._run.finish()
-
-
-def numbers(record: Record) -> dict[str, float]:
-    """The numeric fields of a record, without its position."""
-    return {
-        name: value
-        for name, value in record.items()
-        if isinstance(value, (int, float)) and name not in ("step", "time")
-    }

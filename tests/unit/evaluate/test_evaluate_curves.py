@@ -131,12 +131,45 @@ def test_a_plot_in_a_run_folder_from_a_stranger_goes_where_no_link_leads(tmp_pat
     ).is_symlink()
 
 
-def test_an_interval_without_a_finite_loss_is_a_gap(tmp_path: Path) -> None:
-    """Training writes null there."""
-    records = [train(10, 5.0), train(20, 4.0) | {"loss": None}, train(30, 3.0)]
+def test_what_is_not_finite_is_a_gap_and_the_rest_is_drawn(tmp_path: Path) -> None:
+    """Training writes null there; earlier versions wrote NaN and Infinity for validations."""
+    losses = [5.0, None, 3.0, None, 4.0, 2.0, float("inf")]
+    records = [train(10 * number, 1.0) | {"loss": loss} for number, loss in enumerate(losses, start=1)]
+    records += [
+        valid(10, float("nan")),
+        valid(20, float("inf")),
+        valid(30, 2.5),
+        valid(40, 1.0) | {"loss": None},
+    ]
     curve = read_curve(write_metrics(tmp_path, records), "a")
-    assert np.isnan(curve.loss).tolist() == [False, True, False]
-    figure_of([curve])
+    assert np.isnan(curve.loss).tolist() == [loss in (None, float("inf")) for loss in losses]
+    assert np.isnan(curve.valid_loss).tolist() == [True, True, False, True]
+    (panel,) = figure_of([curve], "tokens").axes
+    line, dots, validations = panel.lines[:3]
+    np.testing.assert_array_equal(line.get_ydata(), [5, np.nan, 3, np.nan, 4, 2, np.nan])
+    # A line does not show what has no neighbour.
+    np.testing.assert_allclose(dots.get_xydata(), [[10, 5], [30, 3]])
+    assert dots.get_marker() == "." and validations.get_ydata()[2] == 2.5
+    low, high = panel.get_ylim()
+    assert low < 2.0 and high > 4.0
+
+
+def test_gaps_have_no_part_in_a_mean(tmp_path: Path) -> None:
+    values = np.array([1.0, np.nan, 3.0, 5.0])
+    np.testing.assert_allclose(smoothed(values, 3), [1.0, np.nan, 4.0, 4.0])
+    np.testing.assert_allclose(smoothed(np.array([np.nan, np.nan]), 3), [np.nan, np.nan])
+
+
+def test_a_run_without_any_finite_loss_is_drawn_empty(tmp_path: Path) -> None:
+    records = [train(step, 1.0) | {"loss": None} for step in (10, 20)]
+    curve = read_curve(write_metrics(tmp_path, records), "a")
+    save_png(figure_of([curve], smooth=2), tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_only_record_is_drawn(tmp_path: Path) -> None:
+    (panel,) = figure_of([read_curve(write_metrics(tmp_path, [train(10, 5.0)]), "a")], "tokens").axes
+    assert [len(line.get_xydata()) for line in panel.lines if line.get_marker() == "."] == [1]
 
 
 def test_a_disk_that_does_not_give_the_records_is_no_bad_line(

@@ -73,6 +73,26 @@ def test_what_was_not_measured_is_said(tmp_path: Path, save_run: SaveRun) -> Non
     assert table["last training loss"] == ["8.0000"]
 
 
+@pytest.mark.parametrize("loss", ["null", "NaN", "Infinity"])
+def test_losses_that_are_not_finite_are_said_to_be(
+    tmp_path: Path, save_run: SaveRun, capsys: pytest.CaptureFixture[str], loss: str
+) -> None:
+    runs = [save_run(tmp_path / "runs" / name) for name in ("one", "two")]
+    for run in runs:
+        write_metrics(run, [1000, 1000], test_loss=3.0)
+    metrics = runs[0] / "metrics.jsonl"
+    lines = [
+        line[: line.rindex('"loss": ')] + f'"loss": {loss}}}' for line in metrics.read_text().splitlines()[2:]
+    ]
+    metrics.write_text("\n".join([*metrics.read_text().splitlines()[:2], *lines]) + "\n")
+    table = cells(comparison_table([summarize(run) for run in runs]))
+    for row in ("validation loss", "validation perplexity", "test loss", "test perplexity"):
+        assert table[row][0] == "not finite" and table[row][2] == "", row
+    assert table["last training loss"][0] == "7.0000"
+    main = runpy.run_path(str(TOOL))["main"]
+    assert main([*(f"--run={run}" for run in runs), "--output", str(tmp_path / "report")]) == 0
+
+
 def test_the_tool_writes_report_and_plot(
     tmp_path: Path, save_run: SaveRun, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -167,6 +167,19 @@ def test_a_damaged_line_of_the_records_is_noted(
     assert ("not on record" in said.out) != tested
 
 
+def test_a_record_of_a_kind_of_ones_own_is_no_damage(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tested = ("--data.prefix=null", "--data.train_prefix=a", "--data.test_prefix=b", "--train.steps=9")
+    run_folder(tmp_path, *tested, steps=(9,))
+    others = '{"kind": "note"}\n{"kind": "grads", "step": 3, "q": null}\n'
+    (tmp_path / "metrics.jsonl").write_text(
+        f'{others}{{"kind": "test", "step": 9, "tokens": 1, "loss": NaN}}\n'
+    )
+    assert tool.main([str(tmp_path)]) == 0
+    assert "damaged" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints/step_00000009/manifest.json"])
 @pytest.mark.parametrize("times", [1, 3, 99])
 def test_a_disk_that_does_not_answer_asks_for_another_try(
