@@ -21,12 +21,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-import numpy as np
-
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.errors import UserError
-from megatron_lpa.evaluate.held_out import check_tokenizer, split_streams, training_warnings
-from megatron_lpa.evaluate.perplexity import TextLoss, ids_of_texts, measure, sum_of
+from megatron_lpa.evaluate.held_out import DatasetTokens, check_tokenizer, split_streams, training_warnings
+from megatron_lpa.evaluate.perplexity import TextLoss, TokenStream, ids_of_texts, measure, sum_of
 from megatron_lpa.evaluate.trained import TrainedRun, load_run, required_tokenizer
 
 
@@ -96,16 +94,17 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
     return {**described, **numbers_of(sum_of(measured))}
 
 
-def streams_of(run: TrainedRun, arguments: argparse.Namespace) -> list[np.ndarray]:
+def streams_of(run: TrainedRun, arguments: argparse.Namespace) -> Sequence[TokenStream]:
     """The token ids to predict; warnings about them go to stderr."""
     if arguments.split is not None:
         return split_streams(run, arguments.split, arguments.max_tokens)
     if arguments.text is not None:
-        return [ids_of_texts(arguments.text, required_tokenizer(run), arguments.json_key)]
+        enough = None if arguments.max_tokens is None else arguments.max_tokens + 1
+        return [ids_of_texts(arguments.text, required_tokenizer(run), arguments.json_key, enough)]
     dataset = IndexedDataset(arguments.data)
     for warning in (*check_tokenizer(run, arguments.data), *training_warnings(run, arguments.data)):
         print(f"warning: {warning}", file=sys.stderr)
-    return [dataset.tokens(0, dataset.num_tokens)]
+    return [DatasetTokens(dataset)]
 
 
 def numbers_of(result: TextLoss) -> dict[str, object]:

@@ -57,7 +57,7 @@ CODE = {
     "tools": ("*.py",),
 }
 """Folders of this project and which files in them are code."""
-CODE_FILES = ("pyproject.toml", "constraints.txt")
+CODE_FILES = ("pyproject.toml", "setup.py", "constraints.txt")
 ENVIRONMENT = re.compile(
     r"(NCCL|TORCH_NCCL|GLOO|OMP|DS|CUDA_VISIBLE|SLURM_NTASKS|SLURM_GPUS|MASTER)_\w+|DEVICE|CONTAINER|PYTHON"
     r"|SLURM_JOB_(ID|NODELIST|NUM_NODES|CPUS_PER_NODE|GPUS|PARTITION|QOS|ACCOUNT|USER|UID|GID|START_TIME|END_TIME)"
