@@ -116,12 +116,11 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     same_last = by_last.get(last, [])
     close = difflib.get_close_matches(name, names, n=count, cutoff=0.75)
     groups = [by_last[part] for part in difflib.get_close_matches(last, by_last, n=count, cutoff=0.7)]
+    close = list(dict.fromkeys([*(each for each in names if each.lower() == name.lower()), *close]))
     # The whole name is the better evidence unless only its last part is right.
-    ranked = list(
-        dict.fromkeys([*close[:1], *same_last, *close[1:], *(n for group in groups for n in group)])
-    )
+    ranked = dict.fromkeys([*close[:1], *same_last, *close[1:], *(n for group in groups for n in group)])
     together = {*close[:1], *same_last} if same_last else {} if close or not groups else groups[0]
-    return ranked[: max(count, len(together))]
+    return list(ranked)[: max(count, len(together))]
 
 
 def _last_part(name: str) -> str:
