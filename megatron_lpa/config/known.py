@@ -10,6 +10,7 @@ from megatron_lpa.config.presets import preset_names
 from megatron_lpa.config.schema import CONFIG_KEYS, CONFIG_SECTIONS, nearest
 from megatron_lpa.config.yaml_io import read_yaml
 from megatron_lpa.errors import TryAgain, UserError, named, shown
+from megatron_lpa.run_folder import shown as readable
 
 OPTIONS = ("preset", "config", "print-config", "help")
 
@@ -77,17 +78,17 @@ def read_config_file(path: str) -> dict[str, Any]:
         raise _of_other_kind(path) or error from error
     if found := [key for key in _DEEPSPEED if key in tree]:
         raise UserError(
-            f"--config {named(path)}: a file of DeepSpeed (it has {shown(found[0])}), not a run's configuration; give it "
-            f"with --train.deepspeed_config {named(path)}"
+            f"--config {readable(path)}: a file of DeepSpeed (it has {shown(found[0])}), not a run's configuration; give it "
+            f"with --train.deepspeed_config {readable(path)}"
         )
     if tree and set(tree) <= _PRESET_PARTS:
         raise UserError(
-            f"--config {named(path)}: a file of presets (it has {shown(next(iter(tree)))}), not a run's configuration; "
+            f"--config {readable(path)}: a file of presets (it has {shown(next(iter(tree)))}), not a run's configuration; "
             f"give a preset by its name: --preset {named(preset_names()[0])}"
         )
     if found := [key for key in _HUGGING_FACE if key in tree]:
         raise UserError(
-            f"--config {named(path)}: a model's configuration of Hugging Face (it has {shown(found[0])}), not a run's; "
+            f"--config {readable(path)}: a model's configuration of Hugging Face (it has {shown(found[0])}), not a run's; "
             "write its sizes into a file of this project's keys (--help lists them)"
         )
     return tree
@@ -100,5 +101,5 @@ def _of_other_kind(path: str) -> UserError | None:
     if not os.path.isdir(path):
         return None
     inside = os.path.join(path, _RUN_CONFIG)
-    advice = f"give {named(inside)}" if os.path.isfile(inside) else "give a file of YAML"
-    return UserError(f"--config {named(path)}: a folder, not a regular file; {advice}")
+    advice = f"give {readable(inside)}" if os.path.isfile(inside) else "give a file of YAML"
+    return UserError(f"--config {readable(path)}: a folder, not a regular file; {advice}")
