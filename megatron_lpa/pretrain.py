@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from megatron_lpa.config import TrainConfig, fitted_to_world, load_config, validate_config
 from megatron_lpa.errors import EXIT_FAILED, EXIT_REFUSED, RankError, UserError
+from megatron_lpa.parallel.place import place_from_environment
 from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.watchdog import Watchdog
 
@@ -41,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     watchdog.start(TrainConfig.start_timeout_s)  # until the config says how long
     try:
         watchdog.enter("reading its configuration")
-        world_size = _number("WORLD_SIZE", 1)
-        config, notes = fitted_to_world(load_config(sys.argv[1:] if argv is None else argv), world_size)
+        config = load_config(sys.argv[1:] if argv is None else argv)
+        world_size = place_from_environment().world_size
+        config, notes = fitted_to_world(config, world_size)
         for warning in notes + validate_config(config, world_size):
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {warning}", file=sys.stderr, flush=True)

@@ -153,6 +153,7 @@ def measure(
     device = next(decoder.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     windows = _windows(len(ids), length, stride)
+    batch_size = min(batch_size, count)
     end = 0
     with torch.inference_mode():
         for _ in tqdm(range(-(-count // batch_size)), unit="batch", disable=None if progress else True):
