@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megatron_lpa.command_line import outlive_readers, run_tool
 from megatron_lpa.config import TrainConfig, fitted_to_world, load_config, validate_config
 from megatron_lpa.errors import EXIT_FAILED, EXIT_REFUSED, RankError, UserError
 from megatron_lpa.parallel.place import place_from_environment
@@ -105,4 +106,5 @@ def leave(code: int) -> NoReturn:
 
 if __name__ == "__main__":
     faulthandler.enable()  # a crash in native code, or SIGBUS of a mapped file, says at least where
-    leave(main())
+    outlive_readers()
+    sys.exit(run_tool(lambda: leave(main())))

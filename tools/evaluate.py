@@ -21,6 +21,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from megatron_lpa.command_line import run_tool
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.held_out import DatasetTokens, check_tokenizer, split_streams, training_warnings
@@ -155,4 +156,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

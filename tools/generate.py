@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from megatron_lpa.command_line import run_tool
 from megatron_lpa.errors import UserError, named
 from megatron_lpa.evaluate.generation import Sampling, generate_text
 from megatron_lpa.evaluate.trained import load_run, required_tokenizer
@@ -88,4 +89,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lpa.command_line import run_tool
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.curves import figure_of, read_curve, save_png
 
@@ -67,4 +68,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lpa.command_line import run_tool
 from megatron_lpa.engine.manifest import (
     MANIFEST,
     DamagedCheckpoint,
@@ -149,4 +150,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

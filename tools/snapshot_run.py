@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa import __version__
+from megatron_lpa.command_line import run_tool
 from megatron_lpa.config import RunConfig, fitted_to_world, load_config, validate_config
 from megatron_lpa.config.redaction import Redaction, is_secret_name
 from megatron_lpa.config.yaml_io import format_yaml
@@ -341,4 +342,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))
