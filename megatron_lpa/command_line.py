@@ -29,7 +29,8 @@ _NOBODY_READS = (errno.EPIPE, errno.EIO)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Errors of an open file, which has no name for the system any more: these are as a rule of the output."""
 
-_RUN_FILES = ("config.yaml", "metrics.jsonl", "checkpoints")
+_RUN_FILES = ("config.yaml", "metrics.jsonl", "checkpoints", "manifest.json")
+"""Any of these makes a folder one of a run, or of a checkpoint."""
 
 
 def run_tool(main: Callable[[], int]) -> int:
@@ -126,7 +127,7 @@ def run_folders(given: Iterable[str | Sequence[str]], option: str = "--run") -> 
 
     Returns:
         In the order given; what a pattern fits in natural order (2 before 10), each folder once. A pattern fits only
-        folders that a run has written.
+        folders of runs and of checkpoints.
 
     Raises:
         UserError: a pattern fits no run folder.
