@@ -98,7 +98,7 @@ def test_runs_are_given_one_by_one_together_or_by_patterns(
 
 @pytest.mark.parametrize("pattern", ["runs/z*", "runs/*.log", "runs/no*"])
 def test_a_pattern_without_runs_is_an_error(runs: Path, pattern: str) -> None:
-    with pytest.raises(UserError, match="--run .* no run folder fits this pattern"):
+    with pytest.raises(UserError, match=r"--run .* no run folder fits this pattern"):
         run_folders([[pattern]])
 
 
