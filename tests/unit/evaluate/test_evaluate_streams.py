@@ -119,3 +119,24 @@ def test_of_texts_only_the_first_documents_are_read(
     (tmp_path / "later.jsonl").write_text("no JSON\n")
     assert main([*arguments[:4], str(tmp_path / "later.jsonl"), *arguments[4:]]) == 0
     assert capsys.readouterr().out == expected
+
+
+def test_several_runs_are_measured_one_after_the_other(
+    tmp_path: Path, save_run: SaveRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = runpy.run_path(str(TOOL))["main"]
+    runs = [str(save_run(tmp_path / "runs" / name)) for name in "ab"]
+    path = tmp_path / "text.txt"
+    path.write_text("A document of some words. " * 20)
+    alone = []
+    for run in runs:
+        assert main(["--run", run, "--text", str(path), "--json"]) == 0
+        alone.append(json.loads(capsys.readouterr().out))
+    for given in (["--run", *runs], ["--run", runs[0], "--run", runs[1]], ["--run", f"{tmp_path}/runs/*"]):
+        assert main([*given, "--text", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == alone
+    assert main(["--run", *runs, "--text", str(path)]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "step" in line] == [
+        f"{each['run']}, step {each['step']:,}: {each['tokens']:,} tokens, the training loop's windows"
+        for each in alone
+    ]
