@@ -70,7 +70,7 @@ $(VENV)/.torch.stamp: constraints.txt
 	@$(PIP) $(TORCH)
 	@touch $@
 
-$(VENV)/.demo.stamp: $(VENV)/.torch.stamp pyproject.toml
+$(VENV)/.demo.stamp: $(VENV)/.torch.stamp pyproject.toml setup.py
 	@echo "installing megatron_lpa and what the demo needs"
 	@$(PIP) -e '.[demo]'
 	@touch $@

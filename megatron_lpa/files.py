@@ -28,6 +28,7 @@ PAUSES_S = (0.2, 1.0, 3.0)
 
 LASTING = (
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.EROFS,
 )  # fmt: skip
 """What a file system says of names and permissions, for good. Everything else may be gone at the next attempt."""
 

@@ -18,10 +18,12 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from megatron_lpa.command_line import outlive_readers, run_tool
 from megatron_lpa.config import TrainConfig, fitted_to_world, load_config, validate_config
 from megatron_lpa.engine.ds_config import check_zero_file
 from megatron_lpa.errors import EXIT_FAILED, EXIT_REFUSED, RankError, UserError
 from megatron_lpa.parallel.launcher import tell_launcher
+from megatron_lpa.parallel.place import place_from_environment
 from megatron_lpa.train.signals import StopRequest
 from megatron_lpa.train.watchdog import Watchdog
 
@@ -43,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     watchdog.start(TrainConfig.start_timeout_s)  # until the config says how long
     try:
         watchdog.enter("reading its configuration")
-        world_size = _number("WORLD_SIZE", 1)
-        config, notes = fitted_to_world(load_config(sys.argv[1:] if argv is None else argv), world_size)
+        config = load_config(sys.argv[1:] if argv is None else argv)
+        world_size = place_from_environment().world_size
+        config, notes = fitted_to_world(config, world_size)
         for warning in notes + validate_config(config, world_size):
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -110,4 +113,5 @@ def leave(code: int) -> NoReturn:
 
 if __name__ == "__main__":
     faulthandler.enable()  # a crash in native code, or SIGBUS of a mapped file, says at least where
-    leave(main())
+    outlive_readers()
+    sys.exit(run_tool(lambda: leave(main())))

@@ -62,9 +62,11 @@ def refuse_links(folder: Path) -> None:
         folder: the run folder; it may be a link, and need not exist.
 
     Raises:
-        UserError: a link, a device, a pipe, or a folder where a file belongs; the message names it.
+        UserError: a link, a device, a pipe, or a folder where a file belongs, or a file where the run folder or one
+            above it belongs; the message names it.
         TryAgain: the disk does not answer.
     """
+    _refuse_file(folder)
     for pattern, expected in _WRITTEN:
         for path in _found(folder, pattern):
             try:
@@ -93,6 +95,31 @@ def refuse_unwritable(folder: Path) -> None:
                 f"{shown(path)}: may not be written by this user; see to its permissions, or choose another "
                 "logging.run_dir or logging.name"
             )
+
+
+def _refuse_file(folder: Path) -> None:
+    """Raise where the run folder cannot be made, as what has its name, or that of one above it, is no folder."""
+    for path in (folder, *folder.parents):
+        try:
+            mode = patiently(lambda path=path: os.stat(path).st_mode, path)  # type: ignore[misc]
+        except OSError as error:
+            if error.errno in _NOT_THERE and os.path.islink(path):
+                raise UserError(
+                    f"{shown(path)}: a link to nothing, where {_needed(path, folder)}; remove it, or make what it leads to"
+                ) from error
+            if error.errno not in _NOT_THERE:
+                return  # the start that needs it says why it cannot be used
+            continue
+        if not stat.S_ISDIR(mode):
+            raise UserError(
+                f"{shown(path)}: {kind_of(mode)}, where {_needed(path, folder)}; choose another logging.run_dir or "
+                "logging.name, or remove it"
+            )
+        return
+
+
+def _needed(path: Path, folder: Path) -> str:
+    return "the run folder belongs" if path == folder else f"a folder for {shown(folder)} belongs"
 
 
 def _found(folder: Path, pattern: str) -> Iterator[Path]:

@@ -22,6 +22,7 @@ from benchmarks import (
     step_profile,
     train_step,
 )
+from megatron_lpa.command_line import run_tool
 from megatron_lpa.errors import UserError
 
 COMMANDS = {
@@ -66,4 +67,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # fault_injection/
 
 from fault_injection.campaign import Options, conclude, run_campaign
 from fault_injection.record import merged
+from megatron_lpa.command_line import run_tool
 from megatron_lpa.errors import UserError
 
 
@@ -101,4 +102,4 @@ def _merge(files: list[Path], output: Path | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -7,18 +7,19 @@
 
 A run continues from its checkpoints in any layout: resuming needs no conversion. The source is compared with its
 hashes before anything is written; the output appears whole or not at all, and never replaces anything. One process, no
-GPU, no DeepSpeed. Exit code 0, 1 with a message, or 130 and 143 after Ctrl-C and SIGTERM.
+GPU, no DeepSpeed. Exit code 0, 1 with a message, or 130, 143 and 129 after Ctrl-C, SIGTERM and a closed
+terminal.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lpa.command_line import end_politely, run_tool
 from megatron_lpa.errors import UserError
 
 
@@ -88,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     """Convert; 0, or 1 with a message for what the user can mend."""
     arguments = parse_arguments(argv)
     # A polite kill unwinds the stack, which removes what is unfinished.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_politely()
     try:
         print(converted(arguments))
     except UserError as error:
@@ -101,4 +102,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from demo_commands import Commands, Stopped, say
 
+from megatron_lpa.command_line import run_tool
 from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.engine.manifest import complete_checkpoints, step_of
 from megatron_lpa.errors import UserError
@@ -283,4 +284,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -4,6 +4,10 @@
     python tools/evaluate.py --run runs/tiny-lpa --split valid
     python tools/evaluate.py --run runs/tiny-lpa --data data/test_text_document
     python tools/evaluate.py --run runs/tiny-lpa --step 300 --text article.txt --stride 64
+    python tools/evaluate.py --run runs/tiny-transformer runs/tiny-lpa --split test --json
+
+Several runs are measured one after the other; with --json they are a list.
+
 
 --split reads the documents that data.split, or data.valid_prefix and data.test_prefix, held out of the run's own
 data, whose place its config.yaml records. --data reads a whole dataset, in the order of the file. It is refused
@@ -20,13 +24,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
-
+from megatron_lpa.command_line import run_folders, run_tool
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.errors import UserError
-from megatron_lpa.evaluate.held_out import check_tokenizer, split_streams, training_warnings
-from megatron_lpa.evaluate.perplexity import TextLoss, ids_of_texts, measure, sum_of
+from megatron_lpa.evaluate.held_out import DatasetTokens, check_tokenizer, split_streams, training_warnings
+from megatron_lpa.evaluate.perplexity import TextLoss, TokenStream, ids_of_texts, measure, sum_of
 from megatron_lpa.evaluate.trained import TrainedRun, load_run, required_tokenizer
 from megatron_lpa.record_values import finite
 
@@ -35,7 +39,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="run folder or checkpoint folder")
+    parser.add_argument(
+        "--run", nargs="+", action="append", required=True, metavar="FOLDER",
+        help="run folders or checkpoint folders, or patterns in quotes",
+    )  # fmt: skip
     parser.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the one the run records")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -67,13 +74,13 @@ def positive(text: str) -> int:
     return number
 
 
-def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
-    """What is printed, by name.
+def evaluate(folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    """What is printed of one run, by name.
 
     Raises:
         UserError: a run, dataset or text that cannot be used.
     """
-    run = load_run(arguments.run, arguments.step, arguments.tokenizer)
+    run = load_run(folder, arguments.step, arguments.tokenizer)
     streams = streams_of(run, arguments)
     measured = [
         measure(
@@ -97,16 +104,17 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, object]:
     return {**described, **numbers_of(sum_of(measured))}
 
 
-def streams_of(run: TrainedRun, arguments: argparse.Namespace) -> list[np.ndarray]:
+def streams_of(run: TrainedRun, arguments: argparse.Namespace) -> Sequence[TokenStream]:
     """The token ids to predict; warnings about them go to stderr."""
     if arguments.split is not None:
         return split_streams(run, arguments.split, arguments.max_tokens)
     if arguments.text is not None:
-        return [ids_of_texts(arguments.text, required_tokenizer(run), arguments.json_key)]
+        enough = None if arguments.max_tokens is None else arguments.max_tokens + 1
+        return [ids_of_texts(arguments.text, required_tokenizer(run), arguments.json_key, enough)]
     dataset = IndexedDataset(arguments.data)
     for warning in (*check_tokenizer(run, arguments.data), *training_warnings(run, arguments.data)):
         print(f"warning: {warning}", file=sys.stderr)
-    return [dataset.tokens(0, dataset.num_tokens)]
+    return [DatasetTokens(dataset)]
 
 
 def numbers_of(result: TextLoss) -> dict[str, object]:
@@ -148,13 +156,19 @@ def main(argv: Sequence[str]) -> int:
     """Measure and print; 0, or 1 with a message for what the user can mend."""
     arguments = parse_arguments(argv)
     try:
-        numbers = evaluate(arguments)
+        folders = run_folders(arguments.run)
+        found = []
+        for number, folder in enumerate(folders):
+            found.append(evaluate(folder, arguments))
+            if not arguments.json:
+                print(("\n" if number else "") + describe(found[-1]), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(finite(numbers), indent=2) if arguments.json else describe(numbers))
+    if arguments.json:
+        print(json.dumps(finite(found if len(folders) > 1 else found[0]), indent=2))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

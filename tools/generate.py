@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from megatron_lpa.command_line import run_folders, run_tool
 from megatron_lpa.errors import UserError, named
 from megatron_lpa.evaluate.generation import Sampling, generate_text
 from megatron_lpa.evaluate.trained import load_run, required_tokenizer
@@ -24,7 +25,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="run folder or checkpoint folder")
+    parser.add_argument(
+        "--run", nargs="+", action="append", required=True, metavar="FOLDER",
+        help="run folders or checkpoint folders, or patterns in quotes",
+    )  # fmt: skip
     parser.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the one the run records")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be repeated")
@@ -72,15 +76,18 @@ def main(argv: Sequence[str]) -> int:
             seed=arguments.seed,
         )
         prompts = prompts_of(arguments)
-        run = load_run(arguments.run, arguments.step, arguments.tokenizer)
-        tokenizer = required_tokenizer(run)
-        several = len(prompts) * arguments.num_samples > 1
-        for prompt in prompts:
-            texts = generate_text(run.decoder, tokenizer, prompt, sampling, arguments.num_samples)
-            for number, text in enumerate(texts):
-                if several:
-                    print(f"--- {prompt[:40]!r}, seed {arguments.seed + number}")
-                print(text, flush=True)
+        folders = run_folders(arguments.run)
+        several = len(folders) * len(prompts) * arguments.num_samples > 1
+        for folder in folders:
+            run = load_run(folder, arguments.step, arguments.tokenizer)
+            tokenizer = required_tokenizer(run)
+            for prompt in prompts:
+                texts = generate_text(run.decoder, tokenizer, prompt, sampling, arguments.num_samples)
+                for number, text in enumerate(texts):
+                    if several:
+                        which = f"{folder}: " if len(folders) > 1 else ""
+                        print(f"--- {which}{prompt[:40]!r}, seed {arguments.seed + number}")
+                    print(text, flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -88,4 +95,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

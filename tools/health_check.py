@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_lpa
+from megatron_lpa.command_line import run_tool
 from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.config.run import DataConfig
 from megatron_lpa.data.storage.indexed import IndexedDataset
@@ -286,4 +287,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import textwrap
@@ -21,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_lpa.command_line import run_tool
 from megatron_lpa.data.inspection.document_view import DocumentView, view_document
 from megatron_lpa.data.inspection.report import length_figure, summary_json, summary_text
 from megatron_lpa.data.inspection.statistics import summarize
@@ -116,23 +116,17 @@ def _describe(arguments: argparse.Namespace, content: dict[str, Any], blocks: li
 def main(argv: Sequence[str]) -> int:
     """Inspect; 0, or 1 with a message for what the user can mend or what --verify found."""
     arguments = parse_arguments(argv)
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal without Unicode must not end the tool
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return inspect(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # as with "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except OSError as error:
+        if error.filename is None:  # of what reads this tool
+            raise
         print(f"error: {arguments.prefix}: cannot be read ({error.strerror or error})", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

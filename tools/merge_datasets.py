@@ -12,10 +12,10 @@ quotes is sorted naturally (2 before 10); one that the shell expands is not.
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 
+from megatron_lpa.command_line import end_politely, run_tool
 from megatron_lpa.data.preparation.merge import merge
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.errors import UserError
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     """Merge; 0, 3 if the inputs lack bad records, or 1 with a message for what the user can mend."""
     arguments = parse_arguments(argv)
     # A polite kill unwinds the stack, which removes unfinished files.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_politely()
     try:
         manifest = merge(
             arguments.input,
@@ -90,4 +90,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Sequence
 
+from megatron_lpa.command_line import run_tool
 from megatron_lpa.config import fitted_to_world, load_config, validate_config
 from megatron_lpa.errors import UserError
 from megatron_lpa.model import accounting, memory
@@ -152,4 +153,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

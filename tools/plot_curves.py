@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Plots the losses of runs by tokens and by training time, as a PNG.
 
-    python tools/plot_curves.py --run runs/tiny-transformer --run runs/tiny-lpa --output loss.png
-    python tools/plot_curves.py --run runs/a --run runs/b --labels "rank 32" "rank 64" --smooth 5 --x time
+    python tools/plot_curves.py --run runs/tiny-transformer runs/tiny-lpa --output loss.png
+    python tools/plot_curves.py --run 'runs/rank-*' --labels "rank 32" "rank 64" --smooth 5 --x time
 
 Lines are training losses, markers validation losses. Time is that of the training steps alone.
 """
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lpa.command_line import run_folders, run_tool
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.comparable import warn_of_tokenizers
 from megatron_lpa.evaluate.curves import figure_of, read_curve, save_png
@@ -24,7 +25,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--run", action="append", required=True, metavar="FOLDER", help="run folder; repeat for more curves"
+        "--run",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar="FOLDER",
+        help="run folders, or patterns in quotes",
     )
     parser.add_argument("--labels", nargs="+", metavar="TEXT", help="one per run (default: folder names)")
     parser.add_argument("--output", required=True, metavar="FILE.png")
@@ -42,7 +48,7 @@ def plot(arguments: argparse.Namespace) -> Path:
     Raises:
         UserError: bad records, options that do not fit, or a path that cannot be written.
     """
-    folders = [Path(name) for name in arguments.run]
+    folders = run_folders(arguments.run)
     labels = arguments.labels or [folder.resolve().name for folder in folders]
     if len(labels) != len(folders):
         raise UserError(f"--labels has {len(labels)} names for {len(folders)} runs; give one per --run")
@@ -70,4 +76,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

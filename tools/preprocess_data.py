@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import sys
 from pathlib import Path
 
+from megatron_lpa.command_line import end_politely, run_tool
 from megatron_lpa.data.preparation.preprocess import missing_subsets, preprocess
 from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig, reject_path
 from megatron_lpa.data.preparation.records import PILE_SUBSET
@@ -149,7 +149,7 @@ def chosen_tokenizer(arguments: argparse.Namespace) -> str:
 def main() -> int:
     arguments = parse_arguments()
     # A polite kill unwinds the stack, which records what was done and ends the workers.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    end_politely()
     try:
         config = PreprocessConfig(
             output_prefix=arguments.output_prefix,
@@ -202,4 +202,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compares runs: size, speed, loss, and a few generated lines, as a Markdown report with a plot.
 
-    python tools/report.py --run runs/tiny-transformer --run runs/tiny-lpa --output report
+    python tools/report.py --run runs/tiny-transformer runs/tiny-lpa --output report
 
 Writes report.md and loss.png into --output (default: the first run's folder) and prints the report.
 """
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lpa.command_line import run_folders, run_tool
 from megatron_lpa.data.storage.partial_file import explained_write_errors
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.curves import figure_of, read_curve, save_png
@@ -29,7 +30,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--run", action="append", required=True, metavar="FOLDER", help="run folder; repeat to compare"
+        "--run",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar="FOLDER",
+        help="run folders, or patterns in quotes",
     )
     parser.add_argument("--labels", nargs="+", metavar="TEXT", help="one per run (default: folder names)")
     parser.add_argument("--output", metavar="FOLDER", help="default: the first run's folder")
@@ -48,7 +54,7 @@ def write_report(arguments: argparse.Namespace) -> tuple[Path, str]:
     Raises:
         UserError: a folder that is no run, bad records, or a run that cannot generate.
     """
-    folders = [Path(name) for name in arguments.run]
+    folders = run_folders(arguments.run)
     labels = arguments.labels or [folder.resolve().name for folder in folders]
     if len(labels) != len(folders):
         raise UserError(f"--labels has {len(labels)} names for {len(folders)} runs; give one per --run")
@@ -88,4 +94,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -2,12 +2,14 @@
 """Whether a run is complete, from what is in its folder.
 
     python tools/run_status.py runs/tiny-lpa
+    python tools/run_status.py 'runs/sweep-*'
 
 A launcher's exit code does not tell: that of ``deepspeed`` is 0 too when what it started was killed. Here a run is
 complete when the checkpoint of its last step is, and the last validation and the final test are on record where
 ``data.valid_prefix`` and ``data.test_prefix`` ask for them. Of a checkpoint's files the sizes are compared with its manifest, with ``--verify`` the contents too: some GB per
 second. Ends with 0 then, with 1 when the same command would go on with it, and with 78 when it would not, as no whole
-checkpoint is left, or when that cannot be told.
+checkpoint is left, or when that cannot be told. Of several runs the
+worst code counts.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_lpa.command_line import run_folders, run_tool
 from megatron_lpa.config import RunConfig
 from megatron_lpa.engine.manifest import (
     MANIFEST,
@@ -144,19 +147,28 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("run", metavar="FOLDER", help="run folder")
+    parser.add_argument("run", nargs="+", metavar="FOLDER", help="run folders, or patterns in quotes")
     parser.add_argument(
         "--verify", action="store_true", help="read all files of the checkpoint, and compare their hashes"
     )
     given = parser.parse_args(argv)
+    codes = []
     try:
-        complete, words = status(Path(given.run), given.verify)
+        folders = run_folders([given.run], "FOLDER")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(words)
-    return 0 if complete else EXIT_FAILED
+    for folder in folders:
+        try:
+            complete, words = status(folder, given.verify)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            codes.append(error.exit_code)
+            continue
+        print(words, flush=True)
+        codes.append(0 if complete else EXIT_FAILED)
+    return max(codes)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

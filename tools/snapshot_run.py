@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa import __version__
+from megatron_lpa.command_line import run_tool
 from megatron_lpa.config import RunConfig, fitted_to_world, load_config, validate_config
 from megatron_lpa.config.redaction import Redaction, is_secret_name
 from megatron_lpa.config.yaml_io import format_yaml
@@ -58,7 +59,7 @@ CODE = {
     "tools": ("*.py",),
 }
 """Folders of this project and which files in them are code."""
-CODE_FILES = ("pyproject.toml", "constraints.txt")
+CODE_FILES = ("pyproject.toml", "setup.py", "constraints.txt")
 ENVIRONMENT = re.compile(
     r"(NCCL|TORCH_NCCL|GLOO|OMP|DS|CUDA_VISIBLE|SLURM_NTASKS|SLURM_GPUS|MASTER)_\w+|DEVICE|CONTAINER|PYTHON"
     r"|SLURM_JOB_(ID|NODELIST|NUM_NODES|CPUS_PER_NODE|GPUS|PARTITION|QOS|ACCOUNT|USER|UID|GID|START_TIME|END_TIME)"
@@ -343,4 +344,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

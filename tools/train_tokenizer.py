@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_lpa.command_line import run_tool
 from megatron_lpa.data.preparation.train_tokenizer import train_tokenizer
 from megatron_lpa.errors import UserError
 
@@ -42,4 +43,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_tool(main))

@@ -1,7 +1,7 @@
 """From a command line to a ``RunConfig``, and from a ``RunConfig`` to YAML and back.
 
 Precedence, weakest first: dataclass defaults, the preset family's base, the preset's variant, the
-``--config`` file, the command line. The environment is never read.
+``--config`` file, the command line. Of the environment only the variables are read that paths name (``paths.py``).
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from megatron_lpa.config.help import help_text
+from megatron_lpa.config.known import check_key, check_option, read_config_file
+from megatron_lpa.config.paths import PATH_KEYS, escaped, expanded
 from megatron_lpa.config.presets import preset_trees
 from megatron_lpa.config.run import RunConfig
-from megatron_lpa.config.schema import CONFIG_KEYS, CONFIG_SECTIONS, nearest
+from megatron_lpa.config.schema import CONFIG_KEYS, CONFIG_SECTIONS
 from megatron_lpa.config.values import typed
-from megatron_lpa.config.yaml_io import format_yaml, read_yaml
-from megatron_lpa.errors import UserError, named, shown
+from megatron_lpa.config.yaml_io import format_yaml
+from megatron_lpa.errors import UserError, shown
 from megatron_lpa.files import write_whole
 
 LENGTH_KEYS = ("train.steps", "train.tokens", "train.epochs")
 """One choice in three spellings: a stronger source's length replaces a weaker source's."""
 
-_OPTIONS = ("preset", "config", "print-config", "help")
 _LAUNCHER_OPTIONS = ("--local_rank", "--local-rank")
 
 
@@ -46,7 +47,7 @@ def load_config(argv: Sequence[str]) -> RunConfig:
 
     ``--help`` prints every key and exits with 0; ``--print-config`` prints the resolved YAML and
     exits with 0. ``--local_rank``, which launchers append, is ignored. Keys are checked one by one
-    here; ``validate_config`` checks them against each other.
+    here; ``validate_config`` checks them against each other. ``~`` and variables in paths are expanded.
 
     Raises:
         UserError: an unknown option, key or preset (with the nearest known names), a value of the
@@ -61,7 +62,8 @@ def load_config(argv: Sequence[str]) -> RunConfig:
     if command.preset is not None:
         layers += [(source, _flatten(tree, source)) for source, tree in preset_trees(command.preset)]
     if command.config is not None:
-        layers.append((command.config, _flatten(read_yaml(Path(command.config)), command.config)))
+        path = expanded(command.config, "--config")
+        layers.append((path, _flatten(read_config_file(path), path)))
     layers.append(("command line", dict(command.overrides)))
 
     config = _build(_merge(layers))
@@ -69,7 +71,7 @@ def load_config(argv: Sequence[str]) -> RunConfig:
         name = "run" if command.preset is None else command.preset.replace("/", "-")
         config = dataclasses.replace(config, logging=dataclasses.replace(config.logging, name=name))
     if command.print_config:
-        print(format_yaml(dataclasses.asdict(config)), end="")
+        print(_yaml_of(config), end="")
         sys.exit(0)
     return config
 
@@ -100,7 +102,20 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    write_whole(path, format_yaml(dataclasses.asdict(config)))
+    write_whole(path, _yaml_of(config))
+
+
+def _yaml_of(config: RunConfig) -> str:
+    """The resolved configuration. Paths are expanded already: what stands in them stays as it is when they are read."""
+    tree = dataclasses.asdict(config)
+    for name in PATH_KEYS:
+        section, _, key = name.partition(".")
+        value = tree[section][key]
+        if isinstance(value, dict):
+            tree[section][key] = {escaped(path): number for path, number in value.items()}
+        elif value is not None:
+            tree[section][key] = escaped(value)
+    return format_yaml(tree)
 
 
 def _remove_leftovers(path: Path) -> None:
@@ -127,7 +142,7 @@ def _parse_command_line(argv: Sequence[str]) -> _CommandLine:
             command.print_config |= option == "--print-config"
             continue
         if option not in ("--preset", "--config", *_LAUNCHER_OPTIONS):
-            _check_key(option[2:], prefix="--")
+            check_option(option[2:])
         if not equals:
             if not words or words[0].startswith("--"):
                 raise UserError(f"{option} needs a value: {option} <value>")
@@ -141,22 +156,6 @@ def _parse_command_line(argv: Sequence[str]) -> _CommandLine:
     return command
 
 
-def _check_key(key: str, prefix: str = "", source: str = "") -> None:
-    """Raise unless ``key`` is a leaf; ``prefix`` and ``source`` only word the message."""
-    if key in CONFIG_KEYS:
-        return
-    where = f" in {source}" if source else ""
-    what = "option" if prefix else "key"
-    if key in CONFIG_SECTIONS:
-        inside = [prefix + k for k in CONFIG_KEYS if k.startswith(f"{key}.")]
-        shown = ", ".join(inside[:4]) + (", ..." if len(inside) > 4 else "")
-        raise UserError(f"{prefix}{key}{where} is a section, not a value; set one of its keys: {shown}")
-    known = [*CONFIG_KEYS, *(_OPTIONS if prefix else ())]
-    names = [prefix + name for name in nearest(key, known)]
-    advice = f"did you mean {', '.join(names)}?" if names else "--help lists every key"
-    raise UserError(f"unknown {what} {named(prefix + key)}{where}; {advice}")
-
-
 def _flatten(tree: Mapping[Any, Any], source: str, prefix: str = "") -> dict[str, Any]:
     """``{"model": {"hidden_size": 8}}`` to ``{"model.hidden_size": 8}``; raises for unknown keys."""
     flat: dict[str, Any] = {}
@@ -167,7 +166,7 @@ def _flatten(tree: Mapping[Any, Any], source: str, prefix: str = "") -> dict[str
         elif key in CONFIG_SECTIONS and value is None:  # a section whose every line is commented out
             continue
         else:
-            _check_key(key, source=source)
+            check_key(key, source, holds_keys=isinstance(value, dict))
             flat[key] = value
     return flat
 

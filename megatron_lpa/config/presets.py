@@ -40,7 +40,7 @@ def preset_trees(name: str) -> list[tuple[str, dict[str, Any]]]:
     if name not in names:
         family = name.partition("/")[0]
         guesses = [n for n in names if n.startswith(f"{family}/")] if "/" not in name else []
-        guesses = guesses or nearest(name, names)
+        guesses = guesses or nearest(name, names)[:3]
         did_you_mean = f"did you mean {', '.join(guesses)}? " if guesses else ""
         raise UserError(f"unknown preset {shown(name)}; {did_you_mean}available: {', '.join(names)}")
     family, _, variant = name.partition("/")

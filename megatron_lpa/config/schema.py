@@ -107,21 +107,28 @@ LONGEST_NAME = 100
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The ``known`` names that a reader of ``name`` most likely meant, best first; may be empty.
 
-    A dotted name also matches by its last part, so ``lr`` and ``model.lr`` both find ``optim.lr``. A name that is much
-    longer than any known one has no neighbour.
+    A dotted name also matches by its last part, so ``lr`` and ``model.lr`` both find ``optim.lr``. Names that differ in
+    another part only come together, however many: ``rank`` is the rank of any projection. A name that is much longer
+    than any known one has no neighbour.
     """
     if len(name) > LONGEST_NAME:
         return []
     names = list(known)
-    last = re.split(r"[./]", name)[-1]
-    same_last = [n for n in names if re.split(r"[./]", n)[-1] == last]
-    close = difflib.get_close_matches(name, names, n=count, cutoff=0.75)
+    if ends := [each for each in names if re.search(rf"[./]{re.escape(name)}\Z", each)]:
+        return ends
     by_last: dict[str, list[str]] = {}
-    for n in names:
-        by_last.setdefault(re.split(r"[./]", n)[-1], []).append(n)
-    close_last = [
-        n for part in difflib.get_close_matches(last, by_last, n=count, cutoff=0.7) for n in by_last[part]
-    ]
+    for each in names:
+        by_last.setdefault(_last_part(each), []).append(each)
+    last = _last_part(name)
+    same_last = by_last.get(last, [])
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.75)
+    groups = [by_last[part] for part in difflib.get_close_matches(last, by_last, n=count, cutoff=0.7)]
+    close = list(dict.fromkeys([*(each for each in names if each.lower() == name.lower()), *close]))
     # The whole name is the better evidence unless only its last part is right.
-    ranked = [*close[:1], *same_last, *close[1:], *close_last]
-    return list(dict.fromkeys(ranked))[:count]
+    ranked = dict.fromkeys([*close[:1], *same_last, *close[1:], *(n for group in groups for n in group)])
+    together = {*close[:1], *same_last} if same_last else {} if close or not groups else groups[0]
+    return list(ranked)[: max(count, len(together))]
+
+
+def _last_part(name: str) -> str:
+    return re.split(r"[./]", name)[-1]

@@ -9,9 +9,10 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from megatron_lpa.config.model import layers_meant
+from megatron_lpa.config.paths import PATH_KEYS, expanded
 from megatron_lpa.config.schema import ByLayer, ConfigKey
 from megatron_lpa.config.yaml_io import parse_yaml
-from megatron_lpa.errors import UserError, shown
+from megatron_lpa.errors import UserError, named, shown
 
 MOST_CHARACTERS = 4096
 """Of a text: the longest path that Linux takes."""
@@ -36,7 +37,8 @@ def typed(key: ConfigKey, value: Any, source: str) -> Any:
         source: where it was written, for messages.
 
     Raises:
-        UserError: it is not of the type, not finite, too large, or text that no file can be called.
+        UserError: it is not of the type, not finite, too large, text that no file can be called, or a path that cannot
+            be expanded.
     """
     if isinstance(value, str):
         _check_text(key.name, value, source)
@@ -57,6 +59,23 @@ def typed(key: ConfigKey, value: Any, source: str) -> Any:
     if isinstance(found, dict):
         for name in found:
             _check_text(key.name, name, source)
+    return _with_paths(key, found, source) if key.name in PATH_KEYS else found
+
+
+def _with_paths(key: ConfigKey, value: Any, source: str) -> Any:
+    """A path, or names that are paths, expanded; what came from a variable is checked like what was written."""
+    if isinstance(value, str):
+        path = expanded(value, f"{key.name} ({source})")
+        _check_text(key.name, path, source)
+        return path
+    found: dict[str, float] = {}
+    for name, number in value.items():
+        path = _with_paths(key, name, source)
+        if path in found:
+            raise UserError(
+                f"{key.name} ({source}) names {named(path)} twice, once it is expanded; name it once"
+            )
+        found[path] = number
     return found
 
 

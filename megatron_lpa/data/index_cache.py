@@ -136,7 +136,7 @@ class IndexCache:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 problems.append(f"{folder} ({error.strerror})")
-                may_pass |= error.errno not in (*LASTING, errno.EEXIST, errno.EROFS)
+                may_pass |= error.errno not in (*LASTING, errno.EEXIST)
                 continue
             except ValueError as error:  # a NUL character
                 problems.append(f"{str(folder)!r} ({error})")

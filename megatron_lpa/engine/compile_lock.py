@@ -8,7 +8,6 @@ that is in keeps the file open, so on one machine it can be told whether there i
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import sys
@@ -89,7 +88,7 @@ def wait_for_compilers(
 
 
 def _unremovable(lock: Path, error: OSError) -> UserError:
-    kind = UserError if error.errno in LASTING or error.errno == errno.EROFS else TryAgain
+    kind = UserError if error.errno in LASTING else TryAgain
     return kind(
         f"{lock}: a process that was killed has left it, and it cannot be removed ({error.strerror}); remove it, or set "
         "TORCH_EXTENSIONS_DIR to a folder of your own"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import stat
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from megatron_lpa.files import LASTING, names_in, patiently, read_json
 
 MOST_BYTES = 1 << 20
 
-SHIPPED = Path(__file__).resolve().parents[2] / "ds_configs"
+_INSTALLED = Path(str(resources.files("megatron_lpa"))) / "ds_configs"
+SHIPPED = _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1] / "ds_configs"
+"""Inside an installed package (see setup.py), beside it in the repository."""
 
 DECIDED_BY_RUN = {
     "train_batch_size": "train.global_batch_size",

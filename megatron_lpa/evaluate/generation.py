@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_lpa.config.data_validation import FLOAT32
+from megatron_lpa.config.values import MOST_WHOLE
 from megatron_lpa.data.tokenizers.loading import Tokenizer
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import UserError, shown
 from megatron_lpa.layers.loss import mask_padded_ids
 from megatron_lpa.model.transformer import Decoder
 
@@ -27,7 +29,8 @@ class Sampling:
         top_k: choose among the k most likely tokens; None for all.
         top_p: choose among the fewest most likely tokens whose probabilities, after temperature and
             ``top_k``, sum to ``top_p`` or more (nucleus sampling, arXiv 1904.09751); 1 for all.
-        seed: sample ``i`` is drawn with ``seed + i``, however many samples are drawn beside it.
+        seed: below 2**63. Sample ``i`` is drawn with ``seed + i``, modulo 2**63, however many samples are drawn beside
+            it.
     """
 
     max_new_tokens: int = 64
@@ -41,10 +44,17 @@ class Sampling:
             raise UserError(f"--max-new-tokens is {self.max_new_tokens}; give 0 or more")
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"--temperature is {self.temperature}; give 0 (greedy) or more")
+        if self.temperature and not FLOAT32[0] <= self.temperature <= FLOAT32[1]:
+            raise UserError(
+                f"--temperature is {self.temperature}; give 0 (greedy), or {FLOAT32[0]:.2g} to {FLOAT32[1]:.2g}: logits are "
+                "divided in float32"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"--top-k is {self.top_k}; give 1 or more")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p is {self.top_p}; give a share above 0, at most 1")
+        if not 0 <= self.seed <= MOST_WHOLE:
+            raise UserError(f"--seed is {shown(self.seed)}; give 0 or more, below 2**63")
 
 
 def generate_ids(
@@ -72,7 +82,8 @@ def generate_ids(
     assert prompt and num_samples >= 1
     device = next(decoder.parameters()).device
     generators = [
-        torch.Generator(device).manual_seed(sampling.seed + sample) for sample in range(num_samples)
+        torch.Generator(device).manual_seed((sampling.seed + sample) % (MOST_WHOLE + 1))
+        for sample in range(num_samples)
     ]
     text = torch.tensor(
         [list(prompt)] * num_samples, dtype=torch.int64, device=device
@@ -127,8 +138,10 @@ def _choose(logits: torch.Tensor, sampling: Sampling, generators: Sequence[torch
     probabilities = logits.softmax(dim=-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(dim=-1) - ordered
-        ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+        beyond = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
+        # The first always stays: a share may be 0 in float32.
+        beyond[..., 0] = False
+        ordered = ordered.masked_fill(beyond, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
     drawn = [
         torch.multinomial(row, 1, generator=generator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,16 +13,51 @@ from megatron_lpa.data.gpt_dataset import GPTDataset
 from megatron_lpa.data.identity import identity_of, same_files
 from megatron_lpa.data.samples import Samples
 from megatron_lpa.data.splits import Splits, open_splits
+from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
 from megatron_lpa.data.tokenizers.loading import load_tokenizer
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.evaluate.trained import CONFIG, RecordedRun, found_again
 from megatron_lpa.files import is_dir
 
-_BLOCK_SAMPLES = 1024
+
+@dataclass(frozen=True)
+class DatasetTokens:
+    """All tokens of a dataset in the order of the file, read where they are asked for."""
+
+    dataset: IndexedDataset
+
+    def __len__(self) -> int:
+        return self.dataset.num_tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        return self.dataset.tokens(start, max(start, stop))
 
 
-def split_streams(run: RecordedRun, name: str, max_tokens: int | None = None) -> list[np.ndarray]:
+@dataclass(frozen=True)
+class SplitTokens:
+    """The tokens of the first ``num_samples`` samples of a split in plain order, read where they are asked for."""
+
+    dataset: GPTDataset
+    num_samples: int
+
+    def __len__(self) -> int:
+        return self.num_samples * self.dataset.sequence_length + 1
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        if stop <= start:
+            return np.empty(0, dtype=np.int64)
+        length = self.dataset.sequence_length
+        # Neighbours share an id: a sample ends with the first one of the next.
+        first = min(start // length, self.num_samples - 1)
+        rows = self.dataset.read(np.arange(first, max(first + 1, -(-(stop - 1) // length))))
+        ids = np.append(rows[:, :-1].ravel(), rows[-1, -1])
+        return ids[start - first * length : stop - first * length]
+
+
+def split_streams(run: RecordedRun, name: str, max_tokens: int | None = None) -> list[SplitTokens]:
     """The ids of a split of the run's own data, as the training loop reads it.
 
     Args:
@@ -31,8 +66,8 @@ def split_streams(run: RecordedRun, name: str, max_tokens: int | None = None) ->
         max_tokens: a little more than so many tokens are enough.
 
     Returns:
-        one ``(tokens,)`` array per dataset: documents one after the other, in the split's order. The datasets of a
-        blend give as many samples as the blend reads of each.
+        one stream per dataset: documents one after the other, in the split's order. The datasets of a blend
+        give as many samples as the blend reads of each.
 
     Raises:
         UserError: the data is gone or has changed, or the run has no such split.
@@ -50,7 +85,7 @@ def split_streams(run: RecordedRun, name: str, max_tokens: int | None = None) ->
     num_samples = split.num_samples
     if max_tokens is not None:
         num_samples = min(num_samples, -(-max_tokens // split.sequence_length))
-    return [_stream(dataset, count) for dataset, count in split.giving(num_samples) if count]
+    return [SplitTokens(dataset, count) for dataset, count in split.giving(num_samples) if count]
 
 
 def check_tokenizer(run: RecordedRun, prefix: str) -> list[str]:
@@ -157,14 +192,3 @@ def fingerprint_of(run: RecordedRun) -> tuple[str, str] | None:
     if run.tokenizer is not None:
         return run.tokenizer.fingerprint, run.tokenizer.name
     return None
-
-
-def _stream(dataset: GPTDataset, num_samples: int) -> np.ndarray:
-    length = dataset.sequence_length
-    ids = np.empty(num_samples * length + 1, dtype=dataset.indexed.dtype)
-    for first in range(0, num_samples, _BLOCK_SAMPLES):
-        rows = dataset.read(np.arange(first, min(first + _BLOCK_SAMPLES, num_samples)))
-        begin, end = first * length, (first + len(rows)) * length
-        ids[begin:end] = rows[:, :-1].ravel()
-        ids[end] = rows[-1, -1]
-    return ids

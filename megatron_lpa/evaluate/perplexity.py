@@ -16,6 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,6 +28,35 @@ from megatron_lpa.data.tokenizers.loading import Tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.records import perplexity as perplexity_of
+
+COUNTED_AT_ONCE = 1 << 20
+"""Tokens that are read at once to count words and bytes."""
+
+
+class TokenStream(Protocol):
+    """Token ids, documents one after the other, read where they are asked for: an array, or a file's.
+
+    Slices have no step, and give integer ``(stop - start,)`` arrays.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """The beginning of a stream: its first ``length`` tokens, or all if it has fewer."""
+
+    whole: TokenStream
+    length: int
+
+    def __len__(self) -> int:
+        return min(self.length, len(self.whole))
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        return self.whole[start : max(start, stop)]
 
 
 @dataclass(frozen=True)
@@ -88,7 +119,7 @@ class _Window:
 
 def measure(
     decoder: Decoder,
-    ids: np.ndarray,
+    ids: TokenStream,
     tokenizer: Tokenizer | None = None,
     stride: int | None = None,
     batch_size: int = 8,
@@ -99,7 +130,7 @@ def measure(
 
     Args:
         decoder: in eval mode.
-        ids: integer ``(tokens,)``, documents one after the other; may be a memory map.
+        ids: integer ``(tokens,)``, documents one after the other; no more of them is held in memory than a batch needs.
         tokenizer: recovers the text of the predicted ids, for words and bytes.
         stride: tokens that a sliding window moves, 1 to S; None for the training loop's windows.
         batch_size: windows at once.
@@ -113,26 +144,35 @@ def measure(
     if stride is not None and not 1 <= stride <= length:
         raise UserError(f"--stride is {stride}; give 1 to the model's sequence length {length}")
     if max_tokens is not None:
-        ids = ids[: max_tokens + 1]
-    windows = list(_windows(len(ids), length, stride))
-    if not windows:
+        ids = Part(ids, max_tokens + 1)
+    count = _count_windows(len(ids), length, stride)
+    if not count:
         raise UserError(
             f"{len(ids)} tokens are too few: predicting needs one before the first, and the default protocol "
             f"whole windows of {length}; give more text, or --stride {length} to count incomplete windows"
         )
     device = next(decoder.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    starts = range(0, len(windows), batch_size)
+    windows = _windows(len(ids), length, stride)
+    batch_size = min(batch_size, count)
+    end = 0
     with torch.inference_mode():
-        for start in tqdm(starts, unit="batch", disable=None if progress else True):
-            batch = windows[start : start + batch_size]
+        for _ in tqdm(range(-(-count // batch_size)), unit="batch", disable=None if progress else True):
+            batch = list(islice(windows, batch_size))
+            end = batch[-1].end
             tokens, scored = _batch(ids, batch, length, decoder.config.vocab_size)
             chunk = torch.from_numpy(tokens).to(device)
             losses = decoder(chunk[:, :-1], chunk[:, 1:]).double()
             total += losses[torch.from_numpy(scored).to(device)].sum()
-    end = windows[-1].end
-    words, text_bytes = (None, None) if tokenizer is None else count_text(ids[1:end], tokenizer)
+    words, text_bytes = (None, None) if tokenizer is None else count_text(Part(ids, end), tokenizer, 1)
     return TextLoss(float(total), end - 1, words, text_bytes)
+
+
+def _count_windows(num_tokens: int, length: int, stride: int | None) -> int:
+    """How many ``_windows`` gives."""
+    if stride is None:
+        return max(0, num_tokens - 1) // length
+    return 0 if num_tokens < 2 else 1 + -(-max(0, num_tokens - length - 1) // stride)
 
 
 def _windows(num_tokens: int, length: int, stride: int | None) -> Iterator[_Window]:
@@ -148,7 +188,7 @@ def _windows(num_tokens: int, length: int, stride: int | None) -> Iterator[_Wind
 
 
 def _batch(
-    ids: np.ndarray, windows: Sequence[_Window], length: int, vocab_size: int
+    ids: TokenStream, windows: Sequence[_Window], length: int, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids ``(b, length + 1)`` and which labels count ``(b, length)``.
 
@@ -168,34 +208,67 @@ def _batch(
     return tokens, scored
 
 
-def count_text(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[int, int]:
+def count_text(ids: TokenStream, tokenizer: Tokenizer, first: int = 0) -> tuple[int, int]:
     """``(words, UTF-8 bytes)`` of the text that ids decode to, end-of-document tokens left out.
 
     Documents are decoded one by one. Where the ids begin or end inside a character, its cut-off part
     counts as the replacement character.
+
+    Args:
+        ids: documents one after the other.
+        tokenizer: what made them.
+        first: the ids before this one do not count.
     """
-    ends = [] if tokenizer.eod_id is None else np.flatnonzero(ids == tokenizer.eod_id).tolist()
-    words = text_bytes = start = 0
-    for end in (*ends, len(ids)):
-        text = tokenizer.decode(ids[start:end].tolist())
+    words = text_bytes = 0
+    for document in _documents(ids, tokenizer.eod_id, first):
+        text = tokenizer.decode(document.tolist())
         words += len(text.split())
         text_bytes += len(text.encode())
-        start = end + 1
     return words, text_bytes
 
 
-def ids_of_texts(inputs: Sequence[str], tokenizer: Tokenizer, key: str = "text") -> np.ndarray:
+def _documents(ids: TokenStream, eod_id: int | None, first: int) -> Iterator[np.ndarray]:
+    """What lies between end-of-document tokens, read in blocks; an end that no such token follows too."""
+    open_pieces: list[np.ndarray] = []
+    for begin in range(first, len(ids), COUNTED_AT_ONCE):
+        block = ids[begin : min(begin + COUNTED_AT_ONCE, len(ids))]
+        ends = [] if eod_id is None else np.flatnonzero(block == eod_id).tolist()
+        start = 0
+        for end in ends:
+            yield np.concatenate([*open_pieces, block[start:end]])
+            open_pieces, start = [], end + 1
+        open_pieces.append(block[start:])
+    if open_pieces:
+        yield np.concatenate(open_pieces)
+
+
+def ids_of_texts(
+    inputs: Sequence[str], tokenizer: Tokenizer, key: str = "text", enough: int | None = None
+) -> np.ndarray:
     """Token ids, int64 ``(tokens,)``, of text files: each document followed by the end-of-document token.
 
     That is what ``tools/preprocess_data.py --append-eod`` writes; a tokenizer without such a token joins
     documents directly. Empty documents are left out.
 
+    Args:
+        inputs: files, folders and patterns.
+        tokenizer: the run's.
+        key: of the text in JSON lines.
+        enough: no further document is read once there are so many tokens; None reads all.
+
     Raises:
         UserError: files that cannot be read; see ``data/preparation/records.py``.
     """
     eod = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
-    pieces = [np.array(found + eod) for text in read_texts(inputs, key) if (found := tokenizer.encode(text))]
-    return np.concatenate(pieces).astype(np.int64) if pieces else np.zeros(0, dtype=np.int64)
+    pieces: list[np.ndarray] = []
+    found = 0
+    for text in read_texts(inputs, key):
+        if ids := tokenizer.encode(text):
+            pieces.append(np.array(ids + eod, dtype=np.int64))
+            found += len(pieces[-1])
+        if enough is not None and found >= enough:
+            break
+    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
 
 
 def _exp(value: float) -> float:

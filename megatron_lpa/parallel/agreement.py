@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import traceback
@@ -28,7 +27,7 @@ def severity_of(error: Exception) -> int:
     next attempt, or nobody foresaw.
     """
     if isinstance(error, OSError):
-        return REFUSED if error.errno in (*LASTING, errno.EROFS) else OUTSIDE
+        return REFUSED if error.errno in LASTING else OUTSIDE
     return REFUSED if isinstance(error, UserError) and not isinstance(error, TryAgain) else OUTSIDE
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from dataclasses import dataclass
 
 from megatron_lpa.errors import UserError
+
+_NUMBER = re.compile(r"-?[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -35,24 +38,30 @@ def place_from_environment() -> Place:
     """From ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, and ``LOCAL_WORLD_SIZE`` or ``LOCAL_SIZE``.
 
     Raises:
-        UserError: one of them is no number, or they do not fit together.
+        UserError: one of them is empty or no number, or they do not fit together.
     """
 
-    def number(default: str, *names: str) -> int:
+    def number(default: int, *names: str) -> int:
         for name in names:
-            if text := os.environ.get(name):
-                try:
-                    return int(text)
-                except ValueError:
-                    raise UserError(f"{name} is {text[:40]!r}, but must be a whole number") from None
-        return int(default)
+            text = os.environ.get(name)
+            if text is None:
+                continue
+            if not text.strip():
+                # DeepSpeed and PyTorch read it too, and take it for a number.
+                raise UserError(
+                    f"{name} is empty, but must be a whole number; unset it, or start through a launcher"
+                )
+            if not _NUMBER.fullmatch(text):
+                raise UserError(f"{name} is {text[:40]!r}, but must be a whole number")
+            return int(text)
+        return default
 
-    world_size = number("1", "WORLD_SIZE")
+    world_size = number(1, "WORLD_SIZE")
     place = Place(
-        number("0", "RANK"),
+        number(0, "RANK"),
         world_size,
-        number("0", "LOCAL_RANK"),
-        number(str(world_size), "LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
+        number(0, "LOCAL_RANK"),
+        number(world_size, "LOCAL_WORLD_SIZE", "LOCAL_SIZE"),
         socket.gethostname(),
     )
     if not 0 <= place.rank < world_size or not 0 <= place.local_rank < place.local_size:

@@ -231,7 +231,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
-    kind = UserError if error.errno in (errno.EACCES, errno.EPERM) else TryAgain
+    kind = UserError if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else TryAgain
     return kind(f"{folder}: cannot be written: {error}; choose another logging.run_dir")
 
 

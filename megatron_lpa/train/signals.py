@@ -12,9 +12,14 @@ import psutil
 IMPATIENCE_S = 10.0
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
 class StopRequest:
-    """Remembers the first SIGINT, SIGTERM or SIGUSR1. Later ones change nothing, but for a SIGINT after ten seconds:
-    whoever presses Ctrl-C again then wants out of a run that does not reach the end of its step.
+    """Remembers the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP. Later ones change nothing, but for a SIGINT after ten
+    seconds: whoever presses Ctrl-C again then wants out of a run that does not reach the end of its step.
+
+    SIGHUP comes when the terminal is closed. Under ``nohup`` it is ignored, and stays so.
 
     The exit code of a run stopped by a signal is ``128 + signum``, as shells have it.
 
@@ -30,8 +35,9 @@ class StopRequest:
 
     def install(self) -> StopRequest:
         """Take over these signals of this process."""
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(signum, self._remember)
+        for signum in STOPPING:
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                signal.signal(signum, self._remember)
         return self
 
     def signum(self) -> int:

@@ -331,6 +331,12 @@ def test_no_port_is_open_to_others_where_the_machines_name_leads_to_its_network(
         ({"LOCAL_WORLD_SIZE": "8.5"}, "LOCAL_WORLD_SIZE is '8.5'"),
         ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0"),
         ({"LOCAL_RANK": "2", "LOCAL_SIZE": "2"}, "LOCAL_RANK=2 and LOCAL_WORLD_SIZE=2"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is empty"),
+        ({"RANK": "", "WORLD_SIZE": "1"}, "RANK is empty"),
+        ({"LOCAL_RANK": " "}, "LOCAL_RANK is empty"),
+        ({"LOCAL_SIZE": ""}, "LOCAL_SIZE is empty"),
+        ({"WORLD_SIZE": "1_0"}, "WORLD_SIZE is '1_0'"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '999"),
     ],
 )
 def test_a_launcher_s_variables_that_make_no_sense(

@@ -76,3 +76,17 @@ def test_a_number_of_a_launcher_without_end_is_one_line(
     assert pretrain.main(["--preset", "tiny/lpa", "--data.prefix", "nowhere", "--logging.name", "x"]) == 78
     said = capsys.readouterr().err
     assert f"{name} is '999" in said and "Traceback" not in said and len(said) < 2000
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["", "two", "-1"])
+def test_a_launcher_s_variable_that_is_no_number_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    """An empty one is read by DeepSpeed too, which ends in a traceback of its own."""
+    monkeypatch.setattr(pretrain, "ALONE_S", 0.0)
+    monkeypatch.setenv(name, value)
+    assert pretrain.main(["--preset", "tiny/lpa", "--data.prefix", "nowhere", "--logging.name", "x"]) == 78
+    said = capsys.readouterr().err
+    assert f"{name} is {'empty' if not value else repr(value)}" in said or f"{name}={value}" in said
+    assert "Traceback" not in said and said.count("\n") == 2

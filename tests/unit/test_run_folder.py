@@ -107,3 +107,55 @@ def test_a_disk_that_does_not_answer_is_asked_again(run: Path, monkeypatch: pyte
     failures += [errno.ESTALE] * 2
     with pytest.raises(TryAgain, match="checkpoints: cannot be read"):
         refuse_links(run)
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("file", "{0}/file: a regular file, where the run folder belongs"),
+        ("file/run", "{0}/file: a regular file, where a folder for {0}/file/run belongs"),
+        ("file/deep/run", "{0}/file: a regular file, where a folder for {0}/file/deep/run belongs"),
+        ("pipe/run", "{0}/pipe: a named pipe, where a folder for {0}/pipe/run belongs"),
+        ("dangling", "{0}/dangling: a link to nothing, where the run folder belongs"),
+        ("dangling/run", "{0}/dangling: a link to nothing, where a folder for {0}/dangling/run belongs"),
+    ],
+)
+def test_a_file_where_a_folder_belongs_is_named(tmp_path: Path, folder: str, said: str) -> None:
+    """Also above the run folder, which cannot be made there however often it is tried."""
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as error:
+        refuse_links(tmp_path / folder)
+    assert not isinstance(error.value, TryAgain) and str(error.value).startswith(said.format(tmp_path))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EPERM])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_run_folder_that_cannot_be_written_is_no_reason_to_try_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, there: bool
+) -> None:
+    """At once, whether the folder or the first file in it cannot be made: a read-only disk stays one."""
+    from megatron_lpa.config import RunConfig
+    from megatron_lpa.parallel.groups import ParallelGroups
+    from megatron_lpa.train import start
+
+    folder = tmp_path / "run"
+    if there:
+        folder.mkdir()
+
+    def refused(path: object, *_: Any, **__: Any) -> int:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(files, "PAUSES_S", (1e6,))
+    monkeypatch.setattr(os, "mkdir", refused)
+    opened = os.open
+    monkeypatch.setattr(
+        os, "open", lambda path, *rest: refused(path) if str(path).endswith(".lock") else opened(path, *rest)
+    )
+    with pytest.raises(UserError) as error:
+        start._own_folder(folder, RunConfig(), None, ParallelGroups.single())  # type: ignore[arg-type]
+    assert error.value.exit_code == 78
+    assert f"{folder}: cannot be written" in str(error.value) and "logging.run_dir" in str(error.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_lpa.command_line import natural_key
 from megatron_lpa.data.preparation.patterns import files_matching
 from megatron_lpa.data.storage.block_check import check_checksums, wrong_blocks
 from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
@@ -41,14 +41,6 @@ class MergeInput:
 
     def open(self) -> IndexedDataset:
         return IndexedDataset(self.prefix, check=False)
-
-
-def natural_key(text: str) -> tuple[list[str | int], str]:
-    """Sorts ``pile.2`` before ``pile.10``."""
-    parts: list[str | int] = [
-        int(part) if number % 2 else part for number, part in enumerate(re.split(r"([0-9]+)", text))
-    ]
-    return parts, text
 
 
 def resolve_prefixes(names: Sequence[str], output_prefix: str) -> list[str]:

@@ -25,7 +25,8 @@ _problem: BaseException | None = None  # what kept this worker process from star
 
 def _start_worker(initialize: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     global _problem
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C and a closed terminal are the parent's to handle
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # held back while this process was started
     threading.Thread(target=_die_with_parent, daemon=True).start()
@@ -58,7 +59,7 @@ def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item:
     if threading.current_thread() is not threading.main_thread():
         return pool.submit(_call, function, item)
     came: list[int] = []
-    held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
         for number, handler in held.items():

@@ -28,6 +28,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from megatron_lpa.data.storage.nearby import meant_instead
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX
 from megatron_lpa.data.storage.reading import exists, unreadable
 from megatron_lpa.data.storage.token_reader import TokenReader
@@ -288,4 +289,4 @@ def _missing(prefix: str, path: Path) -> str:
         return f"{path}: no such file; give the prefix without its ending: {prefix[:-4]}"
     if exists(path.with_name(path.name + PARTIAL_SUFFIX)):
         return f"{path}: no such file, only an unfinished {path.name}{PARTIAL_SUFFIX}; run the tool again"
-    return f"{path}: no such file; give the prefix of a dataset that tools/preprocess_data.py wrote"
+    return f"{path}: no such file; {meant_instead(prefix)}"

@@ -37,7 +37,7 @@ def explained_write_errors(path: Path) -> Iterator[None]:
                 f"{path}: no room to write ({error.strerror}); free space, raise the quota, "
                 "or write to another folder"
             ) from error
-        kind = UserError if error.errno in (*LASTING, errno.EROFS) else TryAgain
+        kind = UserError if error.errno in LASTING else TryAgain
         raise kind(
             f"{path}: cannot write ({error.strerror or error}); check the folder and its permissions"
         ) from error

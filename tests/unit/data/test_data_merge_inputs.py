@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from support.token_datasets import TOKENIZER, random_documents, write_dataset
 
+from megatron_lpa.command_line import natural_key
 from megatron_lpa.data.preparation.merge import merge
-from megatron_lpa.data.preparation.merge_inputs import natural_key, resolve_prefixes
+from megatron_lpa.data.preparation.merge_inputs import resolve_prefixes
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.manifest import Manifest, SourceRecord, manifest_path, read_manifest
 from megatron_lpa.errors import UserError

@@ -19,7 +19,7 @@ from megatron_lpa import files
 from megatron_lpa.config import ModelConfig
 from megatron_lpa.data.tokenizers.loading import Tokenizer
 from megatron_lpa.errors import TryAgain, UserError
-from megatron_lpa.evaluate.generation import Sampling, generate_ids, generate_text
+from megatron_lpa.evaluate.generation import Sampling, _choose, generate_ids, generate_text
 from megatron_lpa.model.transformer import Decoder
 
 SaveRun = Callable[..., Path]
@@ -88,6 +88,38 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
     assert frequencies(probabilities, Sampling(top_p=0.5)) == [0, 1, 0, 0]
 
 
+@pytest.mark.parametrize("top_p", [1e-46, 1e-300, 5e-324])
+def test_the_smallest_share_still_takes_one_token(top_p: float) -> None:
+    """In float32 it is 0."""
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    for seed in range(5):
+        assert _choose(logits, Sampling(top_p=top_p), [torch.Generator().manual_seed(seed)]).item() == 1
+
+
+def test_the_lowest_and_the_highest_temperature_are_the_limits_of_all() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    for seed in range(5):
+        assert (
+            _choose(logits, Sampling(temperature=1.2e-38), [torch.Generator().manual_seed(seed)]).item() == 1
+        )
+    drawn = {
+        _choose(logits, Sampling(temperature=3e38), [torch.Generator().manual_seed(seed)]).item()
+        for seed in range(30)
+    }
+    assert drawn == {0, 1, 2}
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64, 10**30])
+def test_a_seed_out_of_range_is_told(seed: int) -> None:
+    with pytest.raises(UserError, match=r"--seed is .*; give 0 or more, below 2\*\*63"):
+        Sampling(seed=seed)
+
+
+def test_the_last_seed_has_a_next_one(decoder: Decoder) -> None:
+    last = generate_ids(decoder, [3], Sampling(max_new_tokens=4, seed=2**63 - 1), num_samples=2)
+    assert last[1] == generate_ids(decoder, [3], Sampling(max_new_tokens=4, seed=0))[0]
+
+
 def test_a_sample_ends_at_the_end_of_document() -> None:
     decoder = cast(Decoder, FixedDecoder([0.4, 0.6]))
     sampling = Sampling(max_new_tokens=40, seed=2)
@@ -105,7 +137,21 @@ def test_an_empty_prompt_starts_a_document(decoder: Decoder, tokenizer: Tokenize
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--top-k", "0"), ("--top-p", "0"), ("--temperature", "-1"), ("--num-samples", "0")]
+    ("option", "value"),
+    [
+        ("--top-k", "0"),
+        ("--top-p", "0"),
+        ("--temperature", "-1"),
+        ("--num-samples", "0"),
+        ("--temperature", "1e-300"),
+        ("--temperature", "nan"),
+        ("--temperature", "inf"),
+        ("--temperature", "1e300"),
+        ("--top-p", "nan"),
+        ("--top-p", "1.1"),
+        ("--seed", "-1"),
+        ("--seed", str(2**64)),
+    ],
 )
 def test_impossible_options_are_errors(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     main = runpy.run_path(str(TOOL))["main"]

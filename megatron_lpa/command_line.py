@@ -1,0 +1,157 @@
+"""What the commands of ``tools/`` and the entry point share: how they end, and how they take run folders.
+
+Who reads a command may go first: ``| head`` closes the pipe, a closed terminal takes what is written as an error. A tool
+then ends without a word. Training goes on without its output: the run folder has the record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import io
+import os
+import re
+import select
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TextIO, cast
+
+from megatron_lpa.errors import EXIT_FAILED, UserError, shown
+from megatron_lpa.files import exists, is_dir
+
+CLOSED = 128 + signal.SIGPIPE
+"""Exit code of a tool whose reader has gone, as a shell has it."""
+
+_NOBODY_READS = (errno.EPIPE, errno.EIO)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of an open file, which has no name for the system any more: these are as a rule of the output."""
+
+_RUN_FILES = ("config.yaml", "metrics.jsonl", "checkpoints", "manifest.json")
+"""Any of these makes a folder one of a run, or of a checkpoint."""
+
+
+def run_tool(main: Callable[[], int]) -> int:
+    """The exit code of a command: that of ``main``, or of how it was ended.
+
+    141 where nobody reads what it prints any more, 130 for Ctrl-C, 1 with one line where its output cannot be written.
+    What a terminal or a file cannot show is written as an escape.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return main()
+        finally:
+            # Here, and not when the interpreter ends, whose error would be a traceback.
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+    except OSError as error:
+        if error.errno in _NOBODY_READS and _silence_unread():
+            return CLOSED
+        if error.filename is not None or error.errno not in _NO_ROOM:
+            raise
+        _silence(sys.stdout)
+        print(f"error: what this command prints cannot be written ({error.strerror})", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def end_politely() -> None:
+    """Let SIGTERM and a closed terminal unwind the stack, which removes what is unfinished. ``nohup`` keeps its meaning."""
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, lambda number, _frame: sys.exit(128 + number))
+
+
+def _silence_unread() -> bool:
+    """Let output that nobody can read any more go nowhere; whether there was such output."""
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+                found |= _silence(stream)
+    return found
+
+
+def _silence(stream: TextIO | None) -> bool:
+    if stream is None:
+        return False
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        return True
+    return False
+
+
+class _Lasting(io.FileIO):
+    """Output that is dropped once nobody can read it."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in _NOBODY_READS:
+                raise
+            return memoryview(data).nbytes
+
+
+def outlive_readers() -> None:
+    """Make this process's output one that it can lose: a run goes on, and saves, when its terminal or ``tee`` is gone."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.flush()
+            raw = io.BufferedWriter(cast(io.RawIOBase, _Lasting(descriptor, "w", closefd=False)))
+            replaced = io.TextIOWrapper(
+                raw, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
+            )
+            setattr(sys, name, replaced)
+
+
+def run_folders(given: Iterable[str | Sequence[str]], option: str = "--run") -> list[Path]:
+    """The run folders that an option names: one or several after each use of it, or patterns in quotes.
+
+    Args:
+        given: the option's values, or a list of them for each time that it was given.
+        option: for messages.
+
+    Returns:
+        In the order given; what a pattern fits in natural order (2 before 10), each folder once. A pattern fits only
+        folders of runs and of checkpoints.
+
+    Raises:
+        UserError: a pattern fits no run folder.
+    """
+    found: list[Path] = []
+    for names in given:
+        for name in [names] if isinstance(names, str) else names:
+            if not glob.has_magic(name) or exists(name):
+                found.append(Path(name))
+                continue
+            fitting = [Path(path) for path in sorted(glob.glob(name), key=natural_key) if _is_run(path)]
+            if not fitting:
+                raise UserError(f"{option} {shown(name)}: no run folder fits this pattern")
+            found += [path for path in fitting if path not in found]
+    return found
+
+
+def _is_run(path: str) -> bool:
+    return is_dir(path) and any(exists(os.path.join(path, name)) for name in _RUN_FILES)
+
+
+def natural_key(text: str) -> tuple[list[str | int], str]:
+    """Sorts ``pile.2`` before ``pile.10``."""
+    parts: list[str | int] = [
+        int(part) if number % 2 else part for number, part in enumerate(re.split(r"([0-9]+)", text))
+    ]
+    return parts, text
