@@ -105,10 +105,13 @@ class _Whole(torch.autograd.Function):
         groups: ParallelGroups,
         vocab_size: int,
         backend: str,
+        overwrite: bool,
     ) -> torch.Tensor:
         columns = logits.shape[-1]
         first_id = groups.tp_rank * columns
         ctx.real, ctx.backend = real_columns(columns, vocab_size, first_id), backend
+        # A compiler refuses a backward pass that writes over what was saved, and plans the memory itself.
+        ctx.overwrite = overwrite and not torch.compiler.is_compiling()
         rows = logits.reshape(-1, columns)
         found = _Statistics(labels.reshape(-1), first_id, ctx.real, logits.dtype, backend)
         if ctx.real:
@@ -120,23 +123,24 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         logits, local, largest, total = ctx.saved_tensors
         columns = logits.shape[-1]
-        rows, upstream = logits.reshape(-1, columns), upstream.reshape(-1)
-        gradient = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        rows, upstream = logits.detach().reshape(-1, columns), upstream.reshape(-1)
+        gradient = rows if ctx.overwrite else torch.empty_like(rows, memory_format=torch.contiguous_format)
         gradient[:, ctx.real :] = 0
         if ctx.real:
             for chunk in _chunks(len(rows), columns, logits.dtype):
-                gradient[chunk, : ctx.real] = ops.shard_gradient(
+                ops.shard_gradient(
                     rows[chunk, : ctx.real],
                     local[chunk],
                     largest[chunk],
                     total[chunk],
                     upstream[chunk],
                     ctx.backend,
+                    out=gradient[chunk, : ctx.real],
                 )
-        return gradient.view(logits.shape), None, None, None, None
+        return gradient.view(logits.shape), None, None, None, None, None
 
 
 class _Chunked(torch.autograd.Function):
@@ -180,10 +184,10 @@ class _Chunked(torch.autograd.Function):
         for chunk in _chunks(len(rows), weight.shape[0], x.dtype) if real else ():
             part = rows[chunk]
             scores = _scores(part, weight, bias, real)
-            grads = ops.shard_gradient(
-                scores, local[chunk], largest[chunk], total[chunk], upstream[chunk], ctx.backend
+            ops.shard_gradient(
+                scores, local[chunk], largest[chunk], total[chunk], upstream[chunk], ctx.backend, out=scores
             )
-            del scores
+            grads = scores
             if dx is not None:
                 torch.mm(grads, weight[:real], out=dx[chunk])
             if dw is not None:
@@ -211,6 +215,7 @@ def vocab_parallel_cross_entropy(
     groups: ParallelGroups,
     vocab_size: int,
     backend: str = "eager",
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """``-log softmax(logits)[label]`` per token, without gathering the logits.
 
@@ -220,11 +225,13 @@ def vocab_parallel_cross_entropy(
         groups: process groups.
         vocab_size: number of real ids; padded ids above take no part.
         backend: of ``ops/elementwise.py``.
+        overwrite: the backward pass writes the gradient over the logits, which nothing else may need then. A second
+            one fails, with PyTorch's message that what it needs has been modified.
 
     Returns:
         (B, S) fp32 (fp64 for fp64 logits), equal on all ranks of the tensor-parallel group.
     """
-    return _Whole.apply(logits, labels, groups, vocab_size, backend)
+    return _Whole.apply(logits, labels, groups, vocab_size, backend, overwrite)
 
 
 def chunked_cross_entropy(

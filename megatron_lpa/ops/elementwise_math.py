@@ -107,7 +107,7 @@ def shard_statistics(
     """
     h = wide(scores)
     largest = h.amax(-1)
-    total = torch.exp(h - largest.unsqueeze(-1)).sum(-1)
+    total = (h - largest.unsqueeze(-1)).exp_().sum(-1)
     target = wide(scores.gather(-1, local.clamp(min=0).unsqueeze(-1)).squeeze(-1))
     return largest, total, torch.where(local < 0, 0.0, target)
 
