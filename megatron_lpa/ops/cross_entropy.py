@@ -7,7 +7,7 @@ passes but the first find them in the cache. The results are those of all rows a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 
 import torch
 
@@ -33,11 +33,16 @@ def shard_statistics(
     """
     if resolve(backend, scores) != "eager":
         return compiled(formulas.shard_statistics)(dynamic(scores, 0), dynamic(local, 0))
-    parts = [formulas.shard_statistics(scores[rows], local[rows]) for rows in _blocks(scores)]
-    if len(parts) == 1:
-        return parts[0]
-    largest, total, target = (torch.cat(column) for column in zip(*parts, strict=True))
-    return largest, total, target
+    if not _takes_blocks(scores):
+        return formulas.shard_statistics(scores, local)
+    space = _space(scores)
+    largest, total = (space.new_empty(len(scores)) for _ in range(2))
+    for rows in _blocks(scores, space):
+        part = _widened(scores[rows], space)
+        torch.amax(part, -1, out=largest[rows])
+        shifted = torch.sub(part, largest[rows].unsqueeze(-1), out=space[: len(part)])
+        torch.sum(shifted.exp_(), -1, out=total[rows])
+    return largest, total, formulas.label_logits(scores, local)
 
 
 def shard_gradient(
@@ -66,19 +71,41 @@ def shard_gradient(
     one = (local >= 0).to(largest.dtype).neg().unsqueeze(-1)
     column = local.clamp(min=0).unsqueeze(-1)
     largest, total, upstream = (t.unsqueeze(-1) for t in (largest, total, upstream))
-    for rows in _blocks(scores):
+    blocks, space = [slice(None)], None
+    if _takes_blocks(scores):
+        space = _space(scores)
+        blocks = _blocks(scores, space)
+    for rows in blocks:
         # In place: this is the largest tensor of a step.
         own = out[rows] if out.dtype == largest.dtype else None
-        gradient = torch.sub(formulas.wide(scores[rows]), largest[rows], out=own)
+        part = formulas.wide(scores[rows]) if space is None else _widened(scores[rows], space)
+        gradient = torch.sub(part, largest[rows], out=part if own is None else own)
         gradient.exp_().div_(total[rows]).scatter_add_(-1, column[rows], one[rows]).mul_(upstream[rows])
         if own is None:
             out[rows] = gradient
 
 
-def _blocks(scores: torch.Tensor) -> Iterator[slice]:
-    """Rows that are computed together: all of them, where there is no cache to keep or a compiler looks on."""
-    count = len(scores)
-    step = count
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling():
-        step = max(1, BLOCK_BYTES * torch.get_num_threads() // (4 * scores.shape[-1]))
-    return (slice(start, start + step) for start in range(0, count, step))
+def _takes_blocks(scores: torch.Tensor) -> bool:
+    """Whether there is a cache to keep, and no compiler that looks on."""
+    return scores.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _space(scores: torch.Tensor) -> torch.Tensor:
+    """Memory for one block, (rows, W) in the dtype that is computed in: used again and again, so it stays cached."""
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    rows = max(2, BLOCK_BYTES * torch.get_num_threads() // (dtype.itemsize * scores.shape[-1]))
+    return scores.new_empty((min(rows + 1, len(scores)), scores.shape[-1]), dtype=dtype)
+
+
+def _blocks(scores: torch.Tensor, space: torch.Tensor) -> list[slice]:
+    """Rows that ``space`` has room for. Never one of several alone: threads share its sum, and its last bits differ."""
+    count, step = len(scores), max(1, len(space) - 1)
+    starts = list(range(0, count, step))
+    if count > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return [slice(start, stop) for start, stop in itertools.pairwise([*starts, count])]
+
+
+def _widened(part: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
+    """The block as it is, or in ``space`` in the dtype that is computed in."""
+    return part if part.dtype == space.dtype else space[: len(part)].copy_(part)
