@@ -3,12 +3,13 @@
 V/T is the number of this rank's ids, M the number of tokens, b the bytes of an activation. Two ways:
 
 * *whole*: the head writes logits, M V/T b bytes. They are kept as they are, with two numbers per token; the
-  softmax is computed again in the backward pass, one chunk of tokens after another. At the peak, logits and their
-  gradient: 2 M V/T b.
+  softmax is computed again in the backward pass, one chunk of tokens after another. The gradient is written over
+  the logits of the head, so M V/T b is all there is at the peak; other callers' logits are left alone, and cost as
+  much again.
 * *chunked*: the head's product is part of the loss and done chunk by chunk, and again in the backward pass. No
   tensor of M V/T exists. The price is a third product of the head with its weight, 2 V D operations per token
   beside the 6 V D of the head and about 6 per parameter of everything else: for 3B (V = 32,000, D = 4096) 0.26 of
-  20.1 GFLOP, 1.3 % of a step. What it saves at 16,384 tokens in bf16 is 2.1 GB of logits and gradient.
+  20.1 GFLOP, 1.3 % of a step. What it saves at 16,384 tokens in bf16 is 1.0 GB of logits.
 
 Keeping half-precision logits chunk by chunk instead would be *whole* with the memory of *whole*. Computing
 gradients in the forward pass, as some libraries do, needs the loss of every token to have the same weight, and
