@@ -19,6 +19,9 @@ from megatron_lpa.errors import UserError
 LOOPS = ("bare", "engine", "llama")
 """``bare``: PyTorch alone. ``engine``: what training runs. ``llama``: ``transformers``, compiled."""
 
+PEERS = ("llama_plain", "official")
+"""Others' models in the bare loop, measured on request: ``transformers`` as it is, and the paper's public code."""
+
 LLAMA_WIDTH_MULTIPLE = 128
 """Widths of its FFN are rounded to this, as matrix products on a GPU like it."""
 
@@ -29,7 +32,7 @@ class Contender:
 
     Args:
         preset: ``family/variant``.
-        loop: one of ``LOOPS``.
+        loop: one of ``LOOPS`` or ``PEERS``.
         micro_batch: sequences per forward pass.
         accumulate: micro-batches per optimizer step.
         precision: ``bf16`` with fp32 master weights, or ``fp32``.
@@ -59,7 +62,7 @@ class Contender:
         return self.micro_batch * self.accumulate * self.config().model.sequence_length
 
     def config(self) -> RunConfig:
-        """The run; for ``llama`` its model is the equivalent that ``transformers`` can build.
+        """The run; for both loops of Llama its model is the equivalent that ``transformers`` can build.
 
         Raises:
             UserError: an unknown preset or key, or a value that does not fit.
@@ -75,7 +78,7 @@ class Contender:
         if self.sequence is not None:
             changes["model.sequence_length"] = self.sequence
         config = run_config(self.preset, changes, self.settings)
-        if self.loop == "llama":
+        if self.loop.startswith("llama"):
             return dataclasses.replace(config, model=llama_equivalent(config.model))
         return config
 
@@ -156,9 +159,7 @@ def llama_equivalent(model: ModelConfig) -> ModelConfig:
         UserError: the model has low-dimensional projections.
     """
     if any(getattr(model.projections, name).kind != "dense" for name in model.projection_widths()):
-        raise UserError(
-            "the loop llama runs dense models only; leave low-dimensional ones to the other loops"
-        )
+        raise UserError("Llama's loops run dense models only; leave low-dimensional ones to the other loops")
     width = model.ffn_hidden_size
     if model.activation != "swiglu":
         thirds = 2 * width / 3

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.step_config import PEERS
 from megatron_lpa.config import ModelConfig
 from megatron_lpa.model.accounting import flops_per_token_forward, flops_per_token_training
 
@@ -97,6 +98,11 @@ def comparisons(records: Sequence[Record], models: Mapping[tuple[str, str], Mode
             slower = _median(record) / _median(bare) - 1
             lines.append(
                 _of_calls({"what": f"{preset}: engine slower than bare loop", "time": slower}, record, bare)
+            )
+        if loop in PEERS and bare is not None:
+            ratio = _median(bare) / _median(record)
+            lines.append(
+                _of_calls({"what": f"{preset}: bare loop against {loop}", "time_ratio": ratio}, record, bare)
             )
         if loop == "llama" and bare is not None:
             rate = {key: r["model_flops_per_second"] for key, r in (("llama", record), ("bare", bare))}

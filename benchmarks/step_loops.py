@@ -1,9 +1,10 @@
-"""One optimizer step of a model, in three loops that do the same arithmetic.
+"""One optimizer step of a model, in loops that do the same arithmetic.
 
 Weights and activations in bf16; gradients summed, clipped and applied in fp32; AdamW's moments and the master
 weights in fp32. That is what the engine does (2 + 4 + 12 bytes per parameter), so a bare loop in plain bf16 would
 win by leaving work out, and one under autocast would lose by casting every weight on every use. ``bare`` and
-``llama`` differ in the model alone, ``bare`` and ``engine`` in what steps alone.
+``llama`` differ in the model alone, as do ``llama_plain`` and ``official``; ``bare`` and ``engine`` in what
+steps alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.official_code import official_model
 from benchmarks.step_config import Contender
 from megatron_lpa.config import ModelConfig, OptimConfig, RunConfig
 from megatron_lpa.errors import UserError
@@ -64,9 +66,14 @@ def build_loop(contender: Contender, device: torch.device) -> Loop:
     """
     keep_partial_sums_in_fp32()  # as training does
     config = contender.config()
-    return {"bare": bare_loop, "engine": engine_loop, "llama": llama_loop}[contender.loop](
-        config, device, contender.dry
-    )
+    build = {
+        "bare": bare_loop,
+        "engine": engine_loop,
+        "llama": functools.partial(llama_loop, compiled=True),
+        "llama_plain": functools.partial(llama_loop, compiled=False),
+        "official": official_loop,
+    }[contender.loop]
+    return build(config, device, contender.dry)
 
 
 def random_batches(config: RunConfig, device: torch.device) -> list[list[torch.Tensor]]:
@@ -189,14 +196,14 @@ def bare_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
     return plain_loop(config, device, decoder, lambda ids: decoder(ids[:, :-1], ids[:, 1:]).mean())
 
 
-def llama_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
-    """``transformers``' Llama with its own loss, under ``torch.compile``; a dry run compiles no code."""
+def llama_loop(config: RunConfig, device: torch.device, dry: bool, compiled: bool) -> Loop:
+    """``transformers``' Llama with its own loss, under ``torch.compile`` or as it is; a dry run compiles no code."""
     import transformers
 
     model, mode = config.model, config.train.activation_checkpointing
     if mode != "none":
         raise UserError(
-            f"train.activation_checkpointing={mode}: the loop llama keeps all activations; choose others"
+            f"train.activation_checkpointing={mode}: Llama's loops keep all activations; choose others"
         )
     shape = transformers.LlamaConfig(
         vocab_size=model.padded_vocab_size,
@@ -215,14 +222,26 @@ def llama_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
     with device:
         llama = transformers.LlamaForCausalLM(shape)
     llama.to(device, weights_dtype(config.train.precision)).train()
-    compiled = torch.compile(llama, backend="aot_eager" if dry else "inductor")
+    called = torch.compile(llama, backend="aot_eager" if dry else "inductor") if compiled else llama
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         # Labels that are shifted already: every loop predicts S tokens from S.
         labels = ids[:, 1:].contiguous()
-        return compiled(input_ids=ids[:, :-1], labels=labels, shift_labels=labels).loss
+        return called(input_ids=ids[:, :-1], labels=labels, shift_labels=labels).loss
 
     return plain_loop(config, device, llama, loss_of)
+
+
+def official_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
+    """The model of the paper's public code with its own loss, which is of S - 1 labels for S tokens."""
+    with device:
+        module = official_model(config.model)
+    module.to(device, weights_dtype(config.train.precision)).train()
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        return module(input_ids=ids[:, :-1], labels=ids[:, :-1])[0]
+
+    return plain_loop(config, device, module, loss_of)
 
 
 @contextlib.contextmanager

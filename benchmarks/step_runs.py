@@ -107,7 +107,12 @@ def run_in_process(
 
 
 def run_together(
-    contenders: Sequence[Contender], rounds: int, warm_up: int, steps: int, deadline: float | None
+    contenders: Sequence[Contender],
+    rounds: int,
+    warm_up: int,
+    steps: int,
+    deadline: float | None,
+    clock: str = "wall",
 ) -> list[dict[str, Any]]:
     """All models in this process, in turns of a few steps, so that whatever slows the machine slows all alike.
 
@@ -119,6 +124,7 @@ def run_together(
         warm_up: steps of each before measuring.
         steps: steps of each per round.
         deadline: no turn starts after this, on the clock of ``time.monotonic``.
+        clock: of the times, one of ``step_timing.CLOCKS``.
     """
     device = device_here()
     loops: list[Loop | None] = []
@@ -148,7 +154,7 @@ def run_together(
         for start in range(0, steps, TURN_STEPS):
             for loop, times in zip(loops, turns, strict=True):
                 if loop is not None:
-                    times += timed_steps(loop, min(TURN_STEPS, steps - start), device)
+                    times += timed_steps(loop, min(TURN_STEPS, steps - start), device, clock)
         for result, times in zip(results, turns, strict=True):
             if times:
                 result["rounds_ms"].append(times)

@@ -1,8 +1,10 @@
-"""The whole training step on one device: Transformer, same-param Transformer and LPA, in three loops.
+"""The whole training step on one device: Transformer, same-param Transformer and LPA, in several loops.
 
 * bare: our decoder and PyTorch's fused AdamW, no DeepSpeed;
 * engine: what training runs; on one device it goes without DeepSpeed, unless it offloads;
-* llama: the dense model in Llama's form as transformers runs it, with torch.compile and the same AdamW.
+* llama: the dense model in Llama's form as transformers runs it, with torch.compile and the same AdamW;
+* on request llama_plain: the same without torch.compile, and official: the model of the paper's public code, which has
+  to lie in build/LPA.
 
 All keep fp32 master weights and sum gradients in fp32 (benchmarks/step_loops.py says why). Ids are random, and so are
 weights. Each model is measured in a process of its own, one after another, and again in the opposite order, so
@@ -26,10 +28,11 @@ import torch
 
 from benchmarks.kernel_timing import describe, setting_of
 from benchmarks.machine import versions_of, warn_if_busy, write_result
-from benchmarks.step_config import LOOPS, Contender
+from benchmarks.official_code import official_file
+from benchmarks.step_config import LOOPS, PEERS, Contender
 from benchmarks.step_figures import Record, comparisons, measured, table, throughput
 from benchmarks.step_runs import run_in_process, run_together
-from benchmarks.step_timing import failure
+from benchmarks.step_timing import CLOCKS, failure
 from megatron_lpa.config import ModelConfig
 from megatron_lpa.errors import UserError
 from megatron_lpa.train.hardware import peak_flops_per_second
@@ -37,14 +40,16 @@ from megatron_lpa.train.hardware import peak_flops_per_second
 HELP = "the whole training step: Transformer against LPA, bare loop against engine and against Llama"
 VARIANTS = ("transformer", "same_param", "lpa")
 PACKAGES = ("torch", "triton", "deepspeed", "transformers")
-NEEDED = {"engine": "deepspeed", "llama": "transformers"}
+NEEDED = {"engine": "deepspeed", "llama": "transformers", "llama_plain": "transformers"}
 """The package that a loop needs besides torch."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="3b", metavar="FAMILY", help="family of presets, as 3b or s2_small (default: 3b)")  # fmt: skip
     parser.add_argument("--models", nargs="+", default=list(VARIANTS), metavar="VARIANT", help=f"variants of the family (default: {' '.join(VARIANTS)})")  # fmt: skip
-    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=list(LOOPS), help="default: all three")
+    parser.add_argument(
+        "--loops", nargs="+", choices=LOOPS + PEERS, default=list(LOOPS), help=f"default: {' '.join(LOOPS)}"
+    )
     parser.add_argument("--micro-batch", type=int, default=4, metavar="N", help="sequences per forward pass (default: 4)")  # fmt: skip
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: 1)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="steps measured of each, over all rounds (default: 30)")  # fmt: skip
@@ -57,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence", type=int, metavar="N", help="tokens per sequence instead of the preset's")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the run, as kernels.lowdim=joined; can be given again")  # fmt: skip
     parser.add_argument("--one-process", action="store_true", help="all models at once in memory, in turns of a few steps; for small models")  # fmt: skip
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: time that this process computed, for a shared machine without a GPU; needs --one-process")  # fmt: skip
     parser.add_argument("--minutes", type=float, metavar="N", help="no process starts after this")
     parser.add_argument("--dry-run", action="store_true", help="tiny models, to try the command")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to record the result, after each model")  # fmt: skip
@@ -73,6 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}; give 1 or more")
     if arguments.rounds > arguments.steps:
         raise UserError(f"--rounds is {arguments.rounds}; give --steps at least as many")
+    if arguments.clock == "cpu" and (torch.cuda.is_available() or not arguments.one_process):
+        raise UserError("--clock cpu measures a CPU with all models in one process; add --one-process")
     deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     last = None
     for last in results(arguments, deadline):
@@ -91,7 +99,7 @@ def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
     found = []
     for loop in arguments.loops:
         for variant in arguments.models:
-            if loop == "llama" and variant != "transformer":
+            if loop.startswith("llama") and variant != "transformer":
                 continue  # it is there for the dense model's speed
             contender = Contender(
                 preset=f"{'tiny' if arguments.dry_run else arguments.preset}/{variant}",
@@ -102,10 +110,12 @@ def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
                 settings=tuple(arguments.set),
                 **{"layers": arguments.layers, "sequence": arguments.sequence, **small},
             )
-            contender.config()
+            config = contender.config()
+            if loop == "official":
+                official_file(config.model)
             found.append(contender)
     if not found:
-        raise UserError("--loops llama runs the transformer only; add it to --models, or choose another loop")
+        raise UserError("Llama's loops run the transformer only; add it to --models, or choose another loop")
     return sorted(found, key=group_of)
 
 
@@ -153,6 +163,7 @@ def results(
         "dtype": contenders[0].precision,
         "threads": torch.get_num_threads(),
         "one_process": arguments.one_process or arguments.dry_run,
+        "clock": arguments.clock,
         "settings": list(arguments.set),
     }
     warn_if_busy(head["machine"])
@@ -163,7 +174,8 @@ def results(
     pending = [index for index, result in enumerate(found) if not result]
     if head["one_process"]:
         asked = [contenders[index] for index in pending]
-        together = run_together(asked, rounds, warm_up, -(-steps // rounds), deadline)
+        steps_each = -(-steps // rounds)
+        together = run_together(asked, rounds, warm_up, steps_each, deadline, arguments.clock)
         for index, result in zip(pending, together, strict=True):
             found[index] = result | {"call": call}
         yield finished(head, contenders, models, found, kept)

@@ -100,4 +100,6 @@ class LanguageModelHead(nn.Module):
         logits = functional.linear(x, self.weight, self.bias)
         if labels is None:
             return logits
-        return vocab_parallel_cross_entropy(logits, labels, self.groups, self.vocab_size, backend)
+        return vocab_parallel_cross_entropy(
+            logits, labels, self.groups, self.vocab_size, backend, overwrite=True
+        )

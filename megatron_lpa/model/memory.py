@@ -162,17 +162,17 @@ def bytes_loss(
 ) -> int:
     """Bytes at the loss of one micro-batch, beside the head's input.
 
-    ``whole``: the logits of ``V/T`` ids and their gradient in the precision of products, and the fp32 numbers of one
-    chunk of tokens. ``chunked``: logits, gradient and fp32 numbers of one chunk, the gradient of the head's
-    input, and the fp32 sum of the head's gradient.
+    ``whole``: the logits of ``V/T`` ids in the precision of products, which their gradient overwrites, and the fp32
+    numbers of one chunk of tokens. ``chunked``: logits, overwritten too, and fp32 numbers of one chunk, the gradient of the
+    head's input, and the fp32 sum of the head's gradient.
     """
     tokens = train.micro_batch_size * model.sequence_length
     b = PRECISIONS[train.precision].product_bytes
     columns = model.padded_vocab_size // parallel.tensor_parallel_size
     chunk = min(tokens, chunk_tokens(columns, 4)) * columns
     if takes_chunks(kernels.loss, tokens, columns, b):
-        return chunk * (2 * b + 4) + tokens * model.hidden_size * b + columns * model.hidden_size * 4
-    return tokens * columns * 2 * b + chunk * 4
+        return chunk * (b + 4) + tokens * model.hidden_size * b + columns * model.hidden_size * 4
+    return tokens * columns * b + chunk * 4
 
 
 def bytes_activations(

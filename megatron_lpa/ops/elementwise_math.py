@@ -108,8 +108,13 @@ def shard_statistics(
     h = wide(scores)
     largest = h.amax(-1)
     total = torch.exp(h - largest.unsqueeze(-1)).sum(-1)
+    return largest, total, label_logits(scores, local)
+
+
+def label_logits(scores: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """The third of ``shard_statistics``: (M, W), (M,) -> (M,)"""
     target = wide(scores.gather(-1, local.clamp(min=0).unsqueeze(-1)).squeeze(-1))
-    return largest, total, torch.where(local < 0, 0.0, target)
+    return torch.where(local < 0, 0.0, target)
 
 
 def shard_gradient(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import step_runs
+from benchmarks import official_code, step_runs
 from benchmarks.step_config import Contender
 from benchmarks.step_loops import Loop, MasterAdamW, build_loop
 from benchmarks.step_runs import run_in_process
@@ -86,7 +86,11 @@ def test_train_step_in_processes_of_their_own(
         ("train-step --steps 1", "--rounds is 2; give --steps at least as many"),
         ("train-step --preset nothing", "unknown preset 'nothing/transformer'"),
         ("train-step --set kernels.lowdim=best", "expected one of auto"),
-        ("train-step --models lpa --loops llama", "runs the transformer only"),
+        ("train-step --models lpa --loops llama", "run the transformer only"),
+        ("train-step --models lpa --loops llama_plain", "run the transformer only"),
+        ("train-step --clock cpu", "add --one-process"),
+        ("train-step --loops official --preset s2_small", "git clone"),
+        ("loss --repeats 0", "--repeats is 0; give 1 or more"),
         ("evaluate-step --models nothing", "unknown preset 'nothing'"),
         ("evaluate-step --tokens 0", "--tokens is 0; give 1 or more"),
         ("profile --steps 0", "--steps is 0; give 1 or more"),
@@ -95,8 +99,14 @@ def test_train_step_in_processes_of_their_own(
     ],
 )
 def test_refusals(
-    benchmark: ModuleType, words: str, message: str, capsys: pytest.CaptureFixture[str]
+    benchmark: ModuleType,
+    words: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(official_code, "FOLDER", tmp_path)
     assert benchmark.main(words.split()) == 1
     assert message in capsys.readouterr().err
 
@@ -124,6 +134,19 @@ def test_the_whole_loop_is_timed_beside_a_bare_one(tmp_path: Path) -> None:
     result = json.loads(output.read_text())
     ratio = result["step_ms_ours"] / result["step_ms_bare"]
     assert result["overhead_percent"] == pytest.approx(100 * (ratio - 1)) and result["steps_measured"] == 5
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_loss(benchmark: ModuleType, clock: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "result.json"
+    words = f"loss --tokens 5 --ids 11 --repeats 2 --clock {clock} --output {output}"
+    assert benchmark.main(words.split()) == 0
+    result = json.loads(output.read_text())
+    assert (result["tokens"], result["ids"], result["clock"]) == (5, 11, clock)
+    assert [case["precision"] for case in result["cases"]] == ["fp32", "bf16"]
+    for case in result["cases"]:
+        assert case["ratio"] == pytest.approx(case["ours_ms"]["median"] / case["torch_ms"]["median"])
+    assert "bf16: ours" in capsys.readouterr().out
 
 
 def test_evaluate_step(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,10 +240,11 @@ def test_engine_and_bare_loop_do_the_same(precision: str, tolerance: float) -> N
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_llama_learns_too() -> None:
+@pytest.mark.parametrize("loop", ["llama", "llama_plain"])
+def test_llama_learns_too(loop: str) -> None:
     pytest.importorskip("transformers")
     torch.manual_seed(0)
-    contender = Contender("tiny/transformer", "llama", 2, precision="fp32", layers=1, sequence=16, dry=True)
+    contender = Contender("tiny/transformer", loop, 2, precision="fp32", layers=1, sequence=16, dry=True)
     step = build_loop(contender, CPU).step
     losses = [float(step()) for _ in range(9)]
     assert losses[8] < losses[0]  # the same batch twice, 8 steps apart

@@ -118,6 +118,8 @@ def test_comparisons_by_hand_leave_failures_out() -> None:
         record("3b/lpa", "bare", 80.0, peak_memory_bytes=2**29),
         record("3b/lpa", "engine", 82.0),
         record("3b/transformer", "llama", 125.0),
+        record("3b/transformer", "llama_plain", 160.0),
+        record("3b/lpa", "official", 100.0),
         {
             "preset": "3b/transformer",
             "loop": "engine",
@@ -127,7 +129,9 @@ def test_comparisons_by_hand_leave_failures_out() -> None:
     ]
     models = {(r["preset"], r["loop"]): LPA if r["preset"] == "3b/lpa" else DENSE for r in records}
     lines = {line["what"]: line for line in comparisons(records, models)}
-    assert len(lines) == 3
+    assert len(lines) == 5
+    assert lines["3b/transformer: bare loop against llama_plain"]["time_ratio"] == pytest.approx(0.625)
+    assert lines["3b/lpa: bare loop against official"]["time_ratio"] == pytest.approx(0.8)
     saved = lines["3b/lpa saves against 3b/transformer, bare"]
     assert saved["time"] == pytest.approx(0.2) and saved["memory_ratio"] == 0.5
     assert saved["limit"] == pytest.approx(0.2402, abs=1e-4)

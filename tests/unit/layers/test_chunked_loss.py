@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from support.models import MODELS
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_lpa.config import KernelConfig
 from megatron_lpa.config.kernels import chunk_tokens, takes_chunks
 from megatron_lpa.layers import loss
+from megatron_lpa.layers.embedding import LanguageModelHead
 from megatron_lpa.layers.loss import chunked_cross_entropy, vocab_parallel_cross_entropy
+from megatron_lpa.ops import cross_entropy
 from megatron_lpa.parallel.groups import ParallelGroups
 
 SINGLE = ParallelGroups.single()
@@ -95,6 +100,35 @@ class LargestTensor(TorchDispatchMode):
         sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         self.elements = max([self.elements, *sizes])
         return out
+
+
+class LargeStorages(TorchDispatchMode):
+    """Memory of at least ``bytes_least`` that any operation returns, forward or backward."""
+
+    def __init__(self, bytes_least: int) -> None:
+        super().__init__()
+        self.bytes_least, self.found = bytes_least, {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= self.bytes_least:
+                self.found[tensor.untyped_storage().data_ptr()] = tensor  # held, or its address is used again
+        return out
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_head_makes_one_tensor_of_the_logits_size(bias, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", 1)
+    model = replace(MODELS["tied_gelu_padded"], tie_embeddings=False, lm_head_bias=bias)
+    head = LanguageModelHead(model, SINGLE, None, KernelConfig(loss="whole")).bfloat16()
+    torch.nn.init.normal_(head.weight)
+    tokens = 4 * head.weight.shape[1]  # more than the weight has columns: logits are the largest tensor
+    x = torch.randn(1, tokens, head.weight.shape[1], dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(model.vocab_size, (1, tokens))
+    with LargeStorages(2 * tokens * head.weight.shape[0]) as large:
+        head(x, labels).sum().backward()
+    assert len(large.found) == 1 and x.grad.isfinite().all()
 
 
 def kept_bytes(compute: Any, given: list[torch.Tensor]) -> int:

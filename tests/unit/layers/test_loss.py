@@ -30,6 +30,36 @@ def test_loss_and_gradient_equal_torch(dtype, scale):
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("ids", [11, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gradient_over_the_logits_is_the_same_and_takes_their_memory(dtype, ids):
+    x, weight = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((2, 5, 8), (11, 8)))
+    labels, upstream = torch.randint(ids, (2, 5)), torch.randn(2, 5)
+    kept = functional.linear(x, weight)
+    losses = vocab_parallel_cross_entropy(kept, labels, SINGLE, ids)
+    expected = torch.autograd.grad(losses, [x, weight], upstream.to(losses.dtype))
+    before = kept.detach().clone()
+    logits, passed = functional.linear(x, weight), []
+    logits.register_hook(passed.append)
+    losses = vocab_parallel_cross_entropy(logits, labels, SINGLE, ids, overwrite=True)
+    assert torch.equal(logits, before), "forward leaves them alone"
+    found = torch.autograd.grad(losses, [x, weight], upstream.to(losses.dtype), retain_graph=True)
+    assert all(map(torch.equal, found, expected))
+    assert passed[0].data_ptr() == logits.data_ptr()
+    assert torch.equal(kept, before), "nobody's logits are overwritten unasked"
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.sum().backward()
+
+
+def test_gradient_of_logits_that_are_no_one_block_of_memory():
+    logits = torch.randn(3, 2, 11, requires_grad=True)
+    labels, turned = torch.randint(11, (2, 3)), logits.transpose(0, 1)
+    expected = functional.cross_entropy(turned.reshape(-1, 11), labels.flatten(), reduction="sum")
+    (wanted,) = torch.autograd.grad(expected, logits)
+    vocab_parallel_cross_entropy(turned, labels, SINGLE, 11, overwrite=True).sum().backward()
+    torch.testing.assert_close(logits.grad, wanted)
+
+
 def test_padded_ids_take_no_part():
     logits = torch.randn(1, 3, 10)
     logits[..., 7:] = 1e6

@@ -267,8 +267,8 @@ def test_activations_of_a_hand_counted_layer(layout: str, latents: int) -> None:
     assert saved == sublayers + attention + ffn + 2 * latents
     assert layer_input == 16
     at_loss = 2 * 8 * 2 + 4 * (
-        2 + 2 + 4
-    )  # final norm's and head's inputs; 4 ids: logits, gradient, fp32 numbers
+        2 + 4
+    )  # final norm's and head's inputs; 4 ids: logits, which their gradient overwrites, and fp32 numbers
     assert bytes_activations(SMALL, parallel, train) == 12 * (2 * saved + at_loss)
     full = replace(train, activation_checkpointing="full")
     assert bytes_activations(SMALL, parallel, full) == 12 * (2 * 16 + saved)  # a layer outweighs the loss
