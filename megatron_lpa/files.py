@@ -27,8 +27,7 @@ PAUSES_S = (0.2, 1.0, 3.0)
 """Before a file that the disk did not give is asked for again."""
 
 LASTING = (
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG,
-    errno.EROFS,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG,
 )  # fmt: skip
 """What a file system says of names and permissions, for good. Everything else may be gone at the next attempt."""
 

@@ -5,8 +5,8 @@
     python tools/run_status.py 'runs/sweep-*'
 
 A launcher's exit code does not tell: that of ``deepspeed`` is 0 too when what it started was killed. Here a run is
-complete when the checkpoint of its last step is, and the last validation and the final test are on record where
-``data.valid_prefix`` and ``data.test_prefix`` ask for them. Of a checkpoint's files the sizes are compared with its manifest, with ``--verify`` the contents too: some GB per
+complete when the checkpoint of its last step is, and the last validation and the final test, where it has them, are on
+record. Of a checkpoint's files the sizes are compared with its manifest, with ``--verify`` the contents too: some GB per
 second. Ends with 0 then, with 1 when the same command would go on with it, and with 78 when it would not, as no whole
 checkpoint is left, or when that cannot be told. Of several runs the
 worst code counts.
@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lpa.command_line import run_folders, run_tool
-from megatron_lpa.config import RunConfig
 from megatron_lpa.engine.manifest import (
     MANIFEST,
     DamagedCheckpoint,
@@ -75,24 +74,15 @@ def status(folder: Path, verify: bool = False) -> tuple[bool, str]:
     words = f"{step:,} of {steps:,} steps are in {checkpoint} ({compared})" + _damage(damaged)
     if step < steps:
         return False, f"incomplete: {words}"
-    wanted = {
+    wanted = manifest.get("evaluates") or {
         "valid": config.data.valid_prefix is not None and config.train.eval_interval > 0,
         "test": config.data.test_prefix is not None,
     }
     recorded, note = _recorded(folder / METRICS, step)
     for kind, name in (("valid", "last validation"), ("test", "final test")):
-        if wanted[kind] and kind not in recorded:
+        if wanted.get(kind) and kind not in recorded:
             return False, f"incomplete: {words}, but the {name} is not on record{note}"
-        if _has_share(config, kind) and kind not in recorded:
-            note += f" (no {name} on record: data.split asks for one, where its share is large enough)"
     return True, f"complete: {words}{note}"
-
-
-def _has_share(config: RunConfig, kind: str) -> bool:
-    shares = [*map(float, config.data.split.split(",")), 0.0, 0.0]
-    if config.data.train_prefix is not None or (kind == "valid" and not config.train.eval_interval):
-        return False
-    return shares[("train", "valid", "test").index(kind)] > 0
 
 
 def _damage(names: list[str]) -> str:

@@ -23,7 +23,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,8 @@ class Saving:
         overlap: write beside training.
         decisions: what decides, as of this step, whether the run goes back; goes into the manifest.
         unrecorded: losses since the last training record; goes into the manifest.
+        evaluates: whether the run has a validation and a test of its own: ``{"valid": True, "test": False}``; goes into the
+            manifest, for those that have not its data at hand.
 
     Raises:
         CheckpointNotWritten: on every rank when any rank could not write; nothing half-written stays.
@@ -135,6 +137,7 @@ class Saving:
         overlap: bool = False,
         decisions: Decisions = AT_START,
         unrecorded: Unrecorded = NOTHING_UNRECORDED,
+        evaluates: Mapping[str, bool] | None = None,
     ) -> None:
         started = time.perf_counter()
         self._engine, self._folder, self._retention = engine, folder, retention
@@ -151,6 +154,8 @@ class Saving:
         kinds = (where.MASTER, *where.MOMENTS) if step else (where.MASTER,)
         # Made now, as the counts that it holds move on with training.
         self._content = _manifest(engine, progress, order, step, validation_loss, decisions, unrecorded)
+        if evaluates is not None:
+            self._content["evaluates"] = dict(evaluates)
         with self._nothing_half_written():
             _guarded(lambda: self._make_folders(len(kinds)), engine.groups)
             self._begin(_own_tensors(fragments, kinds, engine.groups), overlap)

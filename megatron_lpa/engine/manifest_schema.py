@@ -241,6 +241,7 @@ _MANIFEST = _section(
         "validation_loss": _or_none(_number),
         "decisions": _decisions,
         "unrecorded": _unrecorded,
+        "evaluates": _section({"valid": _truth, "test": _truth}),
         "at_interval": _truth,
         "layout": _section(
             {
@@ -281,5 +282,5 @@ _MANIFEST = _section(
         ),
     },
     always=("progress", "files"),
-    newer=("validation_loss", "decisions", "unrecorded", "at_interval"),
+    newer=("validation_loss", "decisions", "unrecorded", "evaluates", "at_interval"),
 )

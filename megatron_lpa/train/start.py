@@ -212,7 +212,7 @@ def _resume(run: Run) -> None:
         )
         run.progress, run.saved_step, run.resumed = resumed.progress, resumed.progress.step, resumed
         run.unrecorded = resumed.unrecorded
-        run.resume_notes = (*resumed.notes, *_changes(run, resumed))
+        run.resume_notes, run.changes = resumed.notes, tuple(_changes(run, resumed))
     together(lambda: tidy(run.checkpoints) if run.is_main else None, groups)
 
 
@@ -364,6 +364,8 @@ def _introduce(run: Run) -> None:
         print(f"note: {note}", flush=True)
     if run.resumed is not None:
         print(f"resuming from {run.resumed.checkpoint} at step {run.progress.step:,}", flush=True)
+        for change in run.changes:
+            print(f"note: {change}", flush=True)
 
 
 def _amount(number: int) -> str:

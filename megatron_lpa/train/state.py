@@ -41,6 +41,7 @@ class Run:
         stopped_by: the signal that all ranks agreed to stop for; 0 while none came.
         resumed: what this start goes on from; None when it begins anew.
         resume_notes: what was noticed while resuming, such as a damaged checkpoint that was skipped.
+        changes: settings that are not those of the checkpoint, in words; recorded with the first step that they count for.
         decisions: what decides whether the run goes back; as of ``progress``, like everything that a checkpoint holds.
         unrecorded: losses that the checkpoint had in no record, when the run came from one; what followed is in ``Metrics``.
         watchdog: what ends the run when it hangs; None watches nothing.
@@ -61,6 +62,7 @@ class Run:
     lock: RunLock | None = None
     resumed: Resumed | None = None
     resume_notes: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
     decisions: Decisions = AT_START
     unrecorded: Unrecorded = NOTHING_UNRECORDED
     watchdog: Watchdog | None = None

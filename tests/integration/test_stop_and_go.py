@@ -149,6 +149,7 @@ def test_going_on_with_other_settings_is_recorded(folder):
     finished = launch(arguments("longer", "--optim.weight_decay", "0.5"), 1, folder)
     assert finished.codes == [0], finished.stderr
     events = [record["message"] for record in records(folder / "runs" / "longer", "event")]
+    assert all(f"note: {event}" in finished.stdout[0] for event in events if event.startswith("since "))
     assert "since step_00000004, optim.weight_decay was 0.0, is 0.5" in events
     assert "since step_00000004, train.steps was 4, is 8" in events
     jump = next(message for message in events if "the learning rate goes from" in message)

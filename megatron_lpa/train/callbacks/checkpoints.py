@@ -168,6 +168,10 @@ class Checkpoints(Callback):
             overlap,
             run.decisions,
             self.metrics.unrecorded(run),
+            {
+                "valid": run.splits.valid is not None and train.eval_interval > 0,
+                "test": run.splits.test is not None,
+            },
         )
         if not overlap:
             self._complete(run)

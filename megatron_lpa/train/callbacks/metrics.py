@@ -63,6 +63,9 @@ class Metrics(Callback):
         """
         if run.is_main and run.lock is not None:
             run.problem = run.problem or run.lock.lost(LOOK_EVERY_S)
+        for change in run.changes:  # not before: a start that trains no step has changed nothing
+            self.emit(run, {"kind": "event", "message": change, SAID: "note"})
+        run.changes = ()
         self._losses.append(report.result.loss)
         self._timed_steps += 1
         self._step_s += report.step_s

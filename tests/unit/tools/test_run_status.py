@@ -96,6 +96,25 @@ def test_an_evaluation_that_was_asked_for_belongs_to_the_run(
         assert tool.main([str(tmp_path)]) == 0
 
 
+def test_a_checkpoint_says_which_evaluations_its_run_has(
+    tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A share of ``data.split`` may be too small for a split; that takes the data to know."""
+    run_folder(tmp_path, "--train.steps=9", steps=(9,))
+    checkpoint = tmp_path / "checkpoints" / "step_00000009"
+    lines = [json.dumps({"kind": kind, "step": 9, "tokens": 1, "loss": 1.0}) for kind in ("valid", "test")]
+    for has in (
+        {"valid": True, "test": True},
+        {"valid": True, "test": False},
+        {"valid": False, "test": False},
+    ):
+        put(checkpoint, {**manifest_of(checkpoint), "evaluates": has})
+        for recorded in range(3):
+            (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:recorded]) + "\n")
+            assert tool.main([str(tmp_path)]) == (0 if recorded >= sum(has.values()) else 1)
+    capsys.readouterr()
+
+
 def test_what_was_compared_is_said_and_contents_are_where_asked(
     tool: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

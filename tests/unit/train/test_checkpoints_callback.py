@@ -46,7 +46,7 @@ def trained(
     monkeypatch.setattr(FakeSaving, "written", [])
     train = TrainConfig(checkpoint_interval=3, on_checkpoint_failure=on_failure)  # type: ignore[arg-type]
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(train=train), steps=steps, saved_step=-1, is_main=True, checkpoints=Path("x"), order=None, stopped_by=0, decisions=AT_START,
+        config=SimpleNamespace(train=train), steps=steps, saved_step=-1, is_main=True, checkpoints=Path("x"), order=None, stopped_by=0, decisions=AT_START, splits=SimpleNamespace(valid=None, test=None),
         engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(), enter=lambda stage: None,
     )  # fmt: skip
     run.has_lost_folder = lambda: run.progress.step >= lost_at
