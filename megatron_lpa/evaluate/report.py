@@ -52,7 +52,7 @@ class RunSummary:
         peak_memory_bytes: largest memory of the first process: of its GPU, or resident without one.
         train_loss: of the last logging interval, nats per token.
         valid_loss: the last one.
-        test_loss: the last one. A loss that was not finite is NaN.
+        test_loss: of the weights that training ended with; of earlier ones it does not count. A loss that was not finite is NaN.
         terms: what the losses are of.
     """
 
@@ -82,6 +82,8 @@ def summarize(folder: Path, label: str | None = None) -> RunSummary:
     config = read_config(folder)
     records = read_metrics(folder)
     train, valid, test = (records_of(records, kind) for kind in ("train", "valid", "test"))
+    # A run that was complete and went on has tests of earlier weights on record, too.
+    test = [record for record in test if record["step"] >= (_last(train, "step") or 0)]
     parameters = count_parameters(config.model)
     # The first interval pays for allocations and caches.
     settled = train[1:]

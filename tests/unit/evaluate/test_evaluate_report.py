@@ -73,6 +73,14 @@ def test_what_was_not_measured_is_said(tmp_path: Path, save_run: SaveRun) -> Non
     assert table["last training loss"] == ["8.0000"]
 
 
+def test_a_test_of_earlier_weights_is_not_that_of_the_run(tmp_path: Path, save_run: SaveRun) -> None:
+    """A run that was complete at step 20, and went on to step 25 without being tested there yet."""
+    run = save_run(tmp_path / "runs" / "one")
+    write_metrics(run, [1000] * 5, test_loss=3.0)
+    summary = summarize(run)
+    assert (summary.steps, summary.test_loss, summary.valid_loss) == (25, None, 2.0)
+
+
 @pytest.mark.parametrize("loss", ["null", "NaN", "Infinity"])
 def test_losses_that_are_not_finite_are_said_to_be(
     tmp_path: Path, save_run: SaveRun, capsys: pytest.CaptureFixture[str], loss: str
