@@ -238,6 +238,10 @@ class DeepSpeedStep:
         self.ds.destroy()
 
 
+PIECE = 1 << 16
+"""Elements whose squares a CPU adds in fp32, one after the other in eight lanes: of 131 million it loses 1.3 % of the norm."""
+
+
 def gradient_norm(
     parameters: Sequence[nn.Parameter], holders: Sequence[torch.Tensor], groups: ParallelGroups
 ) -> torch.Tensor:
@@ -260,7 +264,8 @@ def gradient_norm(
     def squared(tensors: list[torch.Tensor]) -> torch.Tensor:
         if not tensors:
             return torch.zeros((), dtype=torch.float64, device=device)
-        return (torch.stack(torch._foreach_norm(tensors)).double() ** 2).sum()
+        pieces = tensors if device.type != "cpu" else [p for t in tensors for p in t.reshape(-1).split(PIECE)]
+        return (torch.stack(torch._foreach_norm(pieces)).double() ** 2).sum()
 
     replicated = squared(grads[False])
     if groups.tp_size == 1:

@@ -149,7 +149,8 @@ def lowdim_by_plan(
         q, k, *others = lowdim_by_plan(x, pairs, norm, plan, training, elementwise)
         return (*separate.rotate_rows(q, k, *rotary, elementwise), *others)
     dtype = autocast_dtype(x)
-    if norm is not None and (plan.path != "fused" or dtype == torch.float16):
+    # The kernel takes x and the norm in one precision; under autocast the residual stream has more than the products.
+    if norm is not None and (plan.path != "fused" or dtype == torch.float16 or x.dtype != dtype):
         x, norm = separate.rms_norm(x, norm.weight, norm.eps, elementwise), None
     if norm is None:
         x = x.to(dtype)
