@@ -113,12 +113,18 @@ def _value(value: Any, path: str, notes: _Notes) -> Any:
         return [_value(item, f"{path}.{number}", notes) for number, item in enumerate(value)]
     if isinstance(value, os.PathLike):
         return str(value)
-    if hasattr(value, "tolist"):  # of numpy and torch
-        plain = value.tolist()
-        if plain is not value:
-            return _one_number(plain, path, notes)
+    try:
+        plain = value.tolist() if hasattr(value, "tolist") else value  # of numpy and torch
+    except Exception:  # a tensor without data, or a sparse one
+        plain = value
+    if plain is not value:
+        return _one_number(plain, path, notes)
     notes.as_text.append(path)
-    return repr(value)[:MOST_TEXT]
+    try:
+        return repr(value)[:MOST_TEXT]
+    except Exception as error:
+        name = type(value).__name__
+        raise CannotRecord(f"its {path or 'value'} is a {name} that cannot be shown ({error})") from error
 
 
 def _one_number(plain: Any, path: str, notes: _Notes) -> Any:

@@ -62,6 +62,18 @@ def test_values_of_other_libraries_become_what_json_has(value: Any, written: Any
     assert read_back(record)["value"] == written and as_text == []
 
 
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def test_a_value_that_gives_nothing_ends_no_run_with_a_traceback() -> None:
+    record, as_text = finished({"kind": "probe", "a": torch.empty(2, device="meta")}, 3, 0.0)
+    assert "meta" in read_back(record)["a"] and as_text == ["a"]
+    with pytest.raises(CannotRecord, match="its a is a Unspeakable that cannot be shown"):
+        finished({"kind": "probe", "a": Unspeakable()}, 3, 0.0)
+
+
 @pytest.mark.parametrize("value", [{1, 2}, b"bytes", 1j, object(), Decimal(2), lambda: None])
 def test_what_json_has_nothing_for_becomes_text_and_is_named(value: Any) -> None:
     record, as_text = finished({"kind": "probe", "a": [value]}, 3, 0.0)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
 import time
-from collections import deque
 from typing import Any
 
 from megatron_lpa.record_values import NOT_FINITE
@@ -17,11 +17,8 @@ from megatron_lpa.train.state import Run
 COLUMNS = 79
 """Of a line about training: a terminal of 80 columns does not wrap it."""
 
-RECENT = 100
-"""Records that tell how fast a run is: of its present speed, with validations and checkpoints."""
-
 _UNITS = ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k"), (1, ""))
-_NEVER_SHOWN = ("kind", "step", "time", "message", SAID, NOT_FINITE)
+_NEVER_SHOWN = ("kind", "step", "time", SAID, NOT_FINITE)
 
 
 class Console(Sink):
@@ -85,23 +82,25 @@ class Console(Sink):
 
 
 class Speed:
-    """How long the steps that are left will take, by the last records of this process."""
+    """How long the steps that are left will take, by all that this process has done since its first record."""
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[int, float]] = deque(maxlen=RECENT)
+        self._first: tuple[int, float] | None = None
+        self._last = (0, 0.0)
         self._step_s = math.nan
 
     def see(self, record: Record) -> None:
         """Take note of a train record."""
         self._step_s = record["step_ms"] / 1000
         if "time" in record:
-            self._seen.append((record["step"], record["time"]))
+            self._last = (record["step"], record["time"])
+            self._first = self._first or self._last
 
     def left_s(self, steps: int) -> float | None:
         """Seconds until the last step: validations and checkpoints count, as far as they have been seen."""
-        if not self._seen:
+        if self._first is None:
             return None
-        (first, began), (last, now) = self._seen[0], self._seen[-1]
+        (first, began), (last, now) = self._first, self._last
         per_step = (now - began) / (last - first) if last > first else self._step_s
         left = max(0.0, (steps - last) * per_step)
         return left if math.isfinite(left) else None
@@ -116,6 +115,18 @@ def describe(record: Record, steps: int, left_s: float | None = None) -> str:
         left_s: seconds until the last step, for lines about training.
     """
     clock, place = _clock(record), _place(record["step"], steps)
+    with contextlib.suppress(
+        TypeError, ValueError, OverflowError, AttributeError
+    ):  # not ours: any value may be in it
+        if (line := _ours(clock, place, record, left_s)) is not None:
+            return line
+    shown = {**record, **record.get(NOT_FINITE, {})}
+    values = (f"{key}={_short(value)}" for key, value in shown.items() if key not in _NEVER_SHOWN)
+    return _one_line(f"{clock} step {place} {record['kind']}: {' '.join(values)}".rstrip())
+
+
+def _ours(clock: str, place: str, record: Record, left_s: float | None) -> str | None:
+    """The line of a record of one of our kinds, with the values that ours have."""
     if record["kind"] == "train":
         return _train(clock, place, record, left_s)
     start = f"{clock} step {place}"
@@ -126,9 +137,7 @@ def describe(record: Record, steps: int, left_s: float | None = None) -> str:
         )
     if record["kind"] == "event" and isinstance(record.get("message"), str):
         return f"{start} {_one_line(record['message'])}"
-    shown = {**record, **record.get(NOT_FINITE, {})}
-    values = (f"{key}={_short(value)}" for key, value in shown.items() if key not in _NEVER_SHOWN)
-    return _one_line(f"{start} {record['kind']}: {' '.join(values)}".rstrip())
+    return None
 
 
 def _train(clock: str, place: str, record: Record, left_s: float | None) -> str:

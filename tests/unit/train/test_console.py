@@ -90,7 +90,11 @@ def test_everything_fits_beside_the_mfu_of_a_long_run() -> None:
         ({"kind": "grads"}, "grads:"),
         ({"kind": "grads", "q": None, "k": 1.0, "not_finite": {"q": "-inf"}}, "grads: q=-inf k=1"),
         ({"kind": "event", "found": 3}, "event: found=3"),
-        ({"kind": "event", "message": 5}, "event:"),
+        ({"kind": "event", "message": 5}, "event: message=5"),
+        ({"kind": "grads", "message": "all well"}, "grads: message=all well"),
+        ({"kind": "valid", "loss": 1.0, "tokens_evaluated": "few"}, "valid: loss=1 tokens_evaluated=few"),
+        ({"kind": "test", "loss": "low", "tokens_evaluated": None}, "test: loss=low tokens_evaluated=null"),
+        ({"kind": "train", "loss": 1.0, "mfu": "high", "lr": 10**400}, f"train: loss=1 mfu=high lr={10**400}"),
         ({"kind": "event", "message": "a\x1b[2Jb\nc \u4eac"}, "a\\x1b[2Jb\\nc \u4eac"),
         ({"kind": "valid", "loss": 1.0, "tokens": 4}, "valid: loss=1 tokens=4"),
         (
@@ -120,6 +124,18 @@ def test_what_is_left_is_told_by_records_and_not_by_steps_alone(capsys: pytest.C
     sink.write(record(step=100, time=AT + 130, step_ms=100.0))
     left = [line.split("eta ")[1] for line in capsys.readouterr().out.splitlines() if "eta" in line]
     assert left == ["45s", "4m", "9s", "0s"]
+
+
+def test_what_is_left_counts_validations_that_are_far_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 100 s after each 1,000 steps of 0.1 s: wherever in between, 10,000 steps take 2,000 s, half an hour."""
+    sink, now = console(20_000), AT
+    for step in range(1, 10_001):
+        now += 0.1 + (100 if step % 1000 == 0 else 0)
+        if step % 10 == 0:
+            sink.write(record(step=step, time=now, step_ms=100.0))
+        if step in (9_990, 10_000):
+            left = capsys.readouterr().out.splitlines()[-1].split("eta ")[1]
+            assert 30 <= int(left.removesuffix("m")) <= 34, left
 
 
 def test_each_day_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
