@@ -6,6 +6,7 @@ then ends without a word. Training goes on without its output: the run folder ha
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import glob
@@ -116,6 +117,31 @@ def outlive_readers() -> None:
                 raw, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
             )
             setattr(sys, name, replaced)
+
+
+def take_runs(parser: argparse.ArgumentParser, what: str = "run folders") -> None:
+    """Give a command the option ``--run``, for ``run_folders``: several folders after it, and several times."""
+    parser.add_argument(
+        "--run",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar="FOLDER",
+        help=f"{what}, or patterns in quotes",
+    )
+
+
+def labels_of(folders: Sequence[Path], labels: Sequence[str] | None) -> list[str]:
+    """A name for each run: those of ``--labels``, or of the folders.
+
+    Raises:
+        UserError: more or fewer names than runs.
+    """
+    if labels is None:
+        return [folder.resolve().name for folder in folders]
+    if len(labels) != len(folders):
+        raise UserError(f"--labels has {len(labels)} names for {len(folders)} runs; give one per run")
+    return list(labels)
 
 
 def run_folders(given: Iterable[str | Sequence[str]], option: str = "--run") -> list[Path]:

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lpa.command_line import run_folders, run_tool
+from megatron_lpa.command_line import run_folders, run_tool, take_runs
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.held_out import DatasetTokens, check_tokenizer, split_streams, training_warnings
@@ -39,10 +39,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--run", nargs="+", action="append", required=True, metavar="FOLDER",
-        help="run folders or checkpoint folders, or patterns in quotes",
-    )  # fmt: skip
+    take_runs(parser, "run folders or checkpoint folders")
     parser.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the one the run records")
     source = parser.add_mutually_exclusive_group(required=True)

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from megatron_lpa.command_line import run_folders, run_tool
+from megatron_lpa.command_line import run_folders, run_tool, take_runs
 from megatron_lpa.errors import UserError, named
 from megatron_lpa.evaluate.generation import Sampling, generate_text
 from megatron_lpa.evaluate.trained import load_run, required_tokenizer
@@ -25,10 +25,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--run", nargs="+", action="append", required=True, metavar="FOLDER",
-        help="run folders or checkpoint folders, or patterns in quotes",
-    )  # fmt: skip
+    take_runs(parser, "run folders or checkpoint folders")
     parser.add_argument("--step", type=int, help="checkpoint of this step (default: the newest)")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the one the run records")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be repeated")

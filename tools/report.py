@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lpa.command_line import run_folders, run_tool
+from megatron_lpa.command_line import labels_of, run_folders, run_tool, take_runs
 from megatron_lpa.data.storage.partial_file import explained_write_errors
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.curves import figure_of, read_curve, save_png
@@ -29,14 +29,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "--run",
-        nargs="+",
-        action="append",
-        required=True,
-        metavar="FOLDER",
-        help="run folders, or patterns in quotes",
-    )
+    take_runs(parser)
     parser.add_argument("--labels", nargs="+", metavar="TEXT", help="one per run (default: folder names)")
     parser.add_argument("--output", metavar="FOLDER", help="default: the first run's folder")
     parser.add_argument("--prompt", action="append", default=[], help="let every run continue this text")
@@ -55,9 +48,7 @@ def write_report(arguments: argparse.Namespace) -> tuple[Path, str]:
         UserError: a folder that is no run, bad records, or a run that cannot generate.
     """
     folders = run_folders(arguments.run)
-    labels = arguments.labels or [folder.resolve().name for folder in folders]
-    if len(labels) != len(folders):
-        raise UserError(f"--labels has {len(labels)} names for {len(folders)} runs; give one per --run")
+    labels = labels_of(folders, arguments.labels)
     if arguments.smooth < 1:
         raise UserError(f"--smooth is {arguments.smooth}; give 1 or more")
     sampling = Sampling(
