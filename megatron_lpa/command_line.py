@@ -18,7 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TextIO, cast
+from typing import ClassVar, TextIO, cast
 
 from megatron_lpa.errors import EXIT_FAILED, UserError, shown
 from megatron_lpa.files import exists, is_dir
@@ -97,19 +97,25 @@ def _silence(stream: TextIO | None) -> bool:
 class _Lasting(io.FileIO):
     """Output that is dropped once nobody can read it."""
 
+    dropped_at: ClassVar[tuple[int, ...]] = _NOBODY_READS
+
     def write(self, data: bytes | bytearray | memoryview) -> int:  # type: ignore[override]
         try:
             return super().write(data)
         except OSError as error:
-            if error.errno not in _NOBODY_READS:
+            if error.errno not in self.dropped_at:
                 raise
             return memoryview(data).nbytes
 
 
 def outlive_readers() -> None:
-    """Make this process's output one that it can lose: a run goes on, and saves, when its terminal or ``tee`` is gone."""
+    """Make this process's output one that it can lose: a run goes on, and saves, when its terminal or ``tee`` is gone, or
+    where it was started without output.
+    """
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (for the whole process)
         if isinstance(stream, io.TextIOWrapper):
             stream.flush()
             raw = io.BufferedWriter(cast(io.RawIOBase, _Lasting(descriptor, "w", closefd=False)))
@@ -117,6 +123,11 @@ def outlive_readers() -> None:
                 raw, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
             )
             setattr(sys, name, replaced)
+
+
+def outlive_full_disks() -> None:
+    """From here on the output is no reason to end, either, when the disk of a log is full: a run has its own record."""
+    _Lasting.dropped_at = (*_NOBODY_READS, *_NO_ROOM)
 
 
 def take_runs(parser: argparse.ArgumentParser, what: str = "run folders") -> None:

@@ -8,6 +8,7 @@ error that stays until somebody changes something, 128 + n stopped by signal n.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -18,7 +19,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_lpa.command_line import outlive_readers, run_tool
+from megatron_lpa.command_line import outlive_full_disks, outlive_readers, run_tool
 from megatron_lpa.config import TrainConfig, fitted_to_world, load_config, validate_config
 from megatron_lpa.engine.ds_config import check_zero_file
 from megatron_lpa.errors import EXIT_FAILED, EXIT_REFUSED, RankError, UserError
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(sys.argv[1:] if argv is None else argv)
         world_size = place_from_environment().world_size
         config, notes = fitted_to_world(config, world_size)
+        outlive_full_disks()
         for warning in notes + validate_config(config, world_size):
             if os.environ.get("RANK", "0") == "0":
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -106,8 +108,9 @@ def leave(code: int) -> NoReturn:
     been seen to abort a process there that had finished its run. After an error on this rank alone, leaving
     the groups in order could wait for the others. Nothing is left to clean up.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or on a disk that is full
+            stream.flush()
     os._exit(code)
 
 

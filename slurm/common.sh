@@ -15,6 +15,10 @@ timers=()    # process ids of what ends a checkpoint that takes too long
 asker=""     # process id of what repeats the signal until training ends
 operators="" # folder of this job's compiled operators, unless the user named one
 
+# The number of the last task of an array is that of the whole array, too.
+own_job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-}}"
+own_job="${own_job:-${SLURM_JOB_ID:-}}"
+
 say() { printf '%s %s: %s\n' "$(date '+%Y-%m-%d %H:%M:%S')" "job $SLURM_JOB_ID" "$*"; }
 
 fail() {
@@ -32,7 +36,7 @@ on_signal() {
     say "SIG$1: asking the training processes for a checkpoint"
     # Through SLURM, which reaches the processes on all nodes; srun takes a SIGTERM of its own for an order to kill.
     # It fails for a job that is cancelled, whose processes SLURM has told already.
-    scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true
+    scancel --signal=TERM "$own_job" 2>/dev/null || true
     if [[ -z $asker ]]; then ask_again; fi
     if [[ $asked_by == USR1 ]]; then
         requeue_at_the_latest
@@ -45,7 +49,7 @@ on_signal() {
 ask_again() {
     (
         trap - USR1 TERM
-        while sleep 10; do scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true; done
+        while sleep 10; do scancel --signal=TERM "$own_job" 2>/dev/null || true; done
     ) &
     disown
     asker="$!"
@@ -59,7 +63,7 @@ end_timers() {
 # Once the time limit has ended the job, SLURM does not start it again. So a checkpoint that takes too long is given up.
 requeue_at_the_latest() {
     local seconds="${SAVE_WITHIN_S:-540}" end
-    end="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" || end=""
+    end="$(squeue --noheader --jobs="$own_job" --format=%e)" || end=""
     if end="$(date --date="${end:-none}" +%s 2>/dev/null)"; then
         end=$((end - $(date +%s) - 60))
         seconds=$((end < seconds ? end : seconds))
@@ -68,7 +72,7 @@ requeue_at_the_latest() {
         trap - USR1 TERM
         sleep $((seconds > 5 ? seconds : 5))
         say "no checkpoint within $seconds s; starting again from the newest"
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$own_job"
     ) &
     disown
     timers+=("$!")
@@ -218,9 +222,9 @@ end_stopped() {
     step="$(newest_step)"
     if ((step)); then at="at the checkpoint of step $step"; fi
     say "stopped $at; submit the same line again to continue"
-    if [[ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" == RUNNING ]]; then
+    if [[ "$(squeue --noheader --jobs="$own_job" --format=%T)" == RUNNING ]]; then
         trap '' TERM
-        scancel "$SLURM_JOB_ID" || true
+        scancel "$own_job" || true
     fi
     exit "$EXIT_STOPPED"
 }
@@ -229,7 +233,7 @@ start_again() {
     local attempt
     if (($(newest_step) <= first_step && idle_starts >= max_idle)); then stop_without_progress $((idle_starts + 1)); fi
     for attempt in 1 2 3; do
-        if scontrol requeue "$SLURM_JOB_ID"; then
+        if scontrol requeue "$own_job"; then
             say "requeued"
             exit 0
         fi

@@ -152,19 +152,20 @@ def describe(numbers: dict[str, object]) -> str:
 def main(argv: Sequence[str]) -> int:
     """Measure and print; 0, or 1 with a message for what the user can mend."""
     arguments = parse_arguments(argv)
+    folders, found, failed = [], [], None
     try:
         folders = run_folders(arguments.run)
-        found = []
         for number, folder in enumerate(folders):
             found.append(evaluate(folder, arguments))
             if not arguments.json:
                 print(("\n" if number else "") + describe(found[-1]), flush=True)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if arguments.json:
-        print(json.dumps(finite(found if len(folders) > 1 else found[0]), indent=2))
-    return 0
+        failed = error
+    if arguments.json and found:  # also where a later run cannot be measured
+        print(json.dumps(finite(found if len(folders) > 1 else found[0]), indent=2), flush=True)
+    if failed is not None:
+        print(f"error: {failed}", file=sys.stderr)
+    return 0 if failed is None else 1
 
 
 if __name__ == "__main__":

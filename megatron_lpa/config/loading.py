@@ -88,7 +88,8 @@ def config_from_tree(tree: Mapping[str, Any], source: str) -> RunConfig:
     Raises:
         UserError: an unknown key, or a value of the wrong type.
     """
-    return _build(_merge([(source, _flatten(tree, source))]))
+    flat = _flatten(tree, source)
+    return _build(_merge([(source, {key: _meant(key, value) for key, value in flat.items()})]))
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -110,12 +111,17 @@ def _yaml_of(config: RunConfig) -> str:
     tree = dataclasses.asdict(config)
     for name in PATH_KEYS:
         section, _, key = name.partition(".")
-        value = tree[section][key]
-        if isinstance(value, dict):
-            tree[section][key] = {escaped(path): number for path, number in value.items()}
-        elif value is not None:
-            tree[section][key] = escaped(value)
+        tree[section][key] = _meant(name, tree[section][key])
     return format_yaml(tree)
+
+
+def _meant(key: str, value: Any) -> Any:
+    """A value as it has to be written to be read as it is."""
+    if key not in PATH_KEYS:
+        return value
+    if isinstance(value, dict):
+        return {escaped(path) if isinstance(path, str) else path: number for path, number in value.items()}
+    return escaped(value) if isinstance(value, str) else value
 
 
 def _remove_leftovers(path: Path) -> None:

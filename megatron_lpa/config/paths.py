@@ -50,9 +50,9 @@ def expanded(path: str, what: str) -> str:
             )
         if found := os.environ.get(name):
             return found
-        state = "is empty" if name in os.environ else "is not set"
+        state, near = ("is empty", "") if name in os.environ else ("is not set", _near(name))
         raise UserError(
-            f"{what} is {shown(path)} but the environment variable {named(name)} {state}; {_near(name)}set it, write the "
+            f"{what} is {shown(path)} but the environment variable {named(name)} {state}; {near}set it, write the "
             "path out, or write $$ for a dollar sign"
         )
 

@@ -164,7 +164,7 @@ def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
 
 
 ONLY_DEEPSPEED = (
-    "zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights", "zenflow",
+    "zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights",
 )  # fmt: skip
 """Knobs of ZeRO that change what is computed, or where, with one replica too."""
 

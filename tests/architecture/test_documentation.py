@@ -54,7 +54,10 @@ def headings(page: Path) -> set[str]:
 
 def options_of(tool: Path) -> set[str]:
     """Options in the tool's source; faster than asking every tool for --help."""
-    return set(re.findall(r'"(--[a-z][a-z0-9-]*)"', tool.read_text()))
+    source = tool.read_text()
+    return set(re.findall(r'"(--[a-z][a-z0-9-]*)"', source)) | (
+        {"--run"} if "take_runs(" in source else set()
+    )
 
 
 def test_there_are_pages() -> None:

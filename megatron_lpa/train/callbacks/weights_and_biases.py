@@ -86,20 +86,22 @@ def read_identity(folder: Path) -> Identity | None:
 def is_copy(identity: Identity, folder: Path) -> bool:
     """Whether a folder is a copy of the one that a W&B run belongs to. One that was moved is none.
 
-    The folder at its former place tells, if it still has the same id. Where it is not there any more, the folder was
+    The folder at its former place tells, if it still is one of a W&B run. Where none is there any more, the folder was
     moved: within a file system it keeps its inode, and else it was moved on this machine.
     """
     own = folder.resolve()
     if identity.path in ("", str(own)):
         return False
-    there = Path(identity.path)
+    there, other = Path(identity.path), None
     try:
         other = read_identity(there)
         if other is not None and other.id == identity.id:
             return not there.samefile(own)
     except (OSError, UserError):  # it may not be looked at
         pass
-    return identity.inode != os.stat(folder).st_ino and identity.host != socket.gethostname()
+    return identity.inode != os.stat(folder).st_ino and (
+        other is not None or identity.host != socket.gethostname()
+    )
 
 
 class WandB(Sink):
@@ -201,8 +203,11 @@ class WandB(Sink):
         )
 
     def _finish_superseded(self) -> None:
-        self._run.tags = (*(self._run.tags or ()), TAG)
-        self._run.finish()
+        try:
+            self._run.tags = (*(self._run.tags or ()), TAG)
+            self._run.finish()
+        except Exception as error:  # somebody may have deleted it at W&B
+            print(f"warning: W&B: the run before could not be tagged ({error})", file=sys.stderr, flush=True)
 
     def _set_aside(self, folder: Path, wandb_id: str) -> None:
         """Put offline folders of a W&B run where ``wandb sync`` finds only those that it is given by name."""

@@ -34,6 +34,12 @@ def test_a_manifest_gives_its_settings_back_also_those_of_an_earlier_version() -
         assert settings_of(strange, "step_00000030") is None  # type: ignore[arg-type]
 
 
+def test_paths_of_a_manifest_are_what_they_meant() -> None:
+    for data in (replace(EARLIER.data, prefix="x/$y"), replace(EARLIER.data, blend={"a$b": 2.0, "c": 1.0})):
+        meant = replace(EARLIER, data=data)
+        assert settings_of(json.loads(json.dumps(asdict(meant))), "step_00000030") == meant
+
+
 def test_every_setting_that_changed_is_named() -> None:
     changed = replace(EARLIER, optim=replace(EARLIER.optim, lr=0.1), train=replace(EARLIER.train, steps=60))
     assert changed_settings(EARLIER, changed) == ["optim.lr was 0.006, is 0.1", "train.steps was 30, is 60"]

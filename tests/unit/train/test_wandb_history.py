@@ -154,6 +154,14 @@ def test_a_folder_that_comes_from_another_machine_is_a_copy_there(
     assert is_copy(identity, moved)
 
 
+def test_a_copy_of_a_folder_that_has_gone_on_to_another_run_is_one(folder: Path) -> None:
+    own = chosen(folder)
+    copy = shutil.copytree(folder, folder.with_name("b"))
+    (folder / WANDB_ID).write_text((folder / WANDB_ID).read_text().replace(own, "0123abcd"))
+    identity = read_identity(copy)
+    assert identity is not None and identity.id == own and is_copy(identity, copy)
+
+
 def test_a_link_to_a_run_folder_is_no_copy(folder: Path) -> None:
     own = chosen(folder)
     (folder.parent / "link").symlink_to(folder)
