@@ -158,7 +158,10 @@ def llama_equivalent(model: ModelConfig) -> ModelConfig:
     Raises:
         UserError: the model has low-dimensional projections.
     """
-    if any(getattr(model.projections, name).kind != "dense" for name in model.projection_widths()):
+    layers = [layer for layer, _ in model.layer_kinds()]
+    if any(
+        getattr(at.projections, name).kind != "dense" for at in layers for name in model.projection_widths()
+    ):
         raise UserError("Llama's loops run dense models only; leave low-dimensional ones to the other loops")
     width = model.ffn_hidden_size
     if model.activation != "swiglu":

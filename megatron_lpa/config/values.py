@@ -52,6 +52,8 @@ def typed(key: ConfigKey, value: Any, source: str) -> Any:
         found = _READERS[key.base_type](value)
     except (ValueError, OverflowError):
         found = None
+    if key.base_type is ByLayer and found == {}:
+        return None  # says of no layer that it is built otherwise
     if isinstance(found, int) and abs(found) > MOST_WHOLE:
         raise UserError(f"{key.name} is {shown(value)} ({source}) but must be below 2**63")
     if found is None or (key.choices and found not in key.choices):

@@ -63,8 +63,8 @@ class OneReplica:
     """The step of a model of which this process holds one whole tensor-parallel part.
 
     Below fp32, fp32 master weights are stepped on and rounded into the parameters; a micro-batch's gradient is added to its
-    fp32 sum, and freed, as soon as the backward pass has finished it. Masters start from the rounded values. All of that
-    is what DeepSpeed does at the stages 1 to 3.
+    fp32 sum, and freed, as soon as the backward pass has finished it. Masters start from the rounded values. DeepSpeed
+    does the same at the stages 1 to 3, but for bf16 at stage 1, where it rounds the sum to bf16 to send it.
 
     Args:
         module: the decoder, in fp32.

@@ -45,12 +45,14 @@ class Terms:
         data: of each kind of held-out loss.
         tokens: evaluated, of each kind of held-out loss.
         sequence_length: tokens of a window.
+        whole_blocks: ``train.predict_next_block``: whether each token of a window is predicted.
     """
 
     tokenizer: str | None
     data: dict[str, Source]
     tokens: dict[str, int | None]
     sequence_length: int
+    whole_blocks: bool = True
 
 
 def terms_of(folder: Path, tokens: dict[str, int | None]) -> Terms:
@@ -72,6 +74,7 @@ def terms_of(folder: Path, tokens: dict[str, int | None]) -> Terms:
         {kind: _source(run, kind) for kind in HELD_OUT},
         tokens,
         config.model.sequence_length,
+        config.train.predict_next_block,
     )
 
 
@@ -191,6 +194,12 @@ def notes(labels: Sequence[str], terms: Sequence[Terms], explained: bool) -> lis
         found.append(
             f"Different sequence lengths ({lengths}): a token is predicted from another amount of context."
         )
+    if len({each.whole_blocks for each in terms}) > 1:
+        said = _each(labels, [str(each.whole_blocks).lower() for each in terms])
+        found.append(
+            f"Different labels (train.predict_next_block: {said}): some leave the last token of each window out, so their "
+            "losses are of fewer tokens."
+        )
     return found
 
 
@@ -217,11 +226,14 @@ def text_bytes(folder: Path, kind: str, tokens: int) -> int | None:
         tokens: predicted, as the record says.
 
     Returns:
-        None where the data or the tokenizer is not there any more, or the data is not what was evaluated.
+        None where the data or the tokenizer is not there any more, the data is not what was evaluated, or the run does
+        not predict each token of a window (``train.predict_next_block=false``): then they are not next to each other.
     """
 
     def count() -> int | None:
         run = recorded_run(folder)
+        if not run.config.train.predict_next_block:
+            return None
         streams = split_streams(run, kind, tokens)
         if sum(len(ids) - 1 for ids in streams) != tokens:
             return None

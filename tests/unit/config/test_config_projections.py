@@ -172,3 +172,8 @@ def test_the_companion_s_model_on_the_page_is_what_its_code_counts(tmp_path) -> 
     assert count_parameters(config.model).total == 32_000 * d + layers + 2 * d
     steps = -(-config.train.tokens // (512 * 1024))
     assert config.optim.warmup_steps == pytest.approx(steps / 10, abs=1)
+
+
+def test_no_layer_at_all_is_none() -> None:
+    none = load_config(["--preset", "tiny/lpa", "--model.projections.q.by_layer", "{}"])
+    assert none == load_config(["--preset", "tiny/lpa"])

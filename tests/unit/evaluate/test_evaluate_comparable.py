@@ -88,6 +88,17 @@ def bytes_by_hand(data: Path, name: str) -> int:
     return sum(len(tokenizer.decode(piece).encode()) for piece in pieces)
 
 
+def test_labels_that_are_left_out_are_said(tmp_path: Path, save_run: SaveRun, data: Path) -> None:
+    runs = [run_of(save_run, tmp_path / "runs" / name, data, "large") for name in ("all", "official")]
+    config = runs[1] / "config.yaml"
+    assert "predict_next_block: true" in config.read_text()
+    config.write_text(config.read_text().replace("predict_next_block: true", "predict_next_block: false"))
+    _, notes = reported(*runs)
+    assert any("train.predict_next_block: all true, official false" in note for note in notes)
+    tokens = summarize(runs[0]).terms.tokens["valid"]
+    assert tokens and text_bytes(runs[0], "valid", tokens) and text_bytes(runs[1], "valid", tokens) is None
+
+
 def test_runs_of_two_tokenizers_are_compared_by_bits_per_byte(
     tmp_path: Path, save_run: SaveRun, data: Path
 ) -> None:
