@@ -25,6 +25,12 @@ def command(name: str, steps: int) -> list[str]:
     return [*entry, *SMALL, *DATA, "--logging.name", name, "--train.steps", str(steps)]
 
 
+def own_terminal() -> None:
+    """What a shell gives a command. The tests themselves may run under ``nohup``, which is inherited."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def wait_for_step(metrics: Path, step: int) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
@@ -41,7 +47,7 @@ def test_a_closed_terminal_stops_with_a_checkpoint(folder: Path) -> None:
     process = subprocess.Popen(
         command("terminal", 4000), cwd=folder, env=os.environ | ENVIRONMENT,
         stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=own_terminal,
     )  # fmt: skip
     os.close(terminal)
     run = folder / "runs" / "terminal"
