@@ -13,6 +13,7 @@ from megatron_lpa.train.signals import STOPPING, StopRequest
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
     before = {signum: signal.getsignal(signum) for signum in STOPPING}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     yield
     for signum, handler in before.items():
         signal.signal(signum, handler)
