@@ -23,7 +23,7 @@ from megatron_lpa.train.callbacks.evaluation import is_due
 from megatron_lpa.train.changes import changed_settings, settings_of
 from megatron_lpa.train.schedule import total_steps
 
-_DECIDE = ("optim.", "train.precision")
+_DECIDE = ("optim.", "train.precision", "train.predict_next_block")
 """Settings that decide what a run becomes, besides its model, its order of samples and its length."""
 
 
