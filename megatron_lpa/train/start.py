@@ -344,10 +344,15 @@ def _write_folder(run: Run) -> None:
 def _introduce(run: Run) -> None:
     config, groups = run.config, run.engine.groups
     count = count_parameters(config.model)
+    alone = (
+        ""
+        if run.engine.partition_stage == run.engine.zero_stage
+        else " (one replica: nothing is partitioned)"
+    )
     print(
         f"{run.folder}: {count.total / 1e6:,.1f} M parameters, "
         f"{flops_per_token_training(config.model) / 1e6:,.0f} MFLOP per token; {groups.world_size} process{'es' * (groups.world_size > 1)} = "
-        f"tensor parallel {groups.tp_size} x data parallel {groups.dp_size}, ZeRO-{run.engine.zero_stage}, "
+        f"tensor parallel {groups.tp_size} x data parallel {groups.dp_size}, ZeRO-{run.engine.zero_stage}{alone}, "
         f"{config.train.precision}; {run.steps:,} steps of {config.train.global_batch_size} x "
         f"{config.model.sequence_length} tokens",
         flush=True,
