@@ -156,6 +156,6 @@ def test_a_run_folder_that_cannot_be_written_is_no_reason_to_try_again(
         os, "open", lambda path, *rest: refused(path) if str(path).endswith(".lock") else opened(path, *rest)
     )
     with pytest.raises(UserError) as error:
-        start._own_folder(folder, RunConfig(), None, ParallelGroups.single())  # type: ignore[arg-type]
+        start._own_folder(folder, RunConfig(), ParallelGroups.single())
     assert error.value.exit_code == 78
     assert f"{folder}: cannot be written" in str(error.value) and "logging.run_dir" in str(error.value)
