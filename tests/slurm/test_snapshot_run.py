@@ -309,7 +309,7 @@ def test_a_file_in_place_of_the_run_folder(
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "a run").touch()
     assert tool.main(options()) == 78
-    assert capsys.readouterr().err.startswith("error: runs/a run: no folder")
+    assert "error: runs/a run: a regular file, where the run folder belongs" in capsys.readouterr().err
 
 
 def test_no_words_of_the_users_come_with_the_job(
@@ -394,4 +394,4 @@ def test_a_run_folder_that_cannot_be_made(
 ) -> None:
     (tmp_path / "runs").write_text("a file")
     assert tool.main(options()) == 78
-    assert "cannot be written" in capsys.readouterr().err
+    assert "error: runs: a regular file, where a folder for runs/a run belongs" in capsys.readouterr().err
