@@ -36,10 +36,13 @@ from megatron_lpa.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, refuse_links
 from megatron_lpa.train.alike import data_facts, sample_order, start_facts
 from megatron_lpa.train.callbacks.base import Callback, Sink
 from megatron_lpa.train.callbacks.checkpoints import Checkpoints, LastValidation
+from megatron_lpa.train.callbacks.console import Console
 from megatron_lpa.train.callbacks.divergence import Divergence
 from megatron_lpa.train.callbacks.evaluation import Evaluation
 from megatron_lpa.train.callbacks.metrics import Metrics
-from megatron_lpa.train.callbacks.sinks import NO_WANDB, Console, MetricsFile, TensorBoard, WandB
+from megatron_lpa.train.callbacks.sinks import MetricsFile
+from megatron_lpa.train.callbacks.tensorboard import TensorBoard
+from megatron_lpa.train.callbacks.weights_and_biases import NO_WANDB, WandB
 from megatron_lpa.train.changes import changed_settings, learning_rate_jump, settings_of
 from megatron_lpa.train.complete import refuse_other_end, why_nothing_to_do
 from megatron_lpa.train.data import check_own_tokenizer, check_tokenizer, open_data

@@ -12,7 +12,7 @@ from megatron_lpa.engine.store import due_at, retention_of
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import largest_of_all, together
 from megatron_lpa.records import Record
-from megatron_lpa.train.callbacks.base import Callback, RollBack, Sink, StepReport
+from megatron_lpa.train.callbacks.base import SAID, Callback, RollBack, Sink, StepReport
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.rollback import DIVERGED
 from megatron_lpa.train.state import Run
@@ -108,7 +108,7 @@ class Checkpoints(Callback):
         )
         if run.is_main:
             print(f"warning: {warning}", file=sys.stderr, flush=True)
-        self._record(run, f"checkpoint failed: {warning}", said="warning")
+        self._record(run, f"checkpoint failed: {warning}", **{SAID: "warning"})
 
     def before_failure(self, run: Run) -> None:
         """Save what there is, before a problem from outside ends the run."""

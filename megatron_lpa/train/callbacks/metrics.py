@@ -44,10 +44,10 @@ class Metrics(Callback):
         self._unrecorded = run.unrecorded
 
         def open_sinks() -> int:
-            for hook in (Sink.look, Sink.open):
+            for hook in ("look", "open"):
                 for sink in list(self.sinks) if run.is_main else ():
                     try:
-                        getattr(sink, hook.__name__)(run)
+                        getattr(sink, hook)(run)
                     except UserError:
                         raise
                     except Exception as error:

@@ -1,7 +1,4 @@
-"""Sinks of records: the metrics file, which is the record of a run, and by name its views.
-
-The console, TensorBoard and W&B have modules of their own.
-"""
+"""The sink that is the record of a run. Its views have modules of their own: the console, TensorBoard, W&B."""
 
 from __future__ import annotations
 
@@ -21,13 +18,8 @@ from megatron_lpa.record_values import encoded
 from megatron_lpa.records import Kept, Record, Steps, keep_records, write_again
 from megatron_lpa.run_folder import DAMAGED_METRICS, METRICS, open_own
 from megatron_lpa.train.callbacks.base import Sink
-from megatron_lpa.train.callbacks.console import Console
-from megatron_lpa.train.callbacks.tensorboard import TensorBoard
-from megatron_lpa.train.callbacks.weights_and_biases import NO_WANDB, WandB
 from megatron_lpa.train.run_lock import RunLock
 from megatron_lpa.train.state import Run
-
-__all__ = ["METRICS", "NO_WANDB", "Console", "MetricsFile", "TensorBoard", "WandB"]
 
 MOST_WAITING = 10_000
 """Records that wait in memory for a disk that is full: a few megabytes."""

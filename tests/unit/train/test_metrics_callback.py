@@ -14,8 +14,10 @@ from megatron_lpa.engine.manifest import Progress
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.metrics_file import read_metrics
 from megatron_lpa.train.callbacks.checkpoints import LastValidation
+from megatron_lpa.train.callbacks.console import Console
 from megatron_lpa.train.callbacks.metrics import Metrics
-from megatron_lpa.train.callbacks.sinks import Console, MetricsFile, TensorBoard
+from megatron_lpa.train.callbacks.sinks import MetricsFile
+from megatron_lpa.train.callbacks.tensorboard import TensorBoard
 
 
 def run_of(folder: Path) -> Any:

@@ -15,9 +15,10 @@ import pytest
 from megatron_lpa import files, records
 from megatron_lpa.engine.manifest import Progress
 from megatron_lpa.errors import TryAgain
+from megatron_lpa.run_folder import METRICS
 from megatron_lpa.train import run_lock
 from megatron_lpa.train.callbacks import sinks
-from megatron_lpa.train.callbacks.sinks import METRICS, MetricsFile
+from megatron_lpa.train.callbacks.sinks import MetricsFile
 from megatron_lpa.train.run_lock import RunLock
 
 

@@ -12,7 +12,8 @@ from megatron_lpa.engine.manifest import Progress
 from megatron_lpa.evaluate.metrics_file import read_metrics
 from megatron_lpa.records import Record
 from megatron_lpa.run_folder import TENSORBOARD
-from megatron_lpa.train.callbacks.sinks import MetricsFile, TensorBoard
+from megatron_lpa.train.callbacks.sinks import MetricsFile
+from megatron_lpa.train.callbacks.tensorboard import TensorBoard
 
 
 class Started:

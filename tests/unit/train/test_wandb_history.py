@@ -25,7 +25,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from megatron_lpa.config import load_config
 from megatron_lpa.engine.manifest import Progress
-from megatron_lpa.train.callbacks.sinks import MetricsFile, WandB
+from megatron_lpa.train.callbacks.sinks import MetricsFile
+from megatron_lpa.train.callbacks.weights_and_biases import WandB
 
 folder = Path(sys.argv[1])
 config = load_config(["--preset", "tiny/lpa", "--data.prefix", "d"])

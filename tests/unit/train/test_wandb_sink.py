@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from megatron_lpa.config import load_config
-from megatron_lpa.train.callbacks.sinks import WandB
+from megatron_lpa.train.callbacks.weights_and_biases import WandB
 
 folder = Path(sys.argv[1])
 config = load_config(["--preset", "tiny/lpa", "--data.prefix", "/data/open-" + "secret-of-prefix"])
