@@ -60,7 +60,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from megatron_lpa.config import load_config
     from megatron_lpa.engine.build import Engine
     from megatron_lpa.engine.launch import start_distributed, stop_distributed
-    from megatron_lpa.model.accounting import count_parameters
+    from megatron_lpa.planning.accounting import count_parameters
 
     overrides = [] if arguments.layers is None else ["--model.num_layers", str(arguments.layers)]
     config = load_config(
@@ -105,9 +105,9 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _save(engine: Any, folder: Path, number: int, overlap: bool, step: Any) -> dict[str, float]:
+    from megatron_lpa.checkpoint.manifest import Progress, SampleOrder
+    from megatron_lpa.checkpoint.store import Retention
     from megatron_lpa.engine.checkpoint import Saving
-    from megatron_lpa.engine.manifest import Progress, SampleOrder
-    from megatron_lpa.engine.store import Retention
 
     started = time.perf_counter()
     saving = Saving(engine, folder, Progress(number), SampleOrder(0, 1, 1), Retention(1), overlap=overlap)
@@ -124,7 +124,7 @@ def _save(engine: Any, folder: Path, number: int, overlap: bool, step: Any) -> d
 
 
 def _load(engine: Any, folder: Path) -> float:
-    from megatron_lpa.engine.manifest import SampleOrder, complete_checkpoints
+    from megatron_lpa.checkpoint.manifest import SampleOrder, complete_checkpoints
     from megatron_lpa.engine.resume import load_checkpoint
 
     started = time.perf_counter()

@@ -25,12 +25,12 @@ from benchmarks.machine import describe_machine, usable_cores, versions_of, warn
 from benchmarks.processes import ROOT, Finished, run_command
 from benchmarks.sample_text import repeated, speeches, write_json_lines
 from benchmarks.sample_tokenizers import train_sample_tokenizers
-from megatron_lpa.data.preparation.records import read_texts
 from megatron_lpa.data.storage.checksums import block_digests
 from megatron_lpa.data.storage.indexed import IndexedDataset, best_dtype
 from megatron_lpa.data.storage.manifest import Manifest, read_manifest
 from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation.records import read_texts
 
 HELP = "preprocessing against Megatron-LM's two methods"
 METHODS = {

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.sample_text import write_json_lines
-from megatron_lpa.data.preparation.records import read_texts
+from megatron_lpa.preparation.records import read_texts
 
 VOCAB_SIZE = 8000
 _TRAINING_CHARACTERS = 4_000_000
@@ -21,7 +21,7 @@ def train_sample_tokenizers(input_path: Path, folder: Path) -> list[Path]:
     """
     import sentencepiece
 
-    from megatron_lpa.data.preparation.train_tokenizer import train_tokenizer
+    from megatron_lpa.preparation.train_tokenizer import train_tokenizer
 
     texts = list(_head(input_path))
     sample = folder / "tokenizer_sample.jsonl.zst"

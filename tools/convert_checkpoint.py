@@ -59,9 +59,9 @@ def converted(arguments: argparse.Namespace) -> str:
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} has no meaning with --to universal, whose tensors are whole and fp32")
     # Not before: they load PyTorch, which takes seconds that --help and a mistyped option need not wait for.
-    from megatron_lpa.engine.convert import TargetLayout, convert
-    from megatron_lpa.engine.convert_source import find_source
-    from megatron_lpa.engine.universal import write_universal
+    from megatron_lpa.checkpoint.convert import TargetLayout, convert
+    from megatron_lpa.checkpoint.convert_source import find_source
+    from megatron_lpa.checkpoint.universal import write_universal
 
     started = time.perf_counter()
     source = find_source(arguments.source, arguments.step)

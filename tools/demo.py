@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from demo_commands import Commands, Stopped, say
 
+from megatron_lpa.checkpoint.manifest import complete_checkpoints, step_of
 from megatron_lpa.command_line import run_tool
 from megatron_lpa.config import RunConfig, load_config
-from megatron_lpa.engine.manifest import complete_checkpoints, step_of
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.metrics_file import METRICS, Record, read_metrics, records_of
 from megatron_lpa.files import write_whole

@@ -26,17 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import megatron_lpa
+from megatron_lpa.checkpoint.manifest import complete_checkpoints
+from megatron_lpa.checkpoint.store import retention_of
 from megatron_lpa.command_line import run_tool
 from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.config.run import DataConfig
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
 from megatron_lpa.engine.ds_config import read_zero_knobs
-from megatron_lpa.engine.manifest import complete_checkpoints
-from megatron_lpa.engine.store import retention_of
 from megatron_lpa.errors import UserError, shown
 from megatron_lpa.files import files_below, is_dir, status, tree_digest
-from megatron_lpa.model.accounting import count_parameters
+from megatron_lpa.planning.accounting import count_parameters
 from megatron_lpa.run_folder import CHECKPOINTS, SNAPSHOT
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "triton")

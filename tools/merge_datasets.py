@@ -16,9 +16,9 @@ import sys
 from collections.abc import Sequence
 
 from megatron_lpa.command_line import end_politely, run_tool
-from megatron_lpa.data.preparation.merge import merge
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation.merge import merge
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from megatron_lpa.command_line import run_tool
 from megatron_lpa.config import fitted_to_world, load_config, validate_config
 from megatron_lpa.errors import UserError
-from megatron_lpa.model import accounting, memory
+from megatron_lpa.planning import accounting, memory
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -19,8 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lpa.command_line import run_folders, run_tool
-from megatron_lpa.engine.manifest import (
+from megatron_lpa.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpoint,
     checkpoint_folders,
@@ -29,7 +28,8 @@ from megatron_lpa.engine.manifest import (
     read_manifest,
     verify_files,
 )
-from megatron_lpa.engine.store import REPLACED, damaged_folders
+from megatron_lpa.checkpoint.store import REPLACED, damaged_folders
+from megatron_lpa.command_line import run_folders, run_tool
 from megatron_lpa.errors import EXIT_FAILED, UserError
 from megatron_lpa.evaluate.trained import read_config
 from megatron_lpa.files import exists

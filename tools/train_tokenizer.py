@@ -7,8 +7,8 @@ import argparse
 import sys
 
 from megatron_lpa.command_line import run_tool
-from megatron_lpa.data.preparation.train_tokenizer import train_tokenizer
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation.train_tokenizer import train_tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -32,11 +32,8 @@ import safetensors
 import torch
 
 import megatron_lpa
-from megatron_lpa.config.precision import PRECISIONS
-from megatron_lpa.engine import fragments as where
-from megatron_lpa.engine.build import Engine
-from megatron_lpa.engine.decisions import AT_START, Decisions
-from megatron_lpa.engine.manifest import (
+from megatron_lpa.checkpoint.decisions import AT_START, Decisions
+from megatron_lpa.checkpoint.manifest import (
     FORMAT,
     STATE_FORMAT,
     Progress,
@@ -45,8 +42,8 @@ from megatron_lpa.engine.manifest import (
     sealed,
     size_of,
 )
-from megatron_lpa.engine.reshard import fragment_key, shard_name
-from megatron_lpa.engine.store import (
+from megatron_lpa.checkpoint.reshard import fragment_key, shard_name
+from megatron_lpa.checkpoint.store import (
     Retention,
     check_free_space,
     due_at,
@@ -56,8 +53,11 @@ from megatron_lpa.engine.store import (
     publish,
     remove,
 )
-from megatron_lpa.engine.tensor_file import write_tensors
-from megatron_lpa.engine.unrecorded import NOTHING_UNRECORDED, Unrecorded
+from megatron_lpa.checkpoint.tensor_file import write_tensors
+from megatron_lpa.checkpoint.unrecorded import NOTHING_UNRECORDED, Unrecorded
+from megatron_lpa.config.precision import PRECISIONS
+from megatron_lpa.engine import fragments as where
+from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.weights import copied_weights, gathered_weights, write_weights
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import patiently

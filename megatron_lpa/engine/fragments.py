@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_lpa.checkpoint.reshard import MASTER, MOMENTS
 from megatron_lpa.engine.build import Engine
-from megatron_lpa.engine.reshard import MASTER, MOMENTS
 from megatron_lpa.engine.stepping import OneReplica
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.parallel.groups import ParallelGroups

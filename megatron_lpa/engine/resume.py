@@ -8,13 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.config import ModelConfig
-from megatron_lpa.config.compare import completed, differences, listed
-from megatron_lpa.engine import fragments as where
-from megatron_lpa.engine.build import Engine
-from megatron_lpa.engine.checkpoint import layout_of
-from megatron_lpa.engine.decisions import Decisions, decisions_from_json
-from megatron_lpa.engine.manifest import (
+from megatron_lpa.checkpoint.decisions import Decisions, decisions_from_json
+from megatron_lpa.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpoint,
     Progress,
@@ -23,9 +18,14 @@ from megatron_lpa.engine.manifest import (
     seal_of,
     verify_files,
 )
-from megatron_lpa.engine.reshard import StateReader, shard_box
-from megatron_lpa.engine.store import Retention, prune, retention_of, set_aside
-from megatron_lpa.engine.unrecorded import NOTHING_UNRECORDED, Unrecorded, unrecorded_from_json
+from megatron_lpa.checkpoint.reshard import StateReader, shard_box
+from megatron_lpa.checkpoint.store import Retention, prune, retention_of, set_aside
+from megatron_lpa.checkpoint.unrecorded import NOTHING_UNRECORDED, Unrecorded, unrecorded_from_json
+from megatron_lpa.config import ModelConfig
+from megatron_lpa.config.compare import completed, differences, listed
+from megatron_lpa.engine import fragments as where
+from megatron_lpa.engine.build import Engine
+from megatron_lpa.engine.checkpoint import layout_of
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import gather_messages, together
 from megatron_lpa.parallel.groups import ParallelGroups

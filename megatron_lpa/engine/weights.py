@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_lpa.checkpoint.manifest import WrittenFile
+from megatron_lpa.checkpoint.store import write_durably
+from megatron_lpa.checkpoint.tensor_file import write_tensors
+from megatron_lpa.checkpoint.weights_files import INDEX, SHARD_BYTES, SINGLE, index_text, weights_name
+from megatron_lpa.checkpoint.weights_reader import load_decoder
 from megatron_lpa.engine.build import Engine, gathered_for_reading
-from megatron_lpa.engine.manifest import WrittenFile
-from megatron_lpa.engine.store import write_durably
-from megatron_lpa.engine.tensor_file import write_tensors
-from megatron_lpa.engine.weights_files import INDEX, SHARD_BYTES, SINGLE, index_text, weights_name
-from megatron_lpa.engine.weights_reader import load_decoder
 from megatron_lpa.files import fsync_folder
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.parallel.sharding import merge, spec_of

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_lpa.checkpoint.manifest import complete_checkpoints, described
 from megatron_lpa.config import RunConfig
-from megatron_lpa.engine.manifest import complete_checkpoints, described
 from megatron_lpa.evaluate.comparable import (
     HELD_OUT,
     Terms,
@@ -26,7 +26,7 @@ from megatron_lpa.evaluate.comparable import (
 )
 from megatron_lpa.evaluate.metrics_file import Record, read_metrics, records_of
 from megatron_lpa.evaluate.trained import read_config
-from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
+from megatron_lpa.planning.accounting import count_parameters, flops_per_token_training
 from megatron_lpa.records import is_finite_number, perplexity
 
 NOT_MEASURED = "not measured"

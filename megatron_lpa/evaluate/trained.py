@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from megatron_lpa.config import RunConfig, load_config
-from megatron_lpa.config.kernels import anywhere
-from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
-from megatron_lpa.engine.manifest import (
+from megatron_lpa.checkpoint.manifest import (
     MANIFEST,
     complete_checkpoints,
     described,
     read_manifest,
     verify_files,
 )
-from megatron_lpa.engine.weights_reader import load_decoder
+from megatron_lpa.checkpoint.weights_reader import load_decoder
+from megatron_lpa.config import RunConfig, load_config
+from megatron_lpa.config.kernels import anywhere
+from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.files import exists, is_dir
 from megatron_lpa.model.precision import autocast_dtype, weights_dtype

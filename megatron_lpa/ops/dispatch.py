@@ -9,7 +9,7 @@ Paths:
 
 ``ops/tuning/sm_NN.json`` holds measured cases of one compute capability; ``docs/kernels.md`` says how they are
 made. A case counts for its exact widths, and for numbers of tokens near the measured ones. Where a case was measured
-on several devices of the capability, the lines of the device at hand count, by its name. Where none counts, ``ops/cost.py``
+on several devices of the capability, the lines of the device at hand count, by its name. Where none counts, ``planning/product_time.py``
 says where ``joined`` cannot lose; ``fused`` is never chosen without a measurement.
 """
 
@@ -29,7 +29,7 @@ import torch
 from megatron_lpa import files
 from megatron_lpa.errors import UserError, named, shown
 from megatron_lpa.kernels.tiles import FEW_TOKENS, MAX_PAIRS, Tile, default_tile, why_not
-from megatron_lpa.ops.cost import least_joined_tokens
+from megatron_lpa.planning.product_time import least_joined_tokens
 
 PATHS = ("auto", "eager", "joined", "fused", "merged")
 ENVIRONMENT_VARIABLE = "MEGATRON_LPA_LOWDIM"

@@ -52,7 +52,7 @@ def linears(
     """``x weight_p^T + bias_p`` of several matrices, (..., d_in) -> (..., d_out_p) each.
 
     Separate products hand back one gradient of x each, and autograd adds them in passes over memory. Here each product
-    but the first adds to what is there (``ops/cost.py`` counts both): as many FLOPs, fewer bytes and launches at any size.
+    but the first adds to what is there (``planning/product_time.py`` counts both): as many FLOPs, fewer bytes and launches at any size.
     One product with all matrices would need them copied together, and the outputs' gradients too.
 
     Differentiable once.

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.config import RunConfig
-from megatron_lpa.config.compare import listed
-from megatron_lpa.data.splits import Splits
-from megatron_lpa.engine.manifest import (
+from megatron_lpa.checkpoint.manifest import (
     DamagedCheckpoint,
     SampleOrder,
     complete_checkpoints,
     read_manifest,
     verify_files,
 )
+from megatron_lpa.config import RunConfig
+from megatron_lpa.config.compare import listed
+from megatron_lpa.data.splits import Splits
 from megatron_lpa.engine.resume import Resumed, refuse_other_run
 from megatron_lpa.errors import UserError
 from megatron_lpa.records import NoRecord, read_lines

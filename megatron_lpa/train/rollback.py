@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.engine.decisions import AT_START, Decisions, decisions_from_json, whole_number
+from megatron_lpa.checkpoint.decisions import AT_START, Decisions, decisions_from_json, whole_number
+from megatron_lpa.checkpoint.store import pass_over, retention_of, to_go_back_to
 from megatron_lpa.engine.resume import Resumed, load_newest
-from megatron_lpa.engine.store import pass_over, retention_of, to_go_back_to
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import UnusableFile, read_json, write_whole
 from megatron_lpa.parallel.agreement import from_first, together

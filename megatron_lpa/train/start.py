@@ -8,6 +8,8 @@ import socket
 import sys
 from pathlib import Path
 
+from megatron_lpa.checkpoint.manifest import SampleOrder, checkpoint_folders
+from megatron_lpa.checkpoint.store import damaged_folders, give_names_back, has_checkpoints, tidy
 from megatron_lpa.config import RunConfig, save_config
 from megatron_lpa.data.splits import Splits
 from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
@@ -19,12 +21,9 @@ from megatron_lpa.engine.launch import (
     start_distributed,
     stop_distributed,
 )
-from megatron_lpa.engine.manifest import SampleOrder, checkpoint_folders
 from megatron_lpa.engine.resume import Resumed, load_newest
-from megatron_lpa.engine.store import damaged_folders, give_names_back, has_checkpoints, tidy
 from megatron_lpa.errors import RankError, TryAgain, UserError
 from megatron_lpa.files import exists, patiently
-from megatron_lpa.model.accounting import count_parameters, flops_per_token_training
 from megatron_lpa.ops.dispatch import requested_path
 from megatron_lpa.parallel.agreement import from_first, gather_json, largest_of_all, together
 from megatron_lpa.parallel.disagreement import disagreement
@@ -32,6 +31,7 @@ from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.launcher import tell_launcher
 from megatron_lpa.parallel.meeting import Meeting, meet
 from megatron_lpa.parallel.place import place_from_environment
+from megatron_lpa.planning.accounting import count_parameters, flops_per_token_training
 from megatron_lpa.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, refuse_links, refuse_unwritable
 from megatron_lpa.train.alike import data_facts, sample_order, start_facts
 from megatron_lpa.train.callbacks.base import Callback, Sink

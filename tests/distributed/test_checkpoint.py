@@ -16,8 +16,14 @@ from safetensors.torch import load_file
 from support.models import MODELS
 from support.world import groups_for
 
+from megatron_lpa.checkpoint.manifest import (
+    MANIFEST,
+    Progress,
+    SampleOrder,
+    complete_checkpoints,
+    read_manifest,
+)
 from megatron_lpa.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_lpa.engine.manifest import MANIFEST, Progress, SampleOrder, complete_checkpoints, read_manifest
 from megatron_lpa.errors import UserError
 
 BATCH = 8
@@ -102,10 +108,10 @@ def test_resuming_is_bitwise_equal_to_never_having_stopped(
 
 
 def save_only(run: RunConfig, folder: str, steps: int, keep: int = 0, shard_bytes: int | None = None) -> dict:
+    from megatron_lpa.checkpoint.store import Retention
     from megatron_lpa.engine import weights
     from megatron_lpa.engine.build import Engine
     from megatron_lpa.engine.checkpoint import save_checkpoint
-    from megatron_lpa.engine.store import Retention
 
     engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
     for number in range(steps):
@@ -142,7 +148,7 @@ def saved(world, tmp_path_factory) -> tuple[Path, RunConfig, dict]:
 
 
 def test_exported_weights_are_the_unsharded_ones_in_one_file_or_several(saved):
-    from megatron_lpa.engine.weights_reader import load_decoder
+    from megatron_lpa.checkpoint.weights_reader import load_decoder
 
     folder, run, expected = saved
     (checkpoint,) = complete_checkpoints(folder)

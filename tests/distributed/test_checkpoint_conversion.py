@@ -24,11 +24,11 @@ from test_checkpoint_layouts import (
     unsharded_state,
 )
 
+from megatron_lpa.checkpoint.convert import TargetLayout, convert
+from megatron_lpa.checkpoint.convert_source import find_source
+from megatron_lpa.checkpoint.manifest import Progress
+from megatron_lpa.checkpoint.universal import write_universal
 from megatron_lpa.config import RunConfig
-from megatron_lpa.engine.convert import TargetLayout, convert
-from megatron_lpa.engine.convert_source import find_source
-from megatron_lpa.engine.manifest import Progress
-from megatron_lpa.engine.universal import write_universal
 
 NAME = "step_00000002"
 MODEL = MODELS["s1_low_all"]

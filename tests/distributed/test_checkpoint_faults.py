@@ -14,8 +14,7 @@ import pytest
 from support.models import MODELS
 from support.world import groups_for
 
-from megatron_lpa.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_lpa.engine.manifest import (
+from megatron_lpa.checkpoint.manifest import (
     MANIFEST,
     Progress,
     SampleOrder,
@@ -23,7 +22,8 @@ from megatron_lpa.engine.manifest import (
     read_manifest,
     sealed,
 )
-from megatron_lpa.engine.store import NOTE, checkpoint_folders, damaged_folders, tidy
+from megatron_lpa.checkpoint.store import NOTE, checkpoint_folders, damaged_folders, tidy
+from megatron_lpa.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_lpa.errors import UserError
 
 ORDER = SampleOrder(seed=27, samples_per_epoch=1000, samples_per_step=8)
@@ -223,10 +223,10 @@ CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "open")
 
 def killed_saves(folder: str) -> list[tuple[int, int, float]]:
     """One save after another, each cut off after one more operation; what is loaded after each."""
+    from megatron_lpa.checkpoint.store import Retention
     from megatron_lpa.engine.build import Engine
     from megatron_lpa.engine.checkpoint import save_checkpoint
     from megatron_lpa.engine.resume import load_newest
-    from megatron_lpa.engine.store import Retention
 
     engine = Engine(replace(RUN, parallel=ParallelConfig(1, "rank")), groups_for(1))
     real = {name: getattr(os, name) for name in CALLS}

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from support.models import MODELS
 from support.world import groups_for
 
+from megatron_lpa.checkpoint.manifest import MANIFEST, Progress, SampleOrder
 from megatron_lpa.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_lpa.engine.manifest import MANIFEST, Progress, SampleOrder
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import ParameterSpec, merge, spec_of
 

@@ -16,9 +16,15 @@ from support.manifests import put
 from support.models import MODELS
 from support.world import groups_for
 
+from megatron_lpa.checkpoint.manifest import (
+    MANIFEST,
+    Progress,
+    SampleOrder,
+    checkpoint_folders,
+    read_manifest,
+)
+from megatron_lpa.checkpoint.store import Retention, tidy
 from megatron_lpa.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_lpa.engine.manifest import MANIFEST, Progress, SampleOrder, checkpoint_folders, read_manifest
-from megatron_lpa.engine.store import Retention, tidy
 from megatron_lpa.errors import TryAgain, UserError
 
 ORDER = SampleOrder(seed=27, samples_per_epoch=1000, samples_per_step=8, data={"hash": "abc"})
@@ -194,7 +200,7 @@ def test_nothing_is_removed_before_one_is_loaded(world, copied):
 
 
 def load_without_renaming(folder: str) -> int:
-    from megatron_lpa.engine import store
+    from megatron_lpa.checkpoint import store
 
     def refused(*_: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")

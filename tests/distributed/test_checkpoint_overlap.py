@@ -11,8 +11,8 @@ import torch
 from distributed.test_checkpoint import ORDER, config, step
 from support.world import groups_for
 
+from megatron_lpa.checkpoint.manifest import MANIFEST, Progress
 from megatron_lpa.config import RunConfig
-from megatron_lpa.engine.manifest import MANIFEST, Progress
 
 
 def saved_beside_training(run: RunConfig, folder: str) -> list[tuple[float, float]]:

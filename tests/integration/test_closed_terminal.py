@@ -14,7 +14,7 @@ from pathlib import Path
 
 from launching import SMALL, TIMEOUT_S
 
-from megatron_lpa.engine.manifest import complete_checkpoints, read_manifest
+from megatron_lpa.checkpoint.manifest import complete_checkpoints, read_manifest
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 DATA = ["--data.prefix", "data", "--data.split", "1,0,0", "--train.eval_interval", "0"]

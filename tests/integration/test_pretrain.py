@@ -17,9 +17,9 @@ import pytest
 from launching import SMALL, Launch, launch, records
 from support.world import free_port
 
+from megatron_lpa.checkpoint.manifest import Progress, complete_checkpoints, read_manifest
 from megatron_lpa.config import load_config
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
-from megatron_lpa.engine.manifest import Progress, complete_checkpoints, read_manifest
 
 
 def arguments(name: str, *more: str) -> list[str]:

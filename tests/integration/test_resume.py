@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from launching import SMALL, launch, records
 
-from megatron_lpa.engine.manifest import MANIFEST, complete_checkpoints
+from megatron_lpa.checkpoint.manifest import MANIFEST, complete_checkpoints
 
 
 def arguments(name: str, *more: str) -> list[str]:

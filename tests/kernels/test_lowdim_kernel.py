@@ -12,9 +12,9 @@ from kernels.lowdim_cases import DEVICE, Problem, assert_near, draw, reference
 
 from megatron_lpa.kernels import launch
 from megatron_lpa.kernels.tiles import Tile
-from megatron_lpa.ops import cost
 from megatron_lpa.ops.lowdim import Pair, lowdim_linear, lowdim_linears
 from megatron_lpa.ops.lowdim_op import lowdim_op
+from megatron_lpa.planning import product_time
 
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SMALL = Tile(16, 32, 16, 4, 1)
@@ -244,7 +244,9 @@ def test_programs_read_and_write_what_the_cost_model_counts(
     monkeypatch.setattr(interpreter_builder, "create_masked_store", counting_store)
     tokens, width, rank = 40, 48, 12
     problem = draw(torch.float32, (tokens, width), rank, [width] * pairs, biases=False)
-    works = cost.fused(cost.Problem(tokens, width, (rank,) * pairs, (width,) * pairs, 4), rows, rows)
+    works = product_time.fused(
+        product_time.Problem(tokens, width, (rank,) * pairs, (width,) * pairs, 4), rows, rows
+    )
     forward, backward = (work for work in works if work.l2_bytes)
     tile = Tile(rows, 16, 16, 4, 1)
     w_a, w_b = ([pair[n].detach() for pair in problem.pairs] for n in (0, 1))

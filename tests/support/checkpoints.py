@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from megatron_lpa.checkpoint.convert import TargetLayout, convert
+from megatron_lpa.checkpoint.convert_source import find_source
+from megatron_lpa.checkpoint.manifest import MANIFEST, Progress, SampleOrder, sealed
+from megatron_lpa.checkpoint.reshard import fragment_key, shard_name
+from megatron_lpa.checkpoint.store import partial_of, publish
+from megatron_lpa.checkpoint.tensor_file import write_tensors
+from megatron_lpa.checkpoint.universal import write_universal
 from megatron_lpa.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_lpa.engine.convert import TargetLayout, convert
-from megatron_lpa.engine.convert_source import find_source
-from megatron_lpa.engine.manifest import MANIFEST, Progress, SampleOrder, sealed
-from megatron_lpa.engine.reshard import fragment_key, shard_name
-from megatron_lpa.engine.store import partial_of, publish
-from megatron_lpa.engine.tensor_file import write_tensors
-from megatron_lpa.engine.universal import write_universal
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups

@@ -21,14 +21,14 @@ from typing import Any
 import pytest
 import tokenizers
 
-from megatron_lpa.data.preparation import encode as encode_module
-from megatron_lpa.data.preparation import preprocess as preprocess_module
-from megatron_lpa.data.preparation import readers
-from megatron_lpa.data.preparation.preprocess import preprocess
-from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.tokenizers.loading import load_tokenizer
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation import encode as encode_module
+from megatron_lpa.preparation import preprocess as preprocess_module
+from megatron_lpa.preparation import readers
+from megatron_lpa.preparation.preprocess import preprocess
+from megatron_lpa.preparation.preprocess_config import PreprocessConfig
 from support.preprocessing import in_this_process
 from support.record_oracle import Case, Damaged, Record, records_of
 

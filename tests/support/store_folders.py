@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_lpa.engine import store
-from megatron_lpa.engine.manifest import complete_checkpoints, sealed
-from megatron_lpa.engine.store import partial_of, publish
+from megatron_lpa.checkpoint import store
+from megatron_lpa.checkpoint.manifest import complete_checkpoints, sealed
+from megatron_lpa.checkpoint.store import partial_of, publish
 from megatron_lpa.files import sha256
 from support.manifests import whole_manifest
 

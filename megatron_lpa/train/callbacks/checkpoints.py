@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import sys
 
+from megatron_lpa.checkpoint.manifest import note_validation
+from megatron_lpa.checkpoint.store import due_at, retention_of
 from megatron_lpa.engine.checkpoint import CheckpointNotWritten, Saving
 from megatron_lpa.engine.fragments import state_is_finite
-from megatron_lpa.engine.manifest import note_validation
-from megatron_lpa.engine.store import due_at, retention_of
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import largest_of_all, together
 from megatron_lpa.records import Record

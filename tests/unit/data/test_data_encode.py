@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 
-from megatron_lpa.data.preparation.encode import _with_eod, count_text
+from megatron_lpa.preparation.encode import _with_eod, count_text
 
 
 def test_words_and_bytes_are_those_of_str_split() -> None:

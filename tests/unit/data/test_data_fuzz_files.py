@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from support.fuzz_bench import Bench, mutated, reproducible, time_limit
 
-from megatron_lpa.data.inspection.document_view import view_document
-from megatron_lpa.data.inspection.report import summary_json, summary_text
-from megatron_lpa.data.inspection.statistics import summarize
-from megatron_lpa.data.inspection.verification import verify
-from megatron_lpa.data.preparation.merge import merge
-from megatron_lpa.data.preparation.preprocess import preprocess
 from megatron_lpa.data.storage.indexed import HEADER, MAGIC, IndexedDataset
 from megatron_lpa.data.storage.manifest import Manifest, read_manifest
 from megatron_lpa.errors import UserError
+from megatron_lpa.inspection.document_view import view_document
+from megatron_lpa.inspection.report import summary_json, summary_text
+from megatron_lpa.inspection.statistics import summarize
+from megatron_lpa.inspection.verification import verify
+from megatron_lpa.preparation.merge import merge
+from megatron_lpa.preparation.preprocess import preprocess
 
 pytestmark = pytest.mark.timeout(300)
 

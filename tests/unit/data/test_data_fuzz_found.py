@@ -9,12 +9,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_lpa.data.preparation import readers
-from megatron_lpa.data.preparation.ledger import Ledger, State, ledger_path
-from megatron_lpa.data.preparation.readers import Chunk, SourceReader
-from megatron_lpa.data.preparation.records import Selection, parse_chunk, read_texts
-from megatron_lpa.data.preparation.sources import file_sources
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation import readers
+from megatron_lpa.preparation.ledger import Ledger, State, ledger_path
+from megatron_lpa.preparation.readers import Chunk, SourceReader
+from megatron_lpa.preparation.records import Selection, parse_chunk, read_texts
+from megatron_lpa.preparation.sources import file_sources
 
 
 @pytest.mark.parametrize(

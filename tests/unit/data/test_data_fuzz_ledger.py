@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from support.fuzz_bench import Bench, mutated, reproducible, time_limit
 
-from megatron_lpa.data.preparation.preprocess import preprocess
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation.preprocess import preprocess
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -72,7 +72,7 @@ def test_damaged_ledgers(bench: Bench, damage: str) -> None:
         preprocess(bench.config(paths, **options))
         expected = bench.outputs()
         shutil.rmtree(bench.folder / "out")
-        bench.patch.setattr("megatron_lpa.data.preparation.preprocess._TASK_CHUNKS", 2)
+        bench.patch.setattr("megatron_lpa.preparation.preprocess._TASK_CHUNKS", 2)
         _stop_in_the_last_file(bench, paths, options)
         unfinished = bench.outputs()
         ledger = unfinished["x.ledger.partial"]
@@ -96,7 +96,7 @@ def test_damaged_ledgers(bench: Bench, damage: str) -> None:
 
 
 def _stop_in_the_last_file(bench: Bench, paths: tuple[str, ...], options: dict[str, object]) -> None:
-    from megatron_lpa.data.preparation.preprocess import ordered_map  # in this process
+    from megatron_lpa.preparation.preprocess import ordered_map  # in this process
 
     class Killed(BaseException):
         pass
@@ -108,6 +108,6 @@ def _stop_in_the_last_file(bench: Bench, paths: tuple[str, ...], options: dict[s
             yield result
 
     with bench.patch.context() as patch:
-        patch.setattr("megatron_lpa.data.preparation.preprocess.ordered_map", killed)
+        patch.setattr("megatron_lpa.preparation.preprocess.ordered_map", killed)
         with pytest.raises(Killed):
             preprocess(bench.config(paths, **options))

@@ -19,9 +19,9 @@ from pyarrow import parquet
 from support.fuzz_bench import Bench, mutated, reproducible, time_limit
 from support.record_oracle import Record
 
-from megatron_lpa.data.preparation.preprocess import preprocess
-from megatron_lpa.data.preparation.sources import resolve_inputs
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation.preprocess import preprocess
+from megatron_lpa.preparation.sources import resolve_inputs
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -23,11 +23,6 @@ from megatron_lpa import files
 from megatron_lpa.config.run import DataConfig
 from megatron_lpa.data.identity import identity_of, same_files
 from megatron_lpa.data.index_cache import IndexCache, SampleIndex
-from megatron_lpa.data.inspection.statistics import summarize
-from megatron_lpa.data.inspection.verification import verify
-from megatron_lpa.data.preparation.merge import merge
-from megatron_lpa.data.preparation.readers import SourceReader
-from megatron_lpa.data.preparation.sources import file_sources
 from megatron_lpa.data.splits import open_splits
 from megatron_lpa.data.storage.checksums import block_digests
 from megatron_lpa.data.storage.indexed import IndexedDataset
@@ -35,6 +30,11 @@ from megatron_lpa.data.storage.manifest import read_manifest
 from megatron_lpa.data.storage.partial_file import explained_write_errors
 from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
 from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.inspection.statistics import summarize
+from megatron_lpa.inspection.verification import verify
+from megatron_lpa.preparation.merge import merge
+from megatron_lpa.preparation.readers import SourceReader
+from megatron_lpa.preparation.sources import file_sources
 
 DOCUMENTS = random_documents(0, 60)
 TOKENS = [token for document in DOCUMENTS for token in document]

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from megatron_lpa import files
-from megatron_lpa.data.preparation import hub_datasets
-from megatron_lpa.data.preparation.hub_datasets import dataset_source, record_batches
-from megatron_lpa.data.preparation.sources import Source
 from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.preparation import hub_datasets
+from megatron_lpa.preparation.hub_datasets import dataset_source, record_batches
+from megatron_lpa.preparation.sources import Source
 
 
 @pytest.fixture

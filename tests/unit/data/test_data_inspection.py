@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from support.token_datasets import EOD, random_documents, write_dataset
 
-from megatron_lpa.data.inspection import statistics as inspection
-from megatron_lpa.data.inspection.document_view import view_document
-from megatron_lpa.data.inspection.report import length_figure, summary_json, summary_text
-from megatron_lpa.data.inspection.statistics import LengthCounter, summarize
 from megatron_lpa.data.storage.indexed import IndexedDataset, best_dtype
 from megatron_lpa.data.storage.indexed_writer import write_index
 from megatron_lpa.data.storage.manifest import TokenizerRecord
 from megatron_lpa.data.tokenizers.loading import load_tokenizer
 from megatron_lpa.errors import UserError
+from megatron_lpa.inspection import statistics as inspection
+from megatron_lpa.inspection.document_view import view_document
+from megatron_lpa.inspection.report import length_figure, summary_json, summary_text
+from megatron_lpa.inspection.statistics import LengthCounter, summarize
 
 LENGTHS = {
     "one": [5],

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from support.token_datasets import random_documents, write_dataset
 
-from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig, check_options
-from megatron_lpa.data.preparation.sources import resolve_inputs
 from megatron_lpa.data.storage.manifest import read_manifest
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation.preprocess_config import PreprocessConfig, check_options
+from megatron_lpa.preparation.sources import resolve_inputs
 
 LONG = "x" * 100_000
 FORGED = "a\nerror: b"

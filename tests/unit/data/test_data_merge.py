@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from support.token_datasets import TOKENIZER, random_documents, write_dataset
 
-from megatron_lpa.data.preparation import merge as merge_module
-from megatron_lpa.data.preparation.merge import merge
 from megatron_lpa.data.storage.checksums import block_digests
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.indexed_writer import write_index
 from megatron_lpa.data.storage.manifest import SubsetCount, manifest_path, read_manifest
 from megatron_lpa.data.storage.partial_file import PartialFile
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation import merge as merge_module
+from megatron_lpa.preparation.merge import merge
 
 
 @pytest.fixture(scope="module")

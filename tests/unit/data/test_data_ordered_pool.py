@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_lpa.data.preparation import ordered_pool
-from megatron_lpa.data.preparation.ordered_pool import ordered_map
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation import ordered_pool
+from megatron_lpa.preparation.ordered_pool import ordered_map
 
 _offset = 0
 

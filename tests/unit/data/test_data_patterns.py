@@ -14,10 +14,10 @@ from support.token_datasets import random_documents, write_dataset
 from megatron_lpa import files
 from megatron_lpa.config import presets
 from megatron_lpa.config.presets import preset_names
-from megatron_lpa.data.preparation.merge_inputs import resolve_prefixes
-from megatron_lpa.data.preparation.patterns import files_matching
-from megatron_lpa.data.preparation.sources import resolve_inputs
 from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.preparation.merge_inputs import resolve_prefixes
+from megatron_lpa.preparation.patterns import files_matching
+from megatron_lpa.preparation.sources import resolve_inputs
 
 NAMES = ["a/x.jsonl", "a/y.txt", "b/x.jsonl", "b/deep/er/x.jsonl", "c[1]/x.jsonl", ".hid/x.jsonl", "b/.hid.jsonl", "x.jsonl"]  # fmt: skip
 PATTERNS = [

@@ -18,11 +18,11 @@ import zstandard
 from support.preprocessing import ROOT, outputs, run_tool, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
-from megatron_lpa.data.preparation.preprocess import preprocess
-from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.manifest import read_manifest
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation.preprocess import preprocess
+from megatron_lpa.preparation.preprocess_config import PreprocessConfig
 
 
 def test_documents_are_the_texts_in_order_with_counts(corpus: Path, bpe_folder: Path, tmp_path: Path) -> None:
@@ -232,8 +232,8 @@ def test_a_tokenizer_can_be_trained_and_used_from_the_command_line(corpus: Path,
 
 def test_workers_do_not_pay_for_torch() -> None:
     code = (
-        "import sys, megatron_lpa.data.preparation.preprocess, megatron_lpa.data.batches, megatron_lpa.data.sampler, "
-        "megatron_lpa.data.preparation.train_tokenizer; sys.exit('torch' in sys.modules)"
+        "import sys, megatron_lpa.preparation.preprocess, megatron_lpa.data.batches, megatron_lpa.data.sampler, "
+        "megatron_lpa.preparation.train_tokenizer; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

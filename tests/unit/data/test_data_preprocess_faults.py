@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 from support.preprocessing import TOOL, alive, children, in_this_process, run_tool, wait_for, write_jsonl
 
-from megatron_lpa.data.preparation import preprocess as preprocess_module
-from megatron_lpa.data.preparation.encode import encode_task
-from megatron_lpa.data.preparation.preprocess import preprocess
-from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.partial_file import PartialFile, WrittenElsewhere
 from megatron_lpa.data.tokenizers.fast import WrongIdsError
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation import preprocess as preprocess_module
+from megatron_lpa.preparation.encode import encode_task
+from megatron_lpa.preparation.preprocess import preprocess
+from megatron_lpa.preparation.preprocess_config import PreprocessConfig
 
 
 @pytest.fixture(scope="module")

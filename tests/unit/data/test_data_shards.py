@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lpa.data.preparation.preprocess import preprocess
-from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig
-from megatron_lpa.data.preparation.shards import merge_if_last
 from megatron_lpa.data.storage.manifest import read_manifest
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation.preprocess import preprocess
+from megatron_lpa.preparation.preprocess_config import PreprocessConfig
+from megatron_lpa.preparation.shards import merge_if_last
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from support.token_datasets import random_documents, write_dataset
 
 from megatron_lpa.config.run import DataConfig
 from megatron_lpa.data.index_cache import IndexCache, SampleIndex
-from megatron_lpa.data.preparation.sources import file_sources
 from megatron_lpa.data.splits import open_splits
 from megatron_lpa.data.storage.indexed import HEADER, IndexedDataset
 from megatron_lpa.data.storage.manifest import read_manifest
 from megatron_lpa.data.tokenizers.gigatoken_engine import refusal
 from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation.sources import file_sources
 
 pytestmark = pytest.mark.timeout(60)  # a pipe that is waited for never answers
 

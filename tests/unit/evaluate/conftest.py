@@ -23,11 +23,11 @@ from megatron_lpa.config import (
     TrainConfig,
     save_config,
 )
-from megatron_lpa.data.preparation.train_tokenizer import train_tokenizer
 from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
 from megatron_lpa.model.init import initialize, named_parameters_once
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.preparation.train_tokenizer import train_tokenizer
 
 MODEL = ModelConfig(
     vocab_size=300,

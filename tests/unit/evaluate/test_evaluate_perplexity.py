@@ -15,13 +15,13 @@ import torch
 from torch.nn import functional
 
 from megatron_lpa.data.gpt_dataset import GPTDataset
-from megatron_lpa.data.preparation.preprocess import preprocess
-from megatron_lpa.data.preparation.preprocess_config import PreprocessConfig
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.tokenizers.loading import Tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.perplexity import TextLoss, count_text, ids_of_texts, measure
 from megatron_lpa.model.transformer import Decoder
+from megatron_lpa.preparation.preprocess import preprocess
+from megatron_lpa.preparation.preprocess_config import PreprocessConfig
 
 SaveRun = Callable[..., Path]
 TOOL = Path(__file__).parents[3] / "tools" / "evaluate.py"

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_lpa.config import KernelConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_lpa.model import recompute
 from megatron_lpa.model.init import initialize
-from megatron_lpa.model.memory import kept_bytes_per_token_layer
 from megatron_lpa.model.recompute import recompute_for
 from megatron_lpa.model.transformer import Decoder, DecoderLayer
 from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.planning.memory import kept_bytes_per_token_layer
 
 SINGLE = ParallelGroups.single()
 

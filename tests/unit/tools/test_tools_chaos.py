@@ -18,7 +18,7 @@ from fault_injection import checks
 from fault_injection.disk import damage
 from fault_injection.kinds import DAMAGES, SHARES, SITES
 from fault_injection.plan import make_plan, short_plan
-from megatron_lpa.engine.manifest import sealed
+from megatron_lpa.checkpoint.manifest import sealed
 
 
 def test_a_plan_follows_from_its_seed_and_leaves_nothing_out() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
+from megatron_lpa.checkpoint.decisions import AT_START
+from megatron_lpa.checkpoint.manifest import Progress
+from megatron_lpa.checkpoint.unrecorded import NOTHING_UNRECORDED
 from megatron_lpa.config.run import TrainConfig
 from megatron_lpa.engine.checkpoint import CheckpointNotWritten
-from megatron_lpa.engine.decisions import AT_START
 from megatron_lpa.engine.launch import collective_timeout
-from megatron_lpa.engine.manifest import Progress
-from megatron_lpa.engine.unrecorded import NOTHING_UNRECORDED
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.callbacks import checkpoints as module

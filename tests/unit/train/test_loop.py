@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_lpa.checkpoint.manifest import Progress
 from megatron_lpa.config.run import TrainConfig
-from megatron_lpa.engine.manifest import Progress
 from megatron_lpa.errors import AgreedProblem
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train import loop

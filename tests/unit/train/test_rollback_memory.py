@@ -14,9 +14,9 @@ import pytest
 from support.manifests import put, small_checkpoint
 
 from megatron_lpa import files
+from megatron_lpa.checkpoint.decisions import AT_START, Decisions
+from megatron_lpa.checkpoint.manifest import MANIFEST, Progress
 from megatron_lpa.config.run import TrainConfig
-from megatron_lpa.engine.decisions import AT_START, Decisions
-from megatron_lpa.engine.manifest import MANIFEST, Progress
 from megatron_lpa.engine.resume import Resumed
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.parallel.groups import ParallelGroups
