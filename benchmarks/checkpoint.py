@@ -59,7 +59,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from megatron_lpa.config import load_config
     from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.launch import start_distributed, stop_distributed
+    from megatron_lpa.engine.joining import start_distributed, stop_distributed
     from megatron_lpa.planning.accounting import count_parameters
 
     overrides = [] if arguments.layers is None else ["--model.num_layers", str(arguments.layers)]

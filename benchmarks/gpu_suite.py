@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import kernel
-from benchmarks.processes import ROOT
+from benchmarks.commands import ROOT
 from benchmarks.suite_parts import BUILD, Suite
 from megatron_lpa.errors import UserError
 from megatron_lpa.ops import dispatch

@@ -26,7 +26,7 @@ from megatron_lpa.data.splits import open_splits
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.data.storage.partial_file import write_json
 from megatron_lpa.engine.build import Engine
-from megatron_lpa.engine.launch import start_distributed, stop_distributed
+from megatron_lpa.engine.joining import start_distributed, stop_distributed
 from megatron_lpa.model.init import initialize
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups

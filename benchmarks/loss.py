@@ -18,7 +18,7 @@ from benchmarks.step_figures import spread
 from benchmarks.step_timing import CLOCKS, device_here, synchronize
 from megatron_lpa.errors import UserError
 from megatron_lpa.layers.loss import vocab_parallel_cross_entropy
-from megatron_lpa.model.precision import weights_dtype
+from megatron_lpa.model.dtypes import weights_dtype
 from megatron_lpa.parallel.groups import ParallelGroups
 
 HELP = "the loss, forward and backward, against torch.nn.functional.cross_entropy"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.processes import ROOT
+from benchmarks.commands import ROOT
 from megatron_lpa.config import ModelConfig
 from megatron_lpa.errors import UserError
 from megatron_lpa.planning.accounting import count_parameters

@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.commands import ROOT, Finished, run_command
 from benchmarks.machine import describe_machine, usable_cores, versions_of, warn_if_busy, write_result
-from benchmarks.processes import ROOT, Finished, run_command
 from benchmarks.sample_text import repeated, speeches, write_json_lines
 from benchmarks.sample_tokenizers import train_sample_tokenizers
 from megatron_lpa.data.storage.checksums import block_digests
+from megatron_lpa.data.storage.dataset_manifest import Manifest, read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset, best_dtype
-from megatron_lpa.data.storage.manifest import Manifest, read_manifest
-from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
+from megatron_lpa.data.tokenizers.opening import Tokenizer, load_tokenizer
 from megatron_lpa.errors import UserError
-from megatron_lpa.preparation.records import read_texts
+from megatron_lpa.preparation.documents import read_texts
 
 HELP = "preprocessing against Megatron-LM's two methods"
 METHODS = {

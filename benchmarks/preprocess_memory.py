@@ -14,14 +14,14 @@ import time
 from itertools import islice
 from pathlib import Path
 
+from benchmarks.commands import run_command
 from benchmarks.machine import describe_machine, versions_of, warn_if_busy, write_result
 from benchmarks.preprocess import open_case
-from benchmarks.processes import run_command
 from benchmarks.sample_text import repeated, speeches, write_json_lines
 from benchmarks.sample_tokenizers import train_sample_tokenizers
-from megatron_lpa.data.storage.manifest import read_manifest
+from megatron_lpa.data.storage.dataset_manifest import read_manifest
 from megatron_lpa.errors import UserError
-from megatron_lpa.preparation.records import read_texts
+from megatron_lpa.preparation.documents import read_texts
 
 HELP = "peak memory of preprocessing a large file"
 _DISK_SHARE = 1.1  # of the text: 0.5 compressed, 0.5 token ids (2 bytes for 4 and more characters), and some

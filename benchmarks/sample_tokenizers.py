@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.sample_text import write_json_lines
-from megatron_lpa.preparation.records import read_texts
+from megatron_lpa.preparation.documents import read_texts
 
 VOCAB_SIZE = 8000
 _TRAINING_CHARACTERS = 4_000_000

@@ -23,7 +23,7 @@ from benchmarks.official_code import official_model
 from benchmarks.step_config import Contender
 from megatron_lpa.config import ModelConfig, OptimConfig, RunConfig
 from megatron_lpa.errors import UserError
-from megatron_lpa.model.precision import autocast_dtype, weights_dtype
+from megatron_lpa.model.dtypes import autocast_dtype, weights_dtype
 from megatron_lpa.model.recompute import recompute_for
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
@@ -281,7 +281,7 @@ def _annotated(function: Callable[..., Any], label: str) -> Callable[..., Any]:
 def engine_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
     """The engine that training uses, with its DeepSpeed configuration."""
     from megatron_lpa.engine import build
-    from megatron_lpa.engine.launch import start_distributed
+    from megatron_lpa.engine.joining import start_distributed
     from megatron_lpa.planning.accounting import count_parameters
 
     groups = ParallelGroups.create(1) if torch.distributed.is_initialized() else start_distributed(1)

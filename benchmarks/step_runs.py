@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.commands import ROOT
 from benchmarks.machine import write_result
-from benchmarks.processes import ROOT
 from benchmarks.step_config import Contender
 from benchmarks.step_loops import Loop, build_loop
 from benchmarks.step_plans import recorded_plans

@@ -19,11 +19,11 @@ from benchmarks import (
     trace,
     train_step,
 )
+from benchmarks.commands import ROOT
 from benchmarks.kernel_cases import default_jobs
 from benchmarks.kernel_compile import compile_ahead
 from benchmarks.kernel_timing import Ceilings, device_name, measure_ceilings
 from benchmarks.machine import write_result
-from benchmarks.processes import ROOT
 from benchmarks.step_runs import run_in_process
 from benchmarks.suite_state import OutOfTime, SuiteState
 from megatron_lpa.ops import dispatch

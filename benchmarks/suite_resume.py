@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import ROOT
+from benchmarks.commands import ROOT
 from megatron_lpa.errors import UserError
 
 FORMAT = 1

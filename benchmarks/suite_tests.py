@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commands import ROOT
 from benchmarks.machine import usable_cores
-from benchmarks.processes import ROOT
 
 GATE = ("tests/kernels/test_lowdim_gpu.py",)
 """These have to pass before a tuning table may go where models look: real tiles and sizes against float64."""

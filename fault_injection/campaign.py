@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fault_injection.disk import keep_mounts_to_ourselves
+from fault_injection.fault_plan import Scenario, make_plan, short_plan
 from fault_injection.kinds import ENDING
-from fault_injection.plan import Scenario, make_plan, short_plan
-from fault_injection.processes import die_with_parent, own_extensions, prepare
+from fault_injection.launches import die_with_parent, own_extensions, prepare
+from fault_injection.one_start import Result
 from fault_injection.record import Outcome, Record, count_violations, make_record, outcome_of, table
 from fault_injection.runs import References
 from fault_injection.scenario import Going
-from fault_injection.start import Result
 from megatron_lpa.files import write_whole
 
 

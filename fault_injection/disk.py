@@ -9,9 +9,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from fault_injection.fault_plan import INTERVAL
 from fault_injection.kinds import MALFORMED
 from fault_injection.malformed import malform
-from fault_injection.plan import INTERVAL
 
 
 def keep_mounts_to_ourselves() -> None:

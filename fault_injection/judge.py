@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 
 from fault_injection.checks import of_logs
+from fault_injection.fault_plan import INTERVAL, Fault
 from fault_injection.kinds import ENDING, STOPPING
-from fault_injection.plan import INTERVAL, Fault
-from fault_injection.start import Start
+from fault_injection.one_start import Start
 from megatron_lpa.errors import EXIT_HANG, EXIT_REFUSED
 
 

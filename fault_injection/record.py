@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.machine import describe_machine, versions_of
 from fault_injection.kinds import RESTARTED, SHARES
+from fault_injection.one_start import Result
 from fault_injection.scenario import Going
-from fault_injection.start import Result
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import read_json
 

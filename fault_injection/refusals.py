@@ -13,11 +13,11 @@ from typing import Any
 
 from fault_injection.checks import checkpoint_folders
 from fault_injection.disk import damage
+from fault_injection.fault_plan import Fault, Layout
 from fault_injection.kinds import MISMATCHES
-from fault_injection.plan import Fault, Layout
+from fault_injection.launches import Ranks
+from fault_injection.one_start import STARTING_GRACE_S, Result
 from fault_injection.planting import error_lines, of_mismatch, of_planted, refusal, tree
-from fault_injection.processes import Ranks
-from fault_injection.start import STARTING_GRACE_S, Result
 
 UNWATCHED = (".lock", "logs")
 """What may change in a run folder when a start is refused."""

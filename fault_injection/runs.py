@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fault_injection.plan import INTERVAL, KEPT, Layout, Scenario
-from fault_injection.processes import Ranks
+from fault_injection.fault_plan import INTERVAL, KEPT, Layout, Scenario
+from fault_injection.launches import Ranks
 from megatron_lpa.data.storage.checksums import block_digests
+from megatron_lpa.data.storage.dataset_manifest import Checksums, Manifest, TokenizerRecord, write_manifest
 from megatron_lpa.data.storage.indexed import bin_path, idx_path
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
-from megatron_lpa.data.storage.manifest import Checksums, Manifest, TokenizerRecord, write_manifest
 
 CONFIG = Path(__file__).parent / "model.yaml"
 DOCUMENTS, DOCUMENT_TOKENS, VOCABULARY = 400, 40, 97

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from fault_injection import checks, judge, refusals
 from fault_injection.disk import SmallDisk, damage
+from fault_injection.fault_plan import MOVES, Fault, Layout, Scenario
 from fault_injection.kinds import BEFORE_TRAINING, BETWEEN, ENDING, OF_CHECKPOINT
-from fault_injection.plan import MOVES, Fault, Layout, Scenario
+from fault_injection.launches import remove_compile_locks
+from fault_injection.one_start import Result, Start
 from fault_injection.planting import Planted
-from fault_injection.processes import remove_compile_locks
 from fault_injection.runs import References, arguments
-from fault_injection.start import Result, Start
 
 PIPED_OPTIONS = ("config", "data-manifest")
 """Pipes that the command is given; others lie in the run folder."""

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lpa.command_line import end_politely, run_tool
+from megatron_lpa.config.run import EARLIER_LAYOUTS
 from megatron_lpa.errors import UserError
 
 
@@ -41,7 +42,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name in ("--tensor-parallel-size", "--data-parallel-size"):
         parser.add_argument(name, type=int, metavar="N", help="of the target; default: the source's")
     parser.add_argument(
-        "--lowdim-layout", choices=("rank", "latent"), help="of the target; default: the source's"
+        "--lowdim-layout",
+        type=lambda name: EARLIER_LAYOUTS.get(name, name),
+        choices=("column_row", "latent"),
+        help="of the target; default: the source's",
     )
     parser.add_argument("--weights-dtype", choices=("bf16", "fp32"), help="default: the source's")
     return parser.parse_args(argv)

@@ -31,8 +31,8 @@ from megatron_lpa.checkpoint.store import retention_of
 from megatron_lpa.command_line import run_tool
 from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.config.run import DataConfig
+from megatron_lpa.data.storage.dataset_manifest import manifest_path, read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset
-from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
 from megatron_lpa.engine.ds_config import read_zero_knobs
 from megatron_lpa.errors import UserError, shown
 from megatron_lpa.files import files_below, is_dir, status, tree_digest

@@ -24,7 +24,7 @@ from megatron_lpa.command_line import run_tool
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.curves import save_png
 from megatron_lpa.inspection.document_view import DocumentView, view_document
-from megatron_lpa.inspection.report import length_figure, summary_json, summary_text
+from megatron_lpa.inspection.rendering import length_figure, summary_json, summary_text
 from megatron_lpa.inspection.statistics import summarize
 from megatron_lpa.inspection.verification import Verification, verify
 

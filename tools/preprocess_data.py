@@ -16,9 +16,9 @@ from pathlib import Path
 from megatron_lpa.command_line import end_politely, run_tool
 from megatron_lpa.data.storage.reading import exists, is_dir
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation.documents import PILE_SUBSET
 from megatron_lpa.preparation.preprocess import missing_subsets, preprocess
 from megatron_lpa.preparation.preprocess_config import PreprocessConfig, reject_path
-from megatron_lpa.preparation.records import PILE_SUBSET
 from megatron_lpa.preparation.shards import merge_if_last
 
 _SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer")

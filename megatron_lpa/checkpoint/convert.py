@@ -29,7 +29,7 @@ import torch
 
 import megatron_lpa
 from megatron_lpa.checkpoint.convert_source import Parameter, Source, SourceState
-from megatron_lpa.checkpoint.manifest import MANIFEST, WrittenFile, sealed, verify_files
+from megatron_lpa.checkpoint.manifest import MANIFEST, WrittenFile, layout_in, sealed, verify_files
 from megatron_lpa.checkpoint.new_folder import new_folder
 from megatron_lpa.checkpoint.reshard import MASTER, fragment_key, shard_name
 from megatron_lpa.checkpoint.store import write_durably
@@ -37,7 +37,7 @@ from megatron_lpa.checkpoint.tensor_file import LazyTensor, write_lazily
 from megatron_lpa.checkpoint.weights_files import INDEX, SHARD_BYTES, index_text, weights_name
 from megatron_lpa.config.precision import PRECISIONS
 from megatron_lpa.errors import UserError
-from megatron_lpa.model.precision import DTYPES
+from megatron_lpa.model.dtypes import DTYPES
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TargetLayout:
     Args:
         tp_size: tensor-parallel size.
         dp_size: data-parallel size.
-        lowdim_layout: ``rank`` or ``latent``.
+        lowdim_layout: ``column_row`` or ``latent``.
     """
 
     tp_size: int
@@ -57,7 +57,7 @@ class TargetLayout:
     @classmethod
     def of(cls, source: Source) -> TargetLayout:
         """That of the source itself."""
-        saved = source.manifest["layout"]
+        saved = layout_in(source.manifest)
         return cls(saved["tensor_parallel_size"], saved["data_parallel_size"], saved["lowdim_layout"])
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_lpa.checkpoint.manifest_schema import check_manifest
+from megatron_lpa.config.run import EARLIER_LAYOUTS
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import (
     UnusableFile,
@@ -115,6 +116,13 @@ def note_validation(checkpoint: Path, loss: float) -> None:
         manifest = read_json(checkpoint / MANIFEST, MOST_MANIFEST_BYTES)
         content = sealed({**manifest, "validation_loss": loss})
         write_whole(checkpoint / MANIFEST, json.dumps(content, indent=1))
+
+
+def layout_in(manifest: dict[str, Any]) -> dict[str, Any]:
+    """How a checkpoint's state is spread, under the names of this version."""
+    layout = dict(manifest["layout"])
+    layout["lowdim_layout"] = EARLIER_LAYOUTS.get(layout["lowdim_layout"], layout["lowdim_layout"])
+    return layout
 
 
 def seal_of(manifest: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from megatron_lpa.checkpoint.decisions import decisions_from_json
 from megatron_lpa.checkpoint.unrecorded import unrecorded_from_json
 from megatron_lpa.config import ModelConfig
 from megatron_lpa.config.precision import PRECISIONS
+from megatron_lpa.config.run import EARLIER_LAYOUTS
 
 FOLDERS = ("state", "weights")
 """The folders of a checkpoint; every file but the manifest lies in one of them."""
@@ -247,7 +248,7 @@ _MANIFEST = _section(
             {
                 "tensor_parallel_size": _whole(1, MOST_PROCESSES),
                 "data_parallel_size": _whole(1, MOST_PROCESSES),
-                "lowdim_layout": _one_of("rank", "latent"),
+                "lowdim_layout": _one_of("column_row", "latent", *EARLIER_LAYOUTS),
                 "zero_stage": _whole(0, 3),
                 "precision": _one_of(*PRECISIONS),
                 "micro_batch_size": _whole(1, MOST_COUNT),

@@ -36,7 +36,7 @@ import torch
 
 from megatron_lpa.checkpoint.convert import Converted
 from megatron_lpa.checkpoint.convert_source import Parameter, Source, SourceState
-from megatron_lpa.checkpoint.manifest import size_of
+from megatron_lpa.checkpoint.manifest import layout_in, size_of
 from megatron_lpa.checkpoint.new_folder import new_folder
 from megatron_lpa.checkpoint.reshard import MASTER, MOMENTS
 from megatron_lpa.checkpoint.store import write_durably
@@ -63,7 +63,7 @@ def write_universal(source: Source, output: Path, lowdim_layout: str | None = No
     Raises:
         UserError: an output that exists, a damaged source, or a disk that cannot hold the result.
     """
-    parameters = source.parameters(lowdim_layout or source.manifest["layout"]["lowdim_layout"])
+    parameters = source.parameters(lowdim_layout or layout_in(source.manifest)["lowdim_layout"])
     elements = sum(parameter.elements for parameter in parameters)
     needed = 12 * elements + _FILE_OVERHEAD_BYTES * (4 * len(parameters) + 8)
     tag = f"step_{source.progress.step:08d}"

@@ -15,7 +15,7 @@ class KernelConfig:
             module, ``joined`` lets q, k and v share the first one, ``fused`` is the two-product kernel,
             ``merged`` multiplies the factors first, ``auto`` takes what was measured to be fastest on the device.
             The environment variable ``MEGATRON_LPA_LOWDIM`` goes before it. With tensor parallelism it
-            decides for q, k, v, up and gate in layout ``rank``; o and down have a collective in between.
+            decides for q, k, v, up and gate in layout ``column_row``; o and down have a collective in between.
         elementwise: norms, rotary embedding, SwiGLU and the softmax of the loss: ``eager`` by PyTorch's operations, ``compiled`` by
             torch.compile, ``liger`` by the package liger-kernel; ``auto`` is ``compiled`` on a GPU and ``eager`` on
             a CPU.

@@ -11,6 +11,9 @@ from typing import Literal
 from megatron_lpa.config.kernels import KernelConfig
 from megatron_lpa.config.model import ModelConfig
 
+EARLIER_LAYOUTS = {"rank": "column_row"}
+"""What ``parallel.lowdim_layout`` was called in configurations and checkpoints of earlier versions."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -20,12 +23,12 @@ class ParallelConfig:
         tensor_parallel_size: processes that share one copy of the model. The data-parallel size is
             the world size divided by it.
         lowdim_layout: how low-dimensional modules are split under tensor parallelism; results are
-            equal. ``rank`` splits W_A and W_B along r; ``latent`` exchanges the r-dimensional
+            equal. ``column_row`` splits W_A and W_B along r; ``latent`` exchanges the r-dimensional
             latents instead of activations (docs/architecture.md has the bytes of both).
     """
 
     tensor_parallel_size: int = 1
-    lowdim_layout: Literal["rank", "latent"] = "latent"
+    lowdim_layout: Literal["column_row", "latent"] = "latent"
 
 
 @dataclass(frozen=True)

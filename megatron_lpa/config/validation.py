@@ -135,7 +135,7 @@ def _check_tensor_parallel(config: RunConfig) -> None:
         raise UserError(
             f"kernels.lowdim is {config.kernels.lowdim} but with parallel.tensor_parallel_size {size} and "
             "parallel.lowdim_layout latent a collective comes between the two products; set "
-            "parallel.lowdim_layout to rank, or kernels.lowdim to auto"
+            "parallel.lowdim_layout to column_row, or kernels.lowdim to auto"
         )
     if model.padded_vocab_size % size:
         multiple = math.lcm(model.pad_vocab_to_multiple_of, size)

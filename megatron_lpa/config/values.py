@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_lpa.config.model import layers_meant
 from megatron_lpa.config.paths import PATH_KEYS, expanded
+from megatron_lpa.config.run import EARLIER_LAYOUTS
 from megatron_lpa.config.schema import ByLayer, ConfigKey
 from megatron_lpa.config.yaml_io import parse_yaml
 from megatron_lpa.errors import UserError, named, shown
@@ -46,6 +47,8 @@ def typed(key: ConfigKey, value: Any, source: str) -> Any:
             value = None
     if value is None and key.optional:
         return None
+    if key.name == "parallel.lowdim_layout" and isinstance(value, str):
+        value = EARLIER_LAYOUTS.get(value, value)
     if issubclass(key.base_type, dict) and isinstance(value, str):
         value = parse_yaml(value, f"{key.name} ({source})")
     try:

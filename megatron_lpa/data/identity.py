@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_lpa.data.storage.dataset_manifest import read_manifest
 from megatron_lpa.data.storage.indexed import bin_path, idx_path
-from megatron_lpa.data.storage.manifest import read_manifest
 from megatron_lpa.data.storage.reading import PatientFile, from_disk
 from megatron_lpa.files import patiently
 

@@ -14,11 +14,11 @@ from torch import nn
 from megatron_lpa.config import OptimConfig, RunConfig
 from megatron_lpa.engine.cpu_adam import not_built
 from megatron_lpa.engine.ds_config import build_ds_config, needs_deepspeed, offloads
-from megatron_lpa.engine.launch import device_of_rank  # imported first: sets the accelerator
+from megatron_lpa.engine.joining import device_of_rank  # imported first: sets the accelerator
 from megatron_lpa.engine.mpu import ModelParallelUnit
 from megatron_lpa.engine.stepping import DeepSpeedStep, OneReplica, Stepper
+from megatron_lpa.model.dtypes import autocast_dtype, weights_dtype
 from megatron_lpa.model.init import initialize
-from megatron_lpa.model.precision import autocast_dtype, weights_dtype
 from megatron_lpa.model.recompute import recompute_for
 from megatron_lpa.model.transformer import Decoder, DecoderLayer
 from megatron_lpa.parallel.groups import ParallelGroups

@@ -14,6 +14,7 @@ from megatron_lpa.checkpoint.manifest import (
     DamagedCheckpoint,
     Progress,
     SampleOrder,
+    layout_in,
     read_manifest,
     seal_of,
     verify_files,
@@ -199,7 +200,7 @@ def _compared(
     checkpoint: Path, manifest: dict[str, Any], engine: Engine, order: SampleOrder
 ) -> tuple[str, ...]:
     refuse_other_run(checkpoint, manifest, engine.config.model, order)
-    changed = differences(manifest["layout"], layout_of(engine), "layout")
+    changed = differences(layout_in(manifest), layout_of(engine), "layout")
     return (f"the state is brought into another layout: {'; '.join(changed)}",) if changed else ()
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_lpa.engine.launch import device_of_rank  # imported first: sets the accelerator
+from megatron_lpa.engine.joining import device_of_rank  # imported first: sets the accelerator
 from megatron_lpa.engine.mpu import ModelParallelUnit
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import spec_of

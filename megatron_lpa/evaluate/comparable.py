@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_lpa.checkpoint.manifest import complete_checkpoints, described
 from megatron_lpa.data.identity import identity_of
-from megatron_lpa.data.storage.manifest import read_manifest
+from megatron_lpa.data.storage.dataset_manifest import read_manifest
 from megatron_lpa.errors import TryAgain, UserError, named
 from megatron_lpa.evaluate.held_out import data_of, fingerprint_of, split_streams
 from megatron_lpa.evaluate.perplexity import count_text

@@ -13,9 +13,9 @@ from megatron_lpa.data.gpt_dataset import GPTDataset
 from megatron_lpa.data.identity import identity_of, same_files
 from megatron_lpa.data.samples import Samples
 from megatron_lpa.data.splits import Splits, open_splits
+from megatron_lpa.data.storage.dataset_manifest import manifest_path, read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset
-from megatron_lpa.data.storage.manifest import manifest_path, read_manifest
-from megatron_lpa.data.tokenizers.loading import load_tokenizer
+from megatron_lpa.data.tokenizers.opening import load_tokenizer
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.evaluate.trained import CONFIG, RecordedRun, found_again
 from megatron_lpa.files import is_dir

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from megatron_lpa.data.tokenizers.loading import Tokenizer
+from megatron_lpa.data.tokenizers.opening import Tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.transformer import Decoder
-from megatron_lpa.preparation.records import read_texts
+from megatron_lpa.preparation.documents import read_texts
 from megatron_lpa.records import perplexity as perplexity_of
 
 COUNTED_AT_ONCE = 1 << 20
@@ -257,7 +257,7 @@ def ids_of_texts(
         enough: no further document is read once there are so many tokens; None reads all.
 
     Raises:
-        UserError: files that cannot be read; see ``preparation/records.py``.
+        UserError: files that cannot be read; see ``preparation/documents.py``.
     """
     eod = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
     pieces: list[np.ndarray] = []

@@ -18,10 +18,10 @@ from megatron_lpa.checkpoint.manifest import (
 from megatron_lpa.checkpoint.weights_reader import load_decoder
 from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.config.kernels import anywhere
-from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
+from megatron_lpa.data.tokenizers.opening import Tokenizer, load_tokenizer
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.files import exists, is_dir
-from megatron_lpa.model.precision import autocast_dtype, weights_dtype
+from megatron_lpa.model.dtypes import autocast_dtype, weights_dtype
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_lpa.data.storage.dataset_manifest import Manifest, read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
-from megatron_lpa.data.storage.manifest import Manifest, read_manifest
 from megatron_lpa.data.storage.reading import from_disk
 
 _BLOCK = 1 << 20  # documents in memory at a time

@@ -1,12 +1,12 @@
 """Low-dimensional modules ``z = W_B (W_A x)`` (paper, Section 3.1) in two tensor-parallel layouts.
 
-Layout ``rank`` splits both matrices along r: column-parallel W_A, row-parallel W_B. Layout ``latent``
+Layout ``column_row`` splits both matrices along r: column-parallel W_A, row-parallel W_B. Layout ``latent``
 exchanges the r-dimensional latents instead of activations. Results are equal; what is moved is not.
 Elements per token, forward, times (T-1)/T, with an all-reduce counted as 2n:
 
 | | input side (q, k, v, up, gate) | output side (o, down) |
 |---|---|---|
-| ``rank`` | reduce-scatter of the output: d_out | reduce-scatter of the latent, all-reduce of the output: r + 2 d_out |
+| ``column_row`` | reduce-scatter of the output: d_out | reduce-scatter of the latent, all-reduce of the output: r + 2 d_out |
 | ``latent`` | all-gather of the latent: r | all-reduce of the latent: 2r |
 
 On the output side the input is already split over ranks (by heads, or FFN columns), so W_A is split
@@ -38,7 +38,7 @@ class LowDimInput:
         latent_bias: whether W_A has a bias.
         output_bias: whether W_B has a bias.
         tp_size: tensor-parallel size.
-        layout: ``rank`` splits W_B along r, ``latent`` along d_out.
+        layout: ``column_row`` splits W_B along r, ``latent`` along d_out.
     """
 
     d_in: int
@@ -51,15 +51,15 @@ class LowDimInput:
 
     @property
     def collective(self) -> Collective:
-        """``rank`` sums outputs, ``latent`` collects latents."""
+        """``column_row`` sums outputs, ``latent`` collects latents."""
         if self.tp_size == 1:
             return "none"
-        return "reduce_scatter" if self.layout == "rank" else "gather"
+        return "reduce_scatter" if self.layout == "column_row" else "gather"
 
     @property
     def multiplies_at_once(self) -> bool:
         """Whether no collective comes between the two products, so that one kernel can do both."""
-        return self.tp_size == 1 or self.layout == "rank"
+        return self.tp_size == 1 or self.layout == "column_row"
 
     def pair(self, p: Parameters) -> Pair:
         """The factors, for a product of several modules at once."""
@@ -72,7 +72,7 @@ class LowDimInput:
 
     def specs(self) -> dict[str, ParameterSpec]:
         """``w_a`` (r, d_in), ``w_b`` (d_out, r), ``bias_a`` (r,), ``bias_b`` (d_out,)."""
-        b_dim = 1 if self.layout == "rank" else 0
+        b_dim = 1 if self.layout == "column_row" else 0
         specs = {
             "w_a": ParameterSpec((self.r, self.d_in), "input", self.d_in, tp_dim=0, rank=self.r),
             "w_b": ParameterSpec((self.d_out, self.r), "input", self.r, tp_dim=b_dim, rank=self.r),
@@ -91,7 +91,7 @@ class LowDimInput:
 
     def after(self, y: torch.Tensor, p: Parameters) -> torch.Tensor:
         """The sums are the output; latents (..., T, r/T) go through W_B to (..., d_out/T)."""
-        if self.layout == "rank":
+        if self.layout == "column_row":
             return y if "bias_b" not in p else y + p["bias_b"].to(y.dtype)
         return linear(y.flatten(-2), p["w_b"], p.get("bias_b"))
 
@@ -107,7 +107,7 @@ class LowDimOutput:
         latent_bias: whether W_A has a bias.
         output_bias: whether W_B has a bias.
         tp_size: tensor-parallel size.
-        layout: ``rank`` splits W_B along r; ``latent`` keeps W_B whole on every rank, which costs its
+        layout: ``column_row`` splits W_B along r; ``latent`` keeps W_B whole on every rank, which costs its
             memory and product T times and saves the all-reduce of the output.
         path: how the product is computed where one process has both factors whole.
     """
@@ -123,13 +123,13 @@ class LowDimOutput:
 
     def specs(self) -> dict[str, ParameterSpec]:
         """``w_a`` (r, d_in), ``w_b`` (d_out, r), ``bias_a`` (r,), ``bias_b`` (d_out,)."""
-        b_dim = 1 if self.layout == "rank" else None
+        b_dim = 1 if self.layout == "column_row" else None
         specs = {
             "w_a": ParameterSpec((self.r, self.d_in), "output", self.d_in, tp_dim=1, rank=self.r),
             "w_b": ParameterSpec((self.d_out, self.r), "output", self.r, tp_dim=b_dim, rank=self.r),
         }
         if self.latent_bias:
-            a_dim = 0 if self.layout == "rank" else None
+            a_dim = 0 if self.layout == "column_row" else None
             specs["bias_a"] = ParameterSpec((self.r,), "bias", self.d_in, tp_dim=a_dim, rank=self.r)
         if self.output_bias:
             specs["bias_b"] = ParameterSpec((self.d_out,), "bias", self.r, rank=self.r)

@@ -143,10 +143,10 @@ def collective_elements_per_token(model: ModelConfig, parallel: ParallelConfig) 
     projection             forward                       backward
     ====================== ============================= =================================
     dense q k v up gate    -                             -
-    ``rank`` input side    reduce-scatter d_out          all-gather d_out
+    ``column_row`` input side    reduce-scatter d_out          all-gather d_out
     ``latent`` input side  all-gather r                  reduce-scatter r
     dense o down           all-reduce D: 2D              -
-    ``rank`` output side   reduce-scatter r, all-reduce  all-gather r
+    ``column_row`` output side   reduce-scatter r, all-reduce  all-gather r
                            D: r + 2D
     ``latent`` output side all-reduce r: 2r              -
     ====================== ============================= =================================
@@ -180,7 +180,7 @@ def _projection_elements(model: ModelConfig, layout: str, name: str) -> tuple[in
     if name in INPUT_PROJECTIONS:
         if projection.kind == "dense":
             return 0, 0
-        return (d_out, d_out) if layout == "rank" else (r, r)
+        return (d_out, d_out) if layout == "column_row" else (r, r)
     if projection.kind == "dense":
         return 2 * d_out, 0
-    return (r + 2 * d_out, r) if layout == "rank" else (2 * r, 0)
+    return (r + 2 * d_out, r) if layout == "column_row" else (2 * r, 0)

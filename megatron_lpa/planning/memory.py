@@ -103,7 +103,7 @@ def saved_bytes_per_token_layer(
       o's input; the log-sum-exp, fp32, ``H / T``;
     - FFN: relu keeps its output ``F/T``, also down's input; gelu its input and output, ``2F/T``; swiglu
       gate, up and their product, ``3F/T``, and with ``kernels.elementwise=eager`` silu(gate) too;
-    - each low-dimensional module: its latent, r in layout ``latent``, ``r/T`` in ``rank``.
+    - each low-dimensional module: its latent, r in layout ``latent``, ``r/T`` in ``column_row``.
     """
     size, precision = parallel.tensor_parallel_size, PRECISIONS[train.precision]
     b, stream = precision.product_bytes, precision.weight_bytes
@@ -126,7 +126,7 @@ def saved_bytes_per_token_layer(
 def _saved_latent(model: ModelConfig, parallel: ParallelConfig, name: str) -> int:
     """Elements of a projection's latent that one rank keeps per token."""
     r = getattr(model.projections, name).rank or 0
-    return r // parallel.tensor_parallel_size if parallel.lowdim_layout == "rank" else r
+    return r // parallel.tensor_parallel_size if parallel.lowdim_layout == "column_row" else r
 
 
 def kept_bytes_per_token_layer(
@@ -136,7 +136,7 @@ def kept_bytes_per_token_layer(
 
     ``full`` checkpointing keeps its input. ``selective`` keeps its input, attention's output and log-sum-exp, and
     the result of each product: of a dense projection its output, of a low-dimensional one both results as this
-    rank computes them, before the collective. A gathered latent is gathered again. Layout ``rank`` computes
+    rank computes them, before the collective. A gathered latent is gathered again. Layout ``column_row`` computes
     outputs of whole width on every rank, so there it keeps more than ``none`` does with much tensor parallelism.
     """
     saved, layer_input = saved_bytes_per_token_layer(model, parallel, train, kernels)

@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 
 from megatron_lpa.data.storage.indexed import best_dtype
-from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
+from megatron_lpa.data.tokenizers.opening import Tokenizer, load_tokenizer
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation.documents import Documents, Rejection, Selection, parse_chunk
 from megatron_lpa.preparation.readers import Chunk
-from megatron_lpa.preparation.records import Documents, Rejection, Selection, parse_chunk
 
 # What str.split() takes for a blank; U+3000 is the last.
 _BLANK = np.array([chr(point).isspace() for point in range(0x3002)])

@@ -12,9 +12,15 @@ import megatron_lpa
 from megatron_lpa.data.storage.block_check import BlockComparison
 from megatron_lpa.data.storage.byte_progress import ByteProgress
 from megatron_lpa.data.storage.checksums import BlockHasher
+from megatron_lpa.data.storage.dataset_manifest import (
+    Checksums,
+    Manifest,
+    SubsetCount,
+    manifest_path,
+    write_manifest,
+)
 from megatron_lpa.data.storage.indexed import HEADER, bin_path, check_output_prefix, idx_path
 from megatron_lpa.data.storage.indexed_writer import publish_dataset, write_index
-from megatron_lpa.data.storage.manifest import Checksums, Manifest, SubsetCount, manifest_path, write_manifest
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, PartialFile, explained_write_errors
 from megatron_lpa.data.storage.reading import blocks_of, exists, status
 from megatron_lpa.errors import UserError

@@ -17,8 +17,7 @@ from importlib.metadata import version
 from typing import Any
 
 import megatron_lpa
-from megatron_lpa.data.storage.indexed import best_dtype, bin_path, idx_path
-from megatron_lpa.data.storage.manifest import (
+from megatron_lpa.data.storage.dataset_manifest import (
     Checksums,
     Manifest,
     SourceRecord,
@@ -28,10 +27,12 @@ from megatron_lpa.data.storage.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_lpa.data.storage.indexed import best_dtype, bin_path, idx_path
 from megatron_lpa.data.storage.reading import exists
 from megatron_lpa.data.tokenizers.fast import WrongIdsError
-from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
+from megatron_lpa.data.tokenizers.opening import Tokenizer, load_tokenizer
 from megatron_lpa.errors import UserError
+from megatron_lpa.preparation.documents import PILE_SUBSET
 from megatron_lpa.preparation.encode import EncodedChunk, Position, Task, encode_task, initialize_worker
 from megatron_lpa.preparation.hub_datasets import dataset_source
 from megatron_lpa.preparation.ledger import FinishedSource, Ledger, State, ledger_path
@@ -45,7 +46,6 @@ from megatron_lpa.preparation.preprocess_config import (
 )
 from megatron_lpa.preparation.progress_lines import ProgressLines
 from megatron_lpa.preparation.readers import CHUNK_BYTES, Chunk, SourceReader
-from megatron_lpa.preparation.records import PILE_SUBSET
 from megatron_lpa.preparation.sources import Source, file_sources, shard_of
 
 _MAX_SUBSETS = 10_000

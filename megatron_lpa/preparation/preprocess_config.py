@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_lpa.data.storage.dataset_manifest import why_unfit
 from megatron_lpa.data.storage.indexed import check_output_prefix
-from megatron_lpa.data.storage.manifest import why_unfit
 from megatron_lpa.errors import UserError, shown
-from megatron_lpa.preparation.records import PILE_SUBSET, Selection
+from megatron_lpa.preparation.documents import PILE_SUBSET, Selection
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from megatron_lpa.data.storage.dataset_manifest import Manifest, manifest_path, read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset, idx_path
-from megatron_lpa.data.storage.manifest import Manifest, manifest_path, read_manifest
 from megatron_lpa.data.storage.partial_file import PartialFile, WrittenElsewhere
 from megatron_lpa.data.storage.reading import exists
 from megatron_lpa.errors import UserError

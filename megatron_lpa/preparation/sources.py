@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
-from megatron_lpa.data.storage.manifest import why_unfit
+from megatron_lpa.data.storage.dataset_manifest import why_unfit
 from megatron_lpa.data.storage.reading import exists, from_disk, is_dir, is_file, status
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import kind_of

@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from megatron_lpa.data.storage.partial_file import explained_write_errors
 from megatron_lpa.data.storage.reading import exists, from_disk, is_dir
 from megatron_lpa.errors import UserError
-from megatron_lpa.preparation.records import read_texts
+from megatron_lpa.preparation.documents import read_texts
 
 EOD_TOKEN = "<|endoftext|>"
 MAX_VOCAB_SIZE = 2**24

@@ -14,7 +14,7 @@ from megatron_lpa.data.batches import load_batch
 from megatron_lpa.data.sampler import micro_batch_indices
 from megatron_lpa.errors import AgreedProblem, UserError
 from megatron_lpa.parallel.agreement import FINE, gather_messages, largest_of_all, severity_of, worst_error
-from megatron_lpa.train.callbacks.base import Callback, RollBack, StepReport
+from megatron_lpa.train.callbacks.callback import Callback, RollBack, StepReport
 from megatron_lpa.train.rollback import recall, roll_back
 from megatron_lpa.train.schedule import learning_rate
 from megatron_lpa.train.state import Run, agree_to_go_on

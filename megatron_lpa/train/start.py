@@ -12,10 +12,10 @@ from megatron_lpa.checkpoint.manifest import SampleOrder, checkpoint_folders
 from megatron_lpa.checkpoint.store import damaged_folders, give_names_back, has_checkpoints, tidy
 from megatron_lpa.config import RunConfig, save_config
 from megatron_lpa.data.splits import Splits
-from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
+from megatron_lpa.data.tokenizers.opening import load_tokenizer, save_tokenizer
 from megatron_lpa.engine.build import Engine
 from megatron_lpa.engine.checkpoint import CheckpointNotWritten
-from megatron_lpa.engine.launch import (
+from megatron_lpa.engine.joining import (
     collective_timeout,
     explained_losses,
     start_distributed,
@@ -34,7 +34,7 @@ from megatron_lpa.parallel.place import place_from_environment
 from megatron_lpa.planning.accounting import count_parameters, flops_per_token_training
 from megatron_lpa.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, refuse_links, refuse_unwritable
 from megatron_lpa.train.alike import data_facts, sample_order, start_facts
-from megatron_lpa.train.callbacks.base import Callback, Sink
+from megatron_lpa.train.callbacks.callback import Callback, Sink
 from megatron_lpa.train.callbacks.checkpoints import Checkpoints, LastValidation
 from megatron_lpa.train.callbacks.console import Console
 from megatron_lpa.train.callbacks.divergence import Divergence

@@ -30,7 +30,9 @@ BATCH = 8
 ORDER = SampleOrder(seed=27, samples_per_epoch=1000, samples_per_step=8)
 
 
-def config(name: str, tp_size: int, zero: str, layout: str = "rank", precision: str = "fp32") -> RunConfig:
+def config(
+    name: str, tp_size: int, zero: str, layout: str = "column_row", precision: str = "fp32"
+) -> RunConfig:
     return RunConfig(
         model=MODELS[name],
         parallel=ParallelConfig(tp_size, layout),

@@ -32,7 +32,7 @@ from megatron_lpa.config import RunConfig
 
 NAME = "step_00000002"
 MODEL = MODELS["s1_low_all"]
-SOURCE = Layout(4, 2, "zero3", "rank", "bf16")
+SOURCE = Layout(4, 2, "zero3", "column_row", "bf16")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,10 @@ def saved(world, tmp_path_factory) -> tuple[Path, State, list[float]]:
     [
         (TargetLayout(1, 2, "latent"), Layout(2, 1, "zero1", "latent", "bf16", 4)),
         (TargetLayout(4, 1, "latent"), Layout(4, 4, "zero2", "latent")),
-        (TargetLayout(2, 3, "rank"), Layout(1, 1, "zero0", "rank")),  # in another layout than it was cut for
+        (
+            TargetLayout(2, 3, "column_row"),
+            Layout(1, 1, "zero0", "column_row"),
+        ),  # in another layout than it was cut for
     ],
     ids=str,
 )
@@ -77,7 +80,7 @@ def load_and_save_again(run: RunConfig, checkpoint: str, folder: str) -> None:
     engine.destroy()
 
 
-@pytest.mark.parametrize("lowdim", ["latent", "rank"])
+@pytest.mark.parametrize("lowdim", ["latent", "column_row"])
 def test_every_file_is_byte_for_byte_what_a_run_of_that_layout_writes(world, saved, tmp_path, lowdim):
     run = Layout(4, 2, "zero0", lowdim).config()
     world(4).run(load_and_save_again, run, str(saved[0]), str(tmp_path / "run"))

@@ -228,7 +228,7 @@ def killed_saves(folder: str) -> list[tuple[int, int, float]]:
     from megatron_lpa.engine.checkpoint import save_checkpoint
     from megatron_lpa.engine.resume import load_newest
 
-    engine = Engine(replace(RUN, parallel=ParallelConfig(1, "rank")), groups_for(1))
+    engine = Engine(replace(RUN, parallel=ParallelConfig(1, "column_row")), groups_for(1))
     real = {name: getattr(os, name) for name in CALLS}
     found = []
     finished = False

@@ -56,17 +56,17 @@ class Layout:
 
 LAYOUTS = [
     Layout(1, 1, "zero0", "latent"),
-    Layout(4, 2, "zero3", "rank"),
+    Layout(4, 2, "zero3", "column_row"),
     Layout(2, 1, "zero1", "latent", "bf16", 4),
-    Layout(2, 2, "zero2", "rank"),
-    Layout(1, 1, EVERY_PARAMETER, "rank", "bf16", 8),
+    Layout(2, 2, "zero2", "column_row"),
+    Layout(1, 1, EVERY_PARAMETER, "column_row", "bf16", 8),
     Layout(4, 4, "zero3", "latent", "fp32", 4),
-    Layout(2, 1, "zero3_offload", "rank", "fp32", 1),
+    Layout(2, 1, "zero3_offload", "column_row", "fp32", 1),
     Layout(4, 2, "zero1", "latent", "bf16"),
     Layout(2, 2, "zero0", "latent"),
-    Layout(4, 2, "zero2", "rank", "bf16", 1),
+    Layout(4, 2, "zero2", "column_row", "bf16", 1),
     Layout(2, 2, EVERY_PARAMETER, "latent", "bf16"),
-    Layout(4, 4, "zero1", "rank"),
+    Layout(4, 4, "zero1", "column_row"),
     Layout(4, 1, "zero2", "latent"),
     Layout(1, 1, "zero3", "latent", "bf16_mixed", 4),
     Layout(4, 2, "zero3", "latent", "bf16_mixed"),
@@ -259,7 +259,7 @@ def test_vocabulary_padding_may_change_with_the_tensor_parallel_size(world, tmp_
     saved, losses = world(2).run(train_and_save, source.config(model), str(tmp_path))[0]
     checkpoint = tmp_path / "step_00000002"
     padded = replace(model, pad_vocab_to_multiple_of=12)  # 61 ids in 72 rows
-    target = Layout(4, 4, "zero1", "rank")
+    target = Layout(4, 4, "zero1", "column_row")
     state, _, next_losses, _ = world(4).run(resume_elsewhere, target.config(padded), str(checkpoint))[0]
     assert next_losses == pytest.approx(losses, rel=1e-5)
     for key, value in saved.items():
@@ -294,7 +294,7 @@ def roll_back(run: RunConfig, folder: str) -> tuple[State, State, list[float], l
 
 @pytest.mark.parametrize(
     "layout",
-    [LAYOUTS[0], LAYOUTS[2], LAYOUTS[3], LAYOUTS[5], LAYOUTS[6], LAYOUTS[10], Layout(2, 2, "zero2", "rank", "bf16")],
+    [LAYOUTS[0], LAYOUTS[2], LAYOUTS[3], LAYOUTS[5], LAYOUTS[6], LAYOUTS[10], Layout(2, 2, "zero2", "column_row", "bf16")],
     ids=str,
 )  # fmt: skip
 def test_an_engine_that_trained_on_goes_back_exactly(world, tmp_path, layout):

@@ -30,7 +30,7 @@ from megatron_lpa.errors import TryAgain, UserError
 ORDER = SampleOrder(seed=27, samples_per_epoch=1000, samples_per_step=8, data={"hash": "abc"})
 RUN = RunConfig(
     model=MODELS["s1_lpa"],
-    parallel=ParallelConfig(2, "rank"),
+    parallel=ParallelConfig(2, "column_row"),
     optim=OptimConfig(lr=1e-2, warmup_steps=0),
     train=TrainConfig(
         steps=9, global_batch_size=8, micro_batch_size=8, precision="bf16", deepspeed_config="zero1", keep_checkpoints=0

@@ -97,7 +97,7 @@ def train_with_deepspeed(config: RunConfig) -> tuple[list[float], list[float], d
 # What decays: matrices, and by option biases and norms. With both there is no second group.
 @pytest.mark.parametrize(
     ("processes", "tp_size", "layout", "zero", "name"),
-    [(1, 1, "latent", "zero0", "both_biases_gelu_tanh"), (2, 2, "rank", "zero3", "ranks_by_layer"),
+    [(1, 1, "latent", "zero0", "both_biases_gelu_tanh"), (2, 2, "column_row", "zero3", "ranks_by_layer"),
      (2, 1, "latent", "zero1", "output_biases"), (2, 1, "latent", "zero2", "first_layer_dense")],
 )  # fmt: skip
 def test_biases_and_norms_decay_by_option(world, processes, tp_size, layout, zero, name):
@@ -118,19 +118,19 @@ CASES = [
     (1, 1, "latent", "zero0", "s1_lpa"),
     (1, 1, "latent", "zero3", "s1_lpa"),
     (2, 1, "latent", "zero0", "s1_lpa"),
-    (2, 2, "rank", "zero0", "s1_lpa"),
+    (2, 2, "column_row", "zero0", "s1_lpa"),
     (2, 2, "latent", "zero1", "s1_lpa"),
     (2, 1, "latent", "zero2", "s2_low_all"),
     (2, 1, "latent", "zero3_offload", "s2_low_all"),
-    (2, 2, "rank", "zero3", "s2_low_all"),
-    (4, 2, "rank", "zero1", "s2_low_all"),
+    (2, 2, "column_row", "zero3", "s2_low_all"),
+    (4, 2, "column_row", "zero1", "s2_low_all"),
     (4, 2, "latent", "zero2", "gqa_wide_heads"),
-    (4, 2, "rank", "zero3", "s1_low_all"),
+    (4, 2, "column_row", "zero3", "s1_low_all"),
     (4, 2, "latent", "zero3", "s2_lpa"),
     (4, 4, "latent", "zero3", "tied_gelu_padded"),
     (4, 2, "latent", "zero3_offload", "padded_with_bias"),
     (2, 1, "latent", EVERY_PARAMETER, "tied_gelu_padded"),
-    (4, 2, "rank", EVERY_PARAMETER, "s1_low_all"),
+    (4, 2, "column_row", EVERY_PARAMETER, "s1_low_all"),
     (4, 2, "latent", EVERY_PARAMETER, "gqa_wide_heads"),
     (4, 4, "latent", EVERY_PARAMETER, "tied_gelu_padded"),
 ]
@@ -169,7 +169,7 @@ def test_fp32_training_equals_plain_pytorch(world, processes, tp_size, layout, z
 def test_bf16_training_follows_plain_pytorch(world, processes, tp_size, zero, precision):
     model = MODELS["s2_lpa"]
     losses, norms, _weights = plain_pytorch(model)
-    config = run_config(model, tp_size, "rank", zero, precision=precision)
+    config = run_config(model, tp_size, "column_row", zero, precision=precision)
     results = world(processes).run(train_with_deepspeed, config)
     for rank_losses, rank_norms, _ in results:
         assert rank_losses == pytest.approx(losses, rel=5e-3)  # bf16 keeps 8 bits
@@ -215,7 +215,7 @@ def test_activation_checkpointing_changes_nothing(world, processes, tp_size, zer
 def test_dropout_draws_the_same_masks_whatever_the_tensor_parallel_size(world):
     model = replace(MODELS["s1_lpa"], dropout=0.2)
     one = world(1).run(train_with_deepspeed, run_config(model, 1, "latent", "zero3"))[0]
-    two = world(2).run(train_with_deepspeed, run_config(model, 2, "rank", "zero3"))[0]
+    two = world(2).run(train_with_deepspeed, run_config(model, 2, "column_row", "zero3"))[0]
     four = world(4).run(train_with_deepspeed, run_config(model, 4, "latent", "zero1"))[0]
     without = world(1).run(
         train_with_deepspeed, run_config(replace(model, dropout=0.0), 1, "latent", "zero3")
@@ -246,8 +246,10 @@ def test_zero_init_keeps_each_tensor_parallel_ranks_own_slice(world):
     model = MODELS["s1_low_all"]
     whole = Decoder(model, ParallelGroups.single())
     initialize(whole, model, ParallelGroups.single(), TrainConfig().seed)
-    for tp_rank, shards in world(4).run(shards_under_zero_init, run_config(model, 2, "rank", "zero3")):
-        specs = {n: spec_of(p) for n, p in Decoder(model, ParallelGroups.single(), "rank").named_parameters()}
+    for tp_rank, shards in world(4).run(shards_under_zero_init, run_config(model, 2, "column_row", "zero3")):
+        specs = {
+            n: spec_of(p) for n, p in Decoder(model, ParallelGroups.single(), "column_row").named_parameters()
+        }
         for name, parameter in whole.named_parameters():
             dim = specs[name].tp_dim
             own = parameter.detach() if dim is None else parameter.detach().chunk(2, dim)[tp_rank]

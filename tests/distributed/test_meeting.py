@@ -279,7 +279,7 @@ def test_processes_of_one_machine_are_not_open_to_others(world: Any) -> None:
 
 PROCESS = """
 import os, psutil
-from megatron_lpa.engine.launch import start_distributed
+from megatron_lpa.engine.joining import start_distributed
 start_distributed(1)
 print(sorted({c.laddr.ip for c in psutil.Process().net_connections("tcp") if c.status == "LISTEN"}))
 """

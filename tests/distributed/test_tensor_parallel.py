@@ -19,7 +19,7 @@ from megatron_lpa.parallel.sharding import merge, spec_of
 from megatron_lpa.planning.accounting import collective_elements_per_token
 
 BATCH, SEED = 3, 5
-LAYOUTS = ("rank", "latent")
+LAYOUTS = ("column_row", "latent")
 
 
 def random_ids(model: ModelConfig) -> torch.Tensor:
@@ -74,7 +74,7 @@ CASES = [
 ]
 # The fused kernel's turn is in tests/kernels.
 CASES += [
-    (name, tp_size, "rank", path)
+    (name, tp_size, "column_row", path)
     for name in ("s1_low_all", "s2_lpa", "s2_low_all", "s2_lpa_kv", "gqa_wide_heads")
     for tp_size in (1, 2)
     for path in ("joined", "merged")
@@ -158,7 +158,7 @@ WIDE = ModelConfig(
     [
         # Elements per token before the factor (T-1)/T at d = 4096, r = 512; an all-reduce of n counts 2n.
         (None, "latent", 2 * 4096, 2 * 4096),
-        (512, "rank", 3 * 4096 + 512 + 2 * 4096, 3 * 4096 + 512 + 2 * 4096),
+        (512, "column_row", 3 * 4096 + 512 + 2 * 4096, 3 * 4096 + 512 + 2 * 4096),
         (512, "latent", 3 * 512 + 2 * 512, 3 * 512 + 2 * 4096),
     ],
 )

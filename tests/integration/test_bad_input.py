@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from launching import SMALL, Launch, launch
 
+from megatron_lpa.data.storage.dataset_manifest import Checksums, Manifest, TokenizerRecord, write_manifest
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
-from megatron_lpa.data.storage.manifest import Checksums, Manifest, TokenizerRecord, write_manifest
 
 
 def manifest(fingerprint: str, vocab_size: int) -> Manifest:

@@ -58,7 +58,7 @@ def engine_of() -> Iterator[Callable[[RunConfig, bool], Any]]:
     """Builds an engine of one process: as training does, or with DeepSpeed, as with several replicas."""
     pytest.importorskip("deepspeed", reason="needs DeepSpeed")
     from megatron_lpa.engine import build
-    from megatron_lpa.engine.launch import start_distributed, stop_distributed
+    from megatron_lpa.engine.joining import start_distributed, stop_distributed
 
     groups = start_distributed(1)
 

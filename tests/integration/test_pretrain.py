@@ -55,7 +55,7 @@ def test_a_run_leaves_its_config_metrics_and_a_checkpoint(undisturbed):
     ("processes", "more"),
     [
         (1, ["--train.deepspeed_config", "zero0"]),
-        (2, ["--parallel.tensor_parallel_size", "2", "--parallel.lowdim_layout", "rank"]),
+        (2, ["--parallel.tensor_parallel_size", "2", "--parallel.lowdim_layout", "column_row"]),
         (2, ["--train.deepspeed_config", "zero1", "--train.micro_batch_size", "4"]),
         (4, ["--parallel.tensor_parallel_size", "2", "--train.deepspeed_config", "zero3_offload"]),
     ],

@@ -46,7 +46,7 @@ def copy_until(undisturbed: Path, name: str, step: int) -> Path:
 def test_a_run_goes_on_through_three_other_layouts_with_the_same_curve(folder, undisturbed):
     copy_until(undisturbed, "moving", 2)
     legs = [
-        (4, 2, ["--train.deepspeed_config", "zero1", "--parallel.lowdim_layout", "rank"]),
+        (4, 2, ["--train.deepspeed_config", "zero1", "--parallel.lowdim_layout", "column_row"]),
         (6, 2, ["--parallel.tensor_parallel_size", "2", "--model.pad_vocab_to_multiple_of", "2"]),
         (8, 4, ["--parallel.tensor_parallel_size", "2", "--model.pad_vocab_to_multiple_of", "4",
                 "--train.deepspeed_config", "zero2", "--train.micro_batch_size", "4"]),

@@ -92,7 +92,7 @@ def test_a_stop_in_a_validation_changes_no_record(folder, undisturbed, tmp_path,
 
 def test_a_complete_run_is_left_as_it_is(folder, undisturbed):
     before = contents(undisturbed)
-    again = launch(arguments("never-stopped", "--parallel.lowdim_layout", "rank"), 2, folder)
+    again = launch(arguments("never-stopped", "--parallel.lowdim_layout", "column_row"), 2, folder)
     assert again.codes == [0, 0], again.stderr
     assert "is complete: all 8 steps are trained (step_00000008, valid loss " in again.stdout[0]
     assert "not used now: parallel.lowdim_layout was latent, is rank" in again.stdout[0]

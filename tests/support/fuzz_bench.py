@@ -1,6 +1,6 @@
 """One run of preprocessing on a malformed input, compared with what the oracle says of it.
 
-The cases are in ``tests/unit/data/test_data_fuzz_*.py``. Each is made from a seed that its failure prints.
+The cases are in ``tests/unit/preparation/test_preparation_fuzz_*.py``. Each is made from a seed that its failure prints.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import pytest
 import tokenizers
 
 from megatron_lpa.data.storage.indexed import IndexedDataset
-from megatron_lpa.data.tokenizers.loading import load_tokenizer
+from megatron_lpa.data.tokenizers.opening import load_tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.preparation import encode as encode_module
 from megatron_lpa.preparation import preprocess as preprocess_module

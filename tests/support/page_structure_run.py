@@ -56,9 +56,9 @@ MODEL = replace(
 )  # fmt: skip
 LAYOUTS = [
     Layout(2, 1, "zero1", "latent"),
-    Layout(4, 2, "zero3", "rank"),
+    Layout(4, 2, "zero3", "column_row"),
     Layout(2, 2, "zero2", "latent"),
-    Layout(2, 1, EVERY_PARAMETER, "rank"),
+    Layout(2, 1, EVERY_PARAMETER, "column_row"),
 ]
 
 
@@ -161,8 +161,8 @@ def converts(checkpoint: Path, state: dict) -> None:
     native = checkpoint.parent / "native" / checkpoint.name
     native.parent.mkdir()
     tool("convert_checkpoint.py", checkpoint, "--output", native, "--tensor-parallel-size", 2,
-         "--data-parallel-size", 3, "--lowdim-layout", "rank")  # fmt: skip
-    found = {key: value.numpy() for key, value in reassembled(native, MODEL, 2, "rank").items()}
+         "--data-parallel-size", 3, "--lowdim-layout", "column_row")  # fmt: skip
+    found = {key: value.numpy() for key, value in reassembled(native, MODEL, 2, "column_row").items()}
     assert_same_bits(found, state)
     weights = load_file(native / "weights" / "model.safetensors")
     assert {n: w.shape for n, w in weights.items()} == {

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_lpa.data.storage.checksums import block_digests
-from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
-from megatron_lpa.data.storage.manifest import (
+from megatron_lpa.data.storage.dataset_manifest import (
     Checksums,
     Manifest,
     SourceRecord,
@@ -20,6 +19,7 @@ from megatron_lpa.data.storage.manifest import (
     TokenizerRecord,
     write_manifest,
 )
+from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
 
 VOCAB_SIZE, EOD = 1000, 0
 TOKENIZER = TokenizerRecord("tok", "f" * 64, VOCAB_SIZE, EOD)

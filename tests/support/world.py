@@ -50,7 +50,7 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    from megatron_lpa.engine.launch import start_distributed, stop_distributed
+    from megatron_lpa.engine.joining import start_distributed, stop_distributed
 
     start_distributed(1)
     while (message := pipe.recv()) is not None:

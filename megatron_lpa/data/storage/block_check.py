@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lpa.data.storage.checksums import BlockHasher, block_digests
-from megatron_lpa.data.storage.manifest import Manifest, manifest_path
+from megatron_lpa.data.storage.dataset_manifest import Manifest, manifest_path
 from megatron_lpa.errors import UserError
 
 

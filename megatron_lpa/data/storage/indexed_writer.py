@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from megatron_lpa.data.storage.checksums import BLOCK_BYTES, BlockHasher
+from megatron_lpa.data.storage.dataset_manifest import Checksums
 from megatron_lpa.data.storage.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, bin_path, idx_path
-from megatron_lpa.data.storage.manifest import Checksums
 from megatron_lpa.data.storage.partial_file import PartialFile, explained_write_errors
 from megatron_lpa.data.storage.reading import blocks_of, stream_of
 from megatron_lpa.errors import UserError

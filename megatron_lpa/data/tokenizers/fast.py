@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_lpa.data.tokenizers.base import Tokenizer, first_line, is_panic, shortened
 from megatron_lpa.data.tokenizers.gigatoken_engine import (
     GigatokenEngine,
     build_from_json,
@@ -19,6 +18,7 @@ from megatron_lpa.data.tokenizers.gigatoken_engine import (
 from megatron_lpa.data.tokenizers.probe import probe_texts
 from megatron_lpa.data.tokenizers.reference import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_lpa.data.tokenizers.tiktoken_ranks import GIGATOKEN_SCHEMES, TiktokenTokenizer
+from megatron_lpa.data.tokenizers.tokenizer import Tokenizer, first_line, is_panic, shortened
 from megatron_lpa.errors import UserError
 
 Engine = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]

@@ -15,7 +15,14 @@ import orjson
 import sentencepiece
 import tokenizers
 
-from megatron_lpa.data.tokenizers.base import check_ids, find_eod, first_line, is_panic, read_bytes, to_arrays
+from megatron_lpa.data.tokenizers.tokenizer import (
+    check_ids,
+    find_eod,
+    first_line,
+    is_panic,
+    read_bytes,
+    to_arrays,
+)
 from megatron_lpa.errors import UserError
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import tiktoken
 
 from megatron_lpa.data.storage.reading import exists
-from megatron_lpa.data.tokenizers.base import (
+from megatron_lpa.data.tokenizers.tokenizer import (
     check_ids,
     find_eod,
     first_line,

@@ -12,7 +12,7 @@ from megatron_lpa.engine.fragments import state_is_finite
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import largest_of_all, together
 from megatron_lpa.records import Record
-from megatron_lpa.train.callbacks.base import SAID, Callback, RollBack, Sink, StepReport
+from megatron_lpa.train.callbacks.callback import SAID, Callback, RollBack, Sink, StepReport
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.rollback import DIVERGED
 from megatron_lpa.train.state import Run

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_lpa.record_values import NOT_FINITE
 from megatron_lpa.records import Record
-from megatron_lpa.train.callbacks.base import SAID, Sink
+from megatron_lpa.train.callbacks.callback import SAID, Sink
 from megatron_lpa.train.state import Run
 
 COLUMNS = 79

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from megatron_lpa.parallel.agreement import gather_numbers
-from megatron_lpa.train.callbacks.base import Callback, RollBack, StepReport
+from megatron_lpa.train.callbacks.callback import Callback, RollBack, StepReport
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.state import Run
 

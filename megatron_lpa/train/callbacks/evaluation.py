@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_lpa.config import TrainConfig
 from megatron_lpa.data.samples import Samples
-from megatron_lpa.train.callbacks.base import Callback, StepReport
+from megatron_lpa.train.callbacks.callback import Callback, StepReport
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.evaluation import evaluate_split
 from megatron_lpa.train.state import Run

@@ -16,7 +16,7 @@ from megatron_lpa.parallel.agreement import gather_numbers, largest_of_all, toge
 from megatron_lpa.planning.accounting import flops_per_token_training
 from megatron_lpa.record_values import CannotRecord, finished
 from megatron_lpa.records import Record
-from megatron_lpa.train.callbacks.base import SAID, Callback, Sink, StepReport
+from megatron_lpa.train.callbacks.callback import SAID, Callback, Sink, StepReport
 from megatron_lpa.train.hardware import peak_flops_per_second, peak_memory_bytes
 from megatron_lpa.train.state import Run
 

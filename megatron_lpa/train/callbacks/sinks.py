@@ -17,7 +17,7 @@ from megatron_lpa.files import LASTING, patiently
 from megatron_lpa.record_values import encoded
 from megatron_lpa.records import Kept, Record, Steps, keep_records, write_again
 from megatron_lpa.run_folder import DAMAGED_METRICS, METRICS, open_own
-from megatron_lpa.train.callbacks.base import Sink
+from megatron_lpa.train.callbacks.callback import Sink
 from megatron_lpa.train.run_lock import RunLock
 from megatron_lpa.train.state import Run
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_lpa.records import Record
 from megatron_lpa.run_folder import TENSORBOARD
-from megatron_lpa.train.callbacks.base import Sink
+from megatron_lpa.train.callbacks.callback import Sink
 from megatron_lpa.train.callbacks.views import numbers
 from megatron_lpa.train.state import Run
 

@@ -17,7 +17,7 @@ from megatron_lpa.errors import UserError
 from megatron_lpa.files import read_text, write_whole
 from megatron_lpa.records import Record
 from megatron_lpa.run_folder import SUPERSEDED, WANDB, WANDB_ID
-from megatron_lpa.train.callbacks.base import Sink
+from megatron_lpa.train.callbacks.callback import Sink
 from megatron_lpa.train.callbacks.views import any_record, history, numbers
 from megatron_lpa.train.state import Run
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_call
-from benchmarks.processes import ROOT
+from benchmarks.commands import ROOT
 from megatron_lpa.errors import UserError
 
 PLAYED_SUITE = """

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu_packages, gpu_wheels
+from benchmarks.commands import ROOT
 from benchmarks.gpu_packages import CARRIED, EXPECTED, runs_here, to_install, wheels_by_name
-from benchmarks.processes import ROOT
 from megatron_lpa.errors import UserError
 from megatron_lpa.ops.dispatch import TUNING_FOLDER
 

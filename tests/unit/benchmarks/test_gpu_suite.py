@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite, suite_parts, suite_tests, train_step
+from benchmarks.commands import ROOT
 from benchmarks.kernel_timing import Setting
-from benchmarks.processes import ROOT
 from benchmarks.step_config import Contender
 from benchmarks.suite_parts import Suite
 

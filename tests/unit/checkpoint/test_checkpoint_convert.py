@@ -51,7 +51,7 @@ def assert_same_bits(actual: State, expected: State) -> None:
 
 @pytest.mark.parametrize(
     ("tp", "dp", "lowdim"),
-    [(1, 1, "latent"), (1, 3, "rank"), (2, 2, "latent"), (4, 1, "rank"), (4, 2, "latent")],
+    [(1, 1, "latent"), (1, 3, "column_row"), (2, 2, "latent"), (4, 1, "column_row"), (4, 2, "latent")],
 )
 def test_every_bit_of_the_state_arrives_once_and_the_files_are_equally_large(
     tmp_path: Path, saved: tuple[Path, State], tp: int, dp: int, lowdim: str
@@ -70,16 +70,18 @@ def test_the_manifest_is_the_source_s_but_for_layout_and_files(
     tmp_path: Path, saved: tuple[Path, State]
 ) -> None:
     run, _ = saved
-    convert_in(run, tmp_path / "deep" / NAME, 4, 2, "rank")
+    convert_in(run, tmp_path / "deep" / NAME, 4, 2, "column_row")
     found = read_manifest(tmp_path / "deep" / NAME)
     verify_files(tmp_path / "deep" / NAME, found, found["files"])
     before, after = manifest_of(run / "checkpoints" / NAME), manifest_of(tmp_path / "deep" / NAME)
     for key in ("format", "versions", "progress", "validation_loss", "decisions", "order", "model", "config"):
         assert after[key] == before[key], key
-    moved = {"tensor_parallel_size": 4, "data_parallel_size": 2, "lowdim_layout": "rank"}
+    moved = {"tensor_parallel_size": 4, "data_parallel_size": 2, "lowdim_layout": "column_row"}
     assert after["layout"] == {**before["layout"], **moved}
     assert after["converted"]["layout"] == before["layout"]
-    expected = {n: {"shape": [*s.shape], "tp_dim": s.tp_dim} for n, s in specs_of(MODEL, "rank").items()}
+    expected = {
+        n: {"shape": [*s.shape], "tp_dim": s.tp_dim} for n, s in specs_of(MODEL, "column_row").items()
+    }
     assert after["state"] == {**before["state"], "parameters": expected}
     assert expected != before["state"]["parameters"]
     assert len(after["files"]) == 9
@@ -87,7 +89,7 @@ def test_the_manifest_is_the_source_s_but_for_layout_and_files(
 
 def test_there_and_back_again_is_byte_for_byte_the_same(tmp_path: Path, saved: tuple[Path, State]) -> None:
     convert_in(saved[0], tmp_path / "a" / NAME, 2, 2)
-    convert_in(tmp_path / "a" / NAME, tmp_path / "b" / NAME, 4, 1, "rank")
+    convert_in(tmp_path / "a" / NAME, tmp_path / "b" / NAME, 4, 1, "column_row")
     convert_in(tmp_path / "b" / NAME, tmp_path / "c" / NAME, 2, 2)
     files = manifest_of(tmp_path / "a" / NAME)["files"]
     assert manifest_of(tmp_path / "c" / NAME)["files"] == files
@@ -144,7 +146,7 @@ def test_weights_of_several_files_are_those_that_training_writes(
 
 def test_vocabulary_padding_and_a_tied_matrix_stay(tmp_path: Path) -> None:
     model = MODELS["tied_gelu_padded"]
-    state = random_checkpoint(tmp_path, model, tp_size=4, lowdim="rank")
+    state = random_checkpoint(tmp_path, model, tp_size=4, lowdim="column_row")
     convert_in(tmp_path / NAME, tmp_path / "o" / NAME, 2, 2)
     assert_same_bits(reassembled(tmp_path / "o" / NAME, model, 2, "latent"), state)
     assert not [name for name, _ in state if name.startswith("head.")]
@@ -165,11 +167,11 @@ def loaded(path: Path) -> object:
 def test_the_universal_folder_holds_whole_tensors_and_nothing_that_could_run(
     tmp_path: Path, optimizer_step: int
 ) -> None:
-    state = random_checkpoint(tmp_path, MODEL, lowdim="rank", optimizer_step=optimizer_step)
+    state = random_checkpoint(tmp_path, MODEL, lowdim="column_row", optimizer_step=optimizer_step)
     written = write_universal(find_source(tmp_path / NAME), tmp_path / "o")
     assert (tmp_path / "o" / "latest_universal").read_text() == NAME
     zero = tmp_path / "o" / NAME / "zero"
-    specs = specs_of(MODEL, "rank")
+    specs = specs_of(MODEL, "column_row")
     assert {path.name for path in zero.iterdir() if path.is_dir()} == set(specs)
     for name, spec in specs.items():
         assert {path.name for path in (zero / name).iterdir()} == {
@@ -202,8 +204,8 @@ def test_the_universal_folder_holds_whole_tensors_and_nothing_that_could_run(
 def test_the_universal_tensors_are_cut_for_the_layout_asked_for(
     tmp_path: Path, saved: tuple[Path, State]
 ) -> None:
-    write_universal(find_source(saved[0]), tmp_path / "o", "rank")
-    specs = specs_of(MODEL, "rank")
+    write_universal(find_source(saved[0]), tmp_path / "o", "column_row")
+    specs = specs_of(MODEL, "column_row")
     changed = [name for name, spec in specs_of(MODEL, "latent").items() if spec.tp_dim != specs[name].tp_dim]
     assert changed
     for name in changed:

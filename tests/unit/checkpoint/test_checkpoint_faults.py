@@ -11,7 +11,7 @@ import torch
 
 from megatron_lpa.checkpoint.tensor_file import write_tensors
 from megatron_lpa.config import TrainConfig
-from megatron_lpa.engine.launch import collective_timeout, explained_losses
+from megatron_lpa.engine.joining import collective_timeout, explained_losses
 from megatron_lpa.errors import EXIT_HANG, RankError, RankHang
 
 

@@ -289,7 +289,7 @@ def test_weights_can_be_used_with_less(tmp_path: Path) -> None:
 
 def test_what_conversions_and_saves_write_today_is_read_and_kept(tmp_path: Path) -> None:
     random_checkpoint(tmp_path / "run/checkpoints", MODELS["tied_gelu_padded"])
-    convert(find_source(tmp_path / "run"), tmp_path / "step_00000007", TargetLayout(1, 2, "rank"))
+    convert(find_source(tmp_path / "run"), tmp_path / "step_00000007", TargetLayout(1, 2, "column_row"))
     for checkpoint in (tmp_path / "run/checkpoints/step_00000007", tmp_path / "step_00000007"):
         found, written = read_manifest(checkpoint), manifest_of(checkpoint)
         verify_files(checkpoint, found, found["files"])
@@ -328,7 +328,7 @@ def test_a_model_too_large_to_build_is_refused_at_once(tmp_path: Path) -> None:
     ):
         put(tmp_path / "step_00000007", changed(sound, ("model", setting), value))
         with pytest.raises(UserError, match="convert with the version that wrote it") as told:
-            convert(find_source(tmp_path / "step_00000007"), tmp_path / "o", TargetLayout(1, 1, "rank"))
+            convert(find_source(tmp_path / "step_00000007"), tmp_path / "o", TargetLayout(1, 1, "column_row"))
         assert "\n" not in str(told.value) and len(str(told.value)) < 600
     assert time.monotonic() - started < 20 and not os.path.lexists(tmp_path / "o")
 

@@ -237,5 +237,5 @@ def test_a_forced_path_needs_both_factors_in_one_place(path):
     text = refusal(forced, "--parallel.tensor_parallel_size=4", "--parallel.lowdim_layout=latent")
     assert (
         f"kernels.lowdim is {path}" in text
-        and "set parallel.lowdim_layout to rank, or kernels.lowdim to auto" in text
+        and "set parallel.lowdim_layout to column_row, or kernels.lowdim to auto" in text
     )

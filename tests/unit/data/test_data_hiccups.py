@@ -25,10 +25,10 @@ from megatron_lpa.data.identity import identity_of, same_files
 from megatron_lpa.data.index_cache import IndexCache, SampleIndex
 from megatron_lpa.data.splits import open_splits
 from megatron_lpa.data.storage.checksums import block_digests
+from megatron_lpa.data.storage.dataset_manifest import read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset
-from megatron_lpa.data.storage.manifest import read_manifest
 from megatron_lpa.data.storage.partial_file import explained_write_errors
-from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
+from megatron_lpa.data.tokenizers.opening import load_tokenizer, save_tokenizer
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.inspection.statistics import summarize
 from megatron_lpa.inspection.verification import verify

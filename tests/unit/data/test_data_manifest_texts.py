@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from support.token_datasets import random_documents, write_dataset
 
-from megatron_lpa.data.storage.manifest import read_manifest
+from megatron_lpa.data.storage.dataset_manifest import read_manifest
 from megatron_lpa.errors import UserError
 from megatron_lpa.preparation.preprocess_config import PreprocessConfig, check_options
 from megatron_lpa.preparation.sources import resolve_inputs

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
+from megatron_lpa.data.tokenizers.opening import load_tokenizer, save_tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.preparation.train_tokenizer import train_tokenizer
 

@@ -17,11 +17,11 @@ from test_data_tokenizer_texts import LLAMA3_PATTERN, breaking_texts, random_tex
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, trainers
 
 from megatron_lpa.data.tokenizers import fast as fast_tokenizer
-from megatron_lpa.data.tokenizers.base import Tokenizer
 from megatron_lpa.data.tokenizers.fast import FastTokenizer, first_difference
 from megatron_lpa.data.tokenizers.gigatoken_engine import GigatokenEngine, build_from_json
-from megatron_lpa.data.tokenizers.loading import load_tokenizer
+from megatron_lpa.data.tokenizers.opening import load_tokenizer
 from megatron_lpa.data.tokenizers.probe import probe_texts
+from megatron_lpa.data.tokenizers.tokenizer import Tokenizer
 from megatron_lpa.errors import UserError
 
 

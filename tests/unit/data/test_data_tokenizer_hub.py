@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from megatron_lpa.data.tokenizers import hub as tokenizer_hub
-from megatron_lpa.data.tokenizers.loading import load_tokenizer
+from megatron_lpa.data.tokenizers.opening import load_tokenizer
 from megatron_lpa.errors import UserError
 
 

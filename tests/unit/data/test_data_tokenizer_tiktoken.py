@@ -12,7 +12,7 @@ import tokenizers
 from test_data_tokenizer_texts import GPT2_BYTES, breaking_texts, random_texts
 
 from megatron_lpa.data.tokenizers.fast import FastTokenizer
-from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
+from megatron_lpa.data.tokenizers.opening import load_tokenizer, save_tokenizer
 from megatron_lpa.data.tokenizers.tiktoken_ranks import TiktokenTokenizer
 from megatron_lpa.errors import UserError
 

@@ -23,7 +23,7 @@ from megatron_lpa.config import (
     TrainConfig,
     save_config,
 )
-from megatron_lpa.data.tokenizers.loading import Tokenizer, load_tokenizer
+from megatron_lpa.data.tokenizers.opening import Tokenizer, load_tokenizer
 from megatron_lpa.model.init import initialize, named_parameters_once
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups

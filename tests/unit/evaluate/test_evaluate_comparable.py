@@ -16,7 +16,7 @@ from support.preprocessing import run_tool
 
 from megatron_lpa.config import DataConfig
 from megatron_lpa.data.splits import open_splits
-from megatron_lpa.data.tokenizers.loading import load_tokenizer
+from megatron_lpa.data.tokenizers.opening import load_tokenizer
 from megatron_lpa.evaluate.comparable import WAY_OUT, text_bytes
 from megatron_lpa.evaluate.report import NOT_COMPARABLE, report_text, summarize
 from megatron_lpa.preparation.train_tokenizer import train_tokenizer

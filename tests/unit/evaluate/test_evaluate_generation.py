@@ -17,7 +17,7 @@ from torch import nn
 
 from megatron_lpa import files
 from megatron_lpa.config import ModelConfig
-from megatron_lpa.data.tokenizers.loading import Tokenizer
+from megatron_lpa.data.tokenizers.opening import Tokenizer
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.evaluate.generation import Sampling, _choose, generate_ids, generate_text
 from megatron_lpa.model.transformer import Decoder

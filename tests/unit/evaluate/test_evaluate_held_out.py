@@ -18,9 +18,9 @@ from support.token_datasets import TOKENIZER, write_dataset
 
 from megatron_lpa.config import DataConfig
 from megatron_lpa.data.splits import Splits, open_splits
+from megatron_lpa.data.storage.dataset_manifest import Manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset
-from megatron_lpa.data.storage.manifest import Manifest
-from megatron_lpa.data.tokenizers.loading import Tokenizer
+from megatron_lpa.data.tokenizers.opening import Tokenizer
 from megatron_lpa.evaluate.perplexity import TextLoss, sum_of
 from megatron_lpa.model.transformer import Decoder
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from megatron_lpa.data.gpt_dataset import GPTDataset
 from megatron_lpa.data.storage.indexed import IndexedDataset
-from megatron_lpa.data.tokenizers.loading import Tokenizer
+from megatron_lpa.data.tokenizers.opening import Tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.perplexity import TextLoss, count_text, ids_of_texts, measure
 from megatron_lpa.model.transformer import Decoder

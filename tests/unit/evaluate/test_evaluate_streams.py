@@ -16,7 +16,7 @@ from support.token_datasets import random_documents, write_dataset
 from megatron_lpa.config import DataConfig
 from megatron_lpa.data.splits import open_splits
 from megatron_lpa.data.storage.indexed import HEADER, MAGIC, VERSION, IndexedDataset
-from megatron_lpa.data.tokenizers.loading import Tokenizer
+from megatron_lpa.data.tokenizers.opening import Tokenizer
 from megatron_lpa.evaluate import perplexity
 from megatron_lpa.evaluate.held_out import DatasetTokens, SplitTokens
 from megatron_lpa.evaluate.perplexity import Part, count_text, measure

@@ -17,7 +17,7 @@ import torch
 
 from megatron_lpa import files
 from megatron_lpa.config import KernelConfig, load_config, save_config
-from megatron_lpa.data.tokenizers.loading import save_tokenizer
+from megatron_lpa.data.tokenizers.opening import save_tokenizer
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.evaluate.trained import find_checkpoint, load_run, required_tokenizer
 from megatron_lpa.model.transformer import Decoder

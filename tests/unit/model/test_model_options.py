@@ -32,7 +32,7 @@ def built(model: ModelConfig, layout: str = "latent") -> Decoder:
     return Decoder(model, ParallelGroups.single(), layout)
 
 
-@pytest.mark.parametrize("layout", ["rank", "latent"])
+@pytest.mark.parametrize("layout", ["column_row", "latent"])
 @pytest.mark.parametrize("name", MODELS)
 def test_counts_are_those_of_the_built_decoder(name: str, layout: str) -> None:
     model = MODELS[name]
@@ -120,4 +120,8 @@ def test_what_decays(biases: bool, norms: bool) -> None:
 def test_structures_are_those_of_the_layer() -> None:
     dense, pair = (output_structure("o", BY_LAYER.at_layer(n), 1, "latent") for n in (0, 2))
     assert set(dense.specs()) == {"weight", "bias"} and pair.specs()["w_a"].shape == (4, 32)
-    assert set(input_structure("q", MODELS["output_biases"], 2, "rank").specs()) == {"w_a", "w_b", "bias_b"}
+    assert set(input_structure("q", MODELS["output_biases"], 2, "column_row").specs()) == {
+        "w_a",
+        "w_b",
+        "bias_b",
+    }

@@ -13,8 +13,8 @@ from support.models import MODELS
 from torch.nn import functional
 
 from megatron_lpa.config import KernelConfig, ModelConfig
+from megatron_lpa.model.dtypes import autocast_dtype, weights_dtype
 from megatron_lpa.model.init import initialize
-from megatron_lpa.model.precision import autocast_dtype, weights_dtype
 from megatron_lpa.model.recompute import recompute_for
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups

@@ -20,7 +20,7 @@ from megatron_lpa.config import (
 )
 from megatron_lpa.layers.attention import rope_tables
 from megatron_lpa.layers.linear import input_structure, output_structure
-from megatron_lpa.model.precision import autocast_dtype
+from megatron_lpa.model.dtypes import autocast_dtype
 from megatron_lpa.model.transformer import Decoder, DecoderLayer
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.planning.accounting import (
@@ -116,7 +116,7 @@ def test_flops_of_the_3b_models_are_what_arithmetic_allows() -> None:
         # dense: all-reduce of the output; in backward, of the input's gradient. 2 * 4096.
         ("latent", False, 8192, 8192),
         # rank: 3 * 4096 + 512 + 2 * 4096; in backward gathers in place of scatters.
-        ("rank", True, 20992, 20992),
+        ("column_row", True, 20992, 20992),
         # latent: 3 * 512 + 2 * 512; in backward 3 * 512 + 2 * 4096.
         ("latent", True, 2560, 9728),
     ],
@@ -144,7 +144,7 @@ def test_elements_moved_by_a_lowdim_swiglu_ffn_with_grouped_queries() -> None:
     latent = collective_elements_per_token(model, ParallelConfig(2, "latent"))
     assert (latent.attention_forward, latent.attention_backward) == (4 + 2 * 16, 4 + 2 * 16)
     assert (latent.ffn_forward, latent.ffn_backward) == (2 + 6 + 2 * 8, 2 + 6 + 2 * 16)
-    rank = collective_elements_per_token(model, ParallelConfig(2, "rank"))
+    rank = collective_elements_per_token(model, ParallelConfig(2, "column_row"))
     assert (rank.attention_forward, rank.attention_backward) == (8 + 2 * 16, 8 + 2 * 16)  # k is 2 x 4 wide
     assert (rank.ffn_forward, rank.ffn_backward) == (24 + 24 + 8 + 2 * 16, 24 + 24 + 8 + 2 * 16)
 
@@ -152,12 +152,12 @@ def test_elements_moved_by_a_lowdim_swiglu_ffn_with_grouped_queries() -> None:
 def test_parameters_of_one_tensor_parallel_rank() -> None:
     # Whole on both ranks: norms 80, positions 32, the biases of o and down 2(8+8); in `latent` also their
     # W_B, 2(8*4 + 8*2). The rest of 920 is halved.
-    assert parameters_per_tensor_rank(SMALL, ParallelConfig(2, "rank")) == 144 + (920 - 144) // 2
+    assert parameters_per_tensor_rank(SMALL, ParallelConfig(2, "column_row")) == 144 + (920 - 144) // 2
     assert parameters_per_tensor_rank(SMALL, ParallelConfig(2, "latent")) == 240 + (920 - 240) // 2
     assert parameters_per_tensor_rank(SMALL, ParallelConfig(1, "latent")) == 920
 
 
-@pytest.mark.parametrize("layout", ["rank", "latent"])
+@pytest.mark.parametrize("layout", ["column_row", "latent"])
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("name", [name for name in preset_names() if not name.endswith("same_param")])
 def test_projections_agree_with_what_the_layers_allocate(name: str, tp_size: int, layout: str) -> None:
@@ -256,7 +256,7 @@ def test_saved_bytes_are_what_autograd_keeps(model: ModelConfig, precision: str)
     assert sum(storage.nbytes() for storage in kept.values()) == expected
 
 
-@pytest.mark.parametrize(("layout", "latents"), [("latent", 8), ("rank", 4)])
+@pytest.mark.parametrize(("layout", "latents"), [("latent", 8), ("column_row", 4)])
 def test_activations_of_a_hand_counted_layer(layout: str, latents: int) -> None:
     parallel = ParallelConfig(2, layout)  # type: ignore[arg-type]
     train = TrainConfig(micro_batch_size=3, precision="bf16")

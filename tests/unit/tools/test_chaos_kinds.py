@@ -20,12 +20,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from fault_injection import judge
+from fault_injection.fault_plan import Fault
 from fault_injection.interposed import Disk
 from fault_injection.kinds import MALFORMED
 from fault_injection.malformed import malform
-from fault_injection.plan import Fault
+from fault_injection.one_start import Result, Start, path_pattern
 from fault_injection.planting import Planted, of_mismatch, of_planted, refusal, tree
-from fault_injection.start import Result, Start, path_pattern
 from megatron_lpa import files
 from megatron_lpa.errors import TryAgain
 

@@ -12,12 +12,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from fault_injection import judge
+from fault_injection.fault_plan import Fault, Layout, Scenario
 from fault_injection.kinds import LINKS, MAY_STAY
-from fault_injection.plan import Fault, Layout, Scenario
+from fault_injection.launches import Event
+from fault_injection.one_start import Result, Start
 from fault_injection.planting import Planted, tree
-from fault_injection.processes import Event
 from fault_injection.scenario import Going
-from fault_injection.start import Result, Start
 from megatron_lpa import files
 
 

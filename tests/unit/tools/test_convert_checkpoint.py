@@ -43,13 +43,13 @@ def test_from_a_shell_without_deepspeed(run: Path, tmp_path: Path) -> None:
     )
     output = tmp_path / "moved" / NAME
     argv = [str(run), "--output", str(output), "--tensor-parallel-size", "4", "--data-parallel-size", "2"]
-    argv += ["--lowdim-layout", "rank", "--weights-dtype", "fp32"]
+    argv += ["--lowdim-layout", "column_row", "--weights-dtype", "fp32"]
     done = subprocess.run([sys.executable, "-c", code, str(TOOL), *argv], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     files = [path for path in output.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     assert re.fullmatch(
-        rf"{output}: step 7 of {run}/checkpoints/{NAME} as tensor parallel 4, data parallel 2, rank; "
+        rf"{output}: step 7 of {run}/checkpoints/{NAME} as tensor parallel 4, data parallel 2, column_row; "
         rf"10 files, {size:,} bytes, \d+\.\d s\n",
         done.stdout,
     )
@@ -59,7 +59,7 @@ def test_from_a_shell_without_deepspeed(run: Path, tmp_path: Path) -> None:
     assert (layout["tensor_parallel_size"], layout["data_parallel_size"], layout["lowdim_layout"]) == (
         4,
         2,
-        "rank",
+        "column_row",
     )
 
 

@@ -14,8 +14,8 @@ from types import ModuleType
 import pytest
 from support.token_datasets import random_documents, write_dataset
 
-from megatron_lpa.data.storage.manifest import TokenizerRecord
-from megatron_lpa.data.tokenizers.loading import load_tokenizer
+from megatron_lpa.data.storage.dataset_manifest import TokenizerRecord
+from megatron_lpa.data.tokenizers.opening import load_tokenizer
 from megatron_lpa.preparation.train_tokenizer import train_tokenizer
 
 TOOL = Path(__file__).parents[3] / "tools" / "inspect_dataset.py"

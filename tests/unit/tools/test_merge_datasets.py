@@ -15,8 +15,8 @@ from pydoc_data.topics import topics
 import pytest
 from support.token_datasets import random_documents, write_dataset
 
+from megatron_lpa.data.storage.dataset_manifest import read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset
-from megatron_lpa.data.storage.manifest import read_manifest
 from megatron_lpa.preparation.train_tokenizer import train_tokenizer
 
 TOOL = Path(__file__).parents[3] / "tools" / "merge_datasets.py"

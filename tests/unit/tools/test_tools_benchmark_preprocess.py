@@ -190,7 +190,7 @@ def test_repeated_text_varies_and_is_reproducible(benchmark: ModuleType) -> None
 
 
 def test_memory_counts_child_processes(benchmark: ModuleType) -> None:
-    from benchmarks.processes import run_command
+    from benchmarks.commands import run_command
 
     hold = "import time; held = bytearray(80_000_000); time.sleep(0.7)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from fault_injection import checks
 from fault_injection.disk import damage
+from fault_injection.fault_plan import make_plan, short_plan
 from fault_injection.kinds import DAMAGES, SHARES, SITES
-from fault_injection.plan import make_plan, short_plan
 from megatron_lpa.checkpoint.manifest import sealed
 
 

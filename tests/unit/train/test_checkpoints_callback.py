@@ -13,7 +13,7 @@ from megatron_lpa.checkpoint.manifest import Progress
 from megatron_lpa.checkpoint.unrecorded import NOTHING_UNRECORDED
 from megatron_lpa.config.run import TrainConfig
 from megatron_lpa.engine.checkpoint import CheckpointNotWritten
-from megatron_lpa.engine.launch import collective_timeout
+from megatron_lpa.engine.joining import collective_timeout
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.callbacks import checkpoints as module

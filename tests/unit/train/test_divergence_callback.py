@@ -23,7 +23,7 @@ from megatron_lpa.checkpoint.manifest import Progress
 from megatron_lpa.config.run import TrainConfig
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.callbacks import divergence as module
-from megatron_lpa.train.callbacks.base import RollBack
+from megatron_lpa.train.callbacks.callback import RollBack
 from megatron_lpa.train.callbacks.divergence import Divergence
 
 SKIPPED = None

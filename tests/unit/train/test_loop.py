@@ -13,7 +13,7 @@ from megatron_lpa.config.run import TrainConfig
 from megatron_lpa.errors import AgreedProblem
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train import loop
-from megatron_lpa.train.callbacks.base import Callback
+from megatron_lpa.train.callbacks.callback import Callback
 
 
 class Told(Callback):

@@ -12,8 +12,8 @@ from megatron_lpa.config import RunConfig
 from megatron_lpa.config.model import ModelConfig
 from megatron_lpa.config.run import DataConfig, TrainConfig
 from megatron_lpa.data.splits import Splits
+from megatron_lpa.data.storage.dataset_manifest import Checksums, Manifest, TokenizerRecord, write_manifest
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
-from megatron_lpa.data.storage.manifest import Checksums, Manifest, TokenizerRecord, write_manifest
 from megatron_lpa.errors import UserError
 from megatron_lpa.train.data import check_tokenizer, open_data
 

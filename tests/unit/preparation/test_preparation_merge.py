@@ -12,9 +12,9 @@ import pytest
 from support.token_datasets import TOKENIZER, random_documents, write_dataset
 
 from megatron_lpa.data.storage.checksums import block_digests
+from megatron_lpa.data.storage.dataset_manifest import SubsetCount, manifest_path, read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.indexed_writer import write_index
-from megatron_lpa.data.storage.manifest import SubsetCount, manifest_path, read_manifest
 from megatron_lpa.data.storage.partial_file import PartialFile
 from megatron_lpa.errors import UserError
 from megatron_lpa.preparation import merge as merge_module

@@ -18,8 +18,8 @@ import zstandard
 from support.preprocessing import ROOT, outputs, run_tool, write_jsonl
 from transformers import PreTrainedTokenizerFast
 
+from megatron_lpa.data.storage.dataset_manifest import read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset
-from megatron_lpa.data.storage.manifest import read_manifest
 from megatron_lpa.errors import UserError
 from megatron_lpa.preparation.preprocess import preprocess
 from megatron_lpa.preparation.preprocess_config import PreprocessConfig

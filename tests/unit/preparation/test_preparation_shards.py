@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_lpa.data.storage.manifest import read_manifest
+from megatron_lpa.data.storage.dataset_manifest import read_manifest
 from megatron_lpa.errors import UserError
 from megatron_lpa.preparation.preprocess import preprocess
 from megatron_lpa.preparation.preprocess_config import PreprocessConfig

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fault_injection.disk import SmallDisk
+from fault_injection.fault_plan import INTERVAL, Fault, Layout, Scenario
 from fault_injection.kinds import ENDING, OF_CHECKPOINT
-from fault_injection.plan import INTERVAL, Fault, Layout, Scenario
-from fault_injection.processes import GRACE_S, Event, Ranks
+from fault_injection.launches import GRACE_S, Event, Ranks
 from fault_injection.runs import START_LIMIT_S, nan_spec
 
 LONGEST_S = 150.0

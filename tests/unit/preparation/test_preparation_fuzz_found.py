@@ -11,9 +11,9 @@ from pyarrow import parquet
 
 from megatron_lpa.errors import UserError
 from megatron_lpa.preparation import readers
+from megatron_lpa.preparation.documents import Selection, parse_chunk, read_texts
 from megatron_lpa.preparation.ledger import Ledger, State, ledger_path
 from megatron_lpa.preparation.readers import Chunk, SourceReader
-from megatron_lpa.preparation.records import Selection, parse_chunk, read_texts
 from megatron_lpa.preparation.sources import file_sources
 
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from support.fuzz_bench import Bench, mutated, reproducible, time_limit
 
+from megatron_lpa.data.storage.dataset_manifest import Manifest, read_manifest
 from megatron_lpa.data.storage.indexed import HEADER, MAGIC, IndexedDataset
-from megatron_lpa.data.storage.manifest import Manifest, read_manifest
 from megatron_lpa.errors import UserError
 from megatron_lpa.inspection.document_view import view_document
-from megatron_lpa.inspection.report import summary_json, summary_text
+from megatron_lpa.inspection.rendering import summary_json, summary_text
 from megatron_lpa.inspection.statistics import summarize
 from megatron_lpa.inspection.verification import verify
 from megatron_lpa.preparation.merge import merge
@@ -251,7 +251,7 @@ def run_headers(folder: str) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures with Linux's /proc")
 def test_headers_of_any_counts_need_little_memory(datasets: Path) -> None:
-    code = f"import test_data_fuzz_files; test_data_fuzz_files.run_headers({str(datasets)!r})"
+    code = f"import test_preparation_fuzz_files; test_preparation_fuzz_files.run_headers({str(datasets)!r})"
     root = Path(__file__).parents[3]
     environment = {
         "PYTHONPATH": f"{Path(__file__).parent}:{root / 'tests'}:{root}",

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from support.token_datasets import EOD, VOCAB_SIZE, random_documents, write_dataset
 
+from megatron_lpa.data.storage.dataset_manifest import Manifest, SubsetCount
 from megatron_lpa.data.storage.indexed import HEADER, IndexedDataset
-from megatron_lpa.data.storage.manifest import Manifest, SubsetCount
 from megatron_lpa.errors import UserError
 from megatron_lpa.inspection import index_check, token_check
 from megatron_lpa.inspection.problems import Problem

@@ -18,9 +18,9 @@ from pyarrow import parquet
 
 from megatron_lpa.errors import UserError
 from megatron_lpa.preparation import readers
+from megatron_lpa.preparation.documents import Selection, parse_chunk, read_texts
 from megatron_lpa.preparation.hub_datasets import dataset_source
 from megatron_lpa.preparation.readers import SourceReader
-from megatron_lpa.preparation.records import Selection, parse_chunk, read_texts
 from megatron_lpa.preparation.sources import file_sources, resolve_inputs, shard_of
 
 TEXTS = [

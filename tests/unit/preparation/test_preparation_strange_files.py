@@ -19,10 +19,10 @@ from support.token_datasets import random_documents, write_dataset
 from megatron_lpa.config.run import DataConfig
 from megatron_lpa.data.index_cache import IndexCache, SampleIndex
 from megatron_lpa.data.splits import open_splits
+from megatron_lpa.data.storage.dataset_manifest import read_manifest
 from megatron_lpa.data.storage.indexed import HEADER, IndexedDataset
-from megatron_lpa.data.storage.manifest import read_manifest
 from megatron_lpa.data.tokenizers.gigatoken_engine import refusal
-from megatron_lpa.data.tokenizers.loading import load_tokenizer, save_tokenizer
+from megatron_lpa.data.tokenizers.opening import load_tokenizer, save_tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.preparation.sources import file_sources
 
@@ -238,7 +238,7 @@ def test_nesting_without_end_is_one_line(tmp_path: Path, bpe_folder: Path, name:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / name).write_text(NESTED[kind])
     code = (
-        "import sys\nfrom megatron_lpa.data.tokenizers.loading import load_tokenizer\n"
+        "import sys\nfrom megatron_lpa.data.tokenizers.opening import load_tokenizer\n"
         "from megatron_lpa.errors import UserError\n"
         "try: load_tokenizer(sys.argv[1])\nexcept UserError as error: print(error)"
     )

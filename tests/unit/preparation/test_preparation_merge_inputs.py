@@ -11,8 +11,8 @@ import pytest
 from support.token_datasets import TOKENIZER, random_documents, write_dataset
 
 from megatron_lpa.command_line import natural_key
+from megatron_lpa.data.storage.dataset_manifest import Manifest, SourceRecord, manifest_path, read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset
-from megatron_lpa.data.storage.manifest import Manifest, SourceRecord, manifest_path, read_manifest
 from megatron_lpa.errors import UserError
 from megatron_lpa.preparation.merge import merge
 from megatron_lpa.preparation.merge_inputs import resolve_prefixes

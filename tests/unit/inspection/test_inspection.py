@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from support.token_datasets import EOD, random_documents, write_dataset
 
+from megatron_lpa.data.storage.dataset_manifest import TokenizerRecord
 from megatron_lpa.data.storage.indexed import IndexedDataset, best_dtype
 from megatron_lpa.data.storage.indexed_writer import write_index
-from megatron_lpa.data.storage.manifest import TokenizerRecord
-from megatron_lpa.data.tokenizers.loading import load_tokenizer
+from megatron_lpa.data.tokenizers.opening import load_tokenizer
 from megatron_lpa.errors import UserError
 from megatron_lpa.inspection import statistics as inspection
 from megatron_lpa.inspection.document_view import view_document
-from megatron_lpa.inspection.report import length_figure, summary_json, summary_text
+from megatron_lpa.inspection.rendering import length_figure, summary_json, summary_text
 from megatron_lpa.inspection.statistics import LengthCounter, summarize
 
 LENGTHS = {
