@@ -58,7 +58,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
 
     from megatron_lpa.config import load_config
-    from megatron_lpa.engine.build import Engine
+    from megatron_lpa.engine.build import build_engine
     from megatron_lpa.engine.joining import start_distributed, stop_distributed
     from megatron_lpa.planning.accounting import count_parameters
 
@@ -67,7 +67,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ["--preset", arguments.preset, "--train.deepspeed_config", arguments.deepspeed_config,
          "--train.global_batch_size", "1", "--train.micro_batch_size", "1", "--model.dropout", "0", *overrides]
     )  # fmt: skip
-    engine = Engine(config, start_distributed(1))
+    engine = build_engine(config, start_distributed(1))
     ids = torch.randint(config.model.vocab_size, (1, config.model.sequence_length + 1))
 
     def step() -> float:
@@ -105,12 +105,14 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _save(engine: Any, folder: Path, number: int, overlap: bool, step: Any) -> dict[str, float]:
-    from megatron_lpa.checkpoint.manifest import Progress, SampleOrder
+    from megatron_lpa.checkpoint.progress import Progress, SampleOrder
+    from megatron_lpa.checkpoint.saving import begin_save
     from megatron_lpa.checkpoint.store import Retention
-    from megatron_lpa.engine.checkpoint import Saving
+    from megatron_lpa.engine.engine_state import EngineState
 
     started = time.perf_counter()
-    saving = Saving(engine, folder, Progress(number), SampleOrder(0, 1, 1), Retention(1), overlap=overlap)
+    order = SampleOrder(0, 1, 1)
+    saving = begin_save(EngineState(engine), folder, Progress(number), order, Retention(1), overlap=overlap)
     steps = []
     while not saving.written_here:
         steps.append(step())
@@ -124,11 +126,13 @@ def _save(engine: Any, folder: Path, number: int, overlap: bool, step: Any) -> d
 
 
 def _load(engine: Any, folder: Path) -> float:
-    from megatron_lpa.checkpoint.manifest import SampleOrder, complete_checkpoints
-    from megatron_lpa.engine.resume import load_checkpoint
+    from megatron_lpa.checkpoint.manifest import complete_checkpoints
+    from megatron_lpa.checkpoint.progress import SampleOrder
+    from megatron_lpa.checkpoint.resume import load_checkpoint
+    from megatron_lpa.engine.engine_state import EngineState
 
     started = time.perf_counter()
-    load_checkpoint(engine, complete_checkpoints(folder)[-1], SampleOrder(0, 1, 1))
+    load_checkpoint(EngineState(engine), complete_checkpoints(folder)[-1], SampleOrder(0, 1, 1))
     return time.perf_counter() - started
 
 

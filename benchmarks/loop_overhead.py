@@ -25,7 +25,7 @@ from megatron_lpa.config import load_config, validate_config
 from megatron_lpa.data.splits import open_splits
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.data.storage.partial_file import write_json
-from megatron_lpa.engine.build import Engine
+from megatron_lpa.engine.build import build_engine
 from megatron_lpa.engine.joining import start_distributed, stop_distributed
 from megatron_lpa.model.init import initialize
 from megatron_lpa.model.transformer import Decoder
@@ -78,7 +78,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     )  # fmt: skip
     validate_config(config, 1)
     groups = start_distributed(1)
-    engine = Engine(config, groups)
+    engine = build_engine(config, groups)
     splits = open_splits(config.data, config.model.sequence_length, config.train.seed)
     run = Run(config, folder, engine, splits, sample_order(config, splits), steps=10**6)
     bare = bare_loop(run)

@@ -287,7 +287,7 @@ def engine_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
     groups = ParallelGroups.create(1) if torch.distributed.is_initialized() else start_distributed(1)
     with unittest.mock.patch.object(build, "initialize", random_values):
         plain_linear = functional.linear
-        engine = build.Engine(config, groups)
+        engine = build.build_engine(config, groups)
         # ZeRO-3 replaces this function for the whole process. Another loop in it must not run DeepSpeed's.
         engines_linear, functional.linear = functional.linear, plain_linear
     batches = random_batches(config, device)

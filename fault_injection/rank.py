@@ -70,7 +70,7 @@ class Places:
         _shorten_pauses()
 
     def _wrap_steps(self) -> None:
-        from megatron_lpa.engine.build import Engine
+        from megatron_lpa.engine.stepping import Engine
         from megatron_lpa.train import loop
 
         read, load, train_step = loop._read_batches, loop.load_batch, Engine.train_step
@@ -121,7 +121,7 @@ class Places:
             self.tell(event="clock", step=step)
 
     def _wrap_load(self) -> None:
-        from megatron_lpa.engine import resume
+        from megatron_lpa.checkpoint import resume
 
         restore = resume._restore
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -31,10 +30,15 @@ import megatron_lpa
 from megatron_lpa.checkpoint.convert_source import Parameter, Source, SourceState
 from megatron_lpa.checkpoint.manifest import MANIFEST, WrittenFile, layout_in, sealed, verify_files
 from megatron_lpa.checkpoint.new_folder import new_folder
-from megatron_lpa.checkpoint.reshard import MASTER, fragment_key, shard_name
 from megatron_lpa.checkpoint.store import write_durably
-from megatron_lpa.checkpoint.tensor_file import LazyTensor, write_lazily
-from megatron_lpa.checkpoint.weights_files import INDEX, SHARD_BYTES, index_text, weights_name
+from megatron_lpa.checkpoint.tensor_file import (
+    SHARD_BYTES,
+    LazyTensor,
+    weights_name,
+    write_index,
+    write_lazily,
+)
+from megatron_lpa.checkpoint.training_state import MASTER, fragment_key, shard_name
 from megatron_lpa.config.precision import PRECISIONS
 from megatron_lpa.errors import UserError
 from megatron_lpa.model.dtypes import DTYPES
@@ -183,9 +187,9 @@ def _write_weights(
         for number, group in enumerate(groups, start=1)
     ]
     if len(files) > 1:
-        text = index_text(files, [[lazy.key for lazy in group] for group in groups])
-        write_durably(partial / "weights" / INDEX, text)
-        files.append(WrittenFile(INDEX, len(text), hashlib.sha256(text.encode()).hexdigest()))
+        files.append(
+            write_index(partial / "weights", files, [[lazy.key for lazy in group] for group in groups])
+        )
     return [WrittenFile(f"weights/{file.name}", file.bytes, file.sha256) for file in files]
 
 

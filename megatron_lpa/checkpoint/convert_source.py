@@ -12,13 +12,14 @@ import torch
 from megatron_lpa.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpoint,
-    Progress,
     checkpoint_folders,
     read_manifest,
     step_of,
     verify_files,
 )
-from megatron_lpa.checkpoint.reshard import MASTER, MOMENTS, StateReader, shard_box
+from megatron_lpa.checkpoint.progress import Progress
+from megatron_lpa.checkpoint.reshard import StateReader, shard_box
+from megatron_lpa.checkpoint.training_state import KINDS, MASTER
 from megatron_lpa.config import ModelConfig, ProjectionConfig, ProjectionsConfig
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import is_dir
@@ -77,7 +78,7 @@ class Source:
     @property
     def kinds(self) -> tuple[str, ...]:
         """What the state holds of every parameter."""
-        return (MASTER, *MOMENTS) if self.optimizer_step else (MASTER,)
+        return KINDS if self.optimizer_step else (MASTER,)
 
     def parameters(self, lowdim_layout: str) -> list[Parameter]:
         """All parameters in the model's order, split as ``lowdim_layout`` splits them.

@@ -10,11 +10,12 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_lpa.checkpoint.manifest_schema import check_manifest
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.config.run import EARLIER_LAYOUTS
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import (
@@ -40,46 +41,6 @@ MOST_MANIFEST_BYTES = 64 << 20
 
 class DamagedCheckpoint(UserError):
     """A checkpoint that is not what was written: another one may be used in its place."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come; with the config it determines everything that follows.
-
-    Args:
-        step: optimizer steps done.
-        consumed_samples: sequences read for training.
-        consumed_tokens: tokens predicted in training.
-        skipped_samples: samples passed over when the run went back to a checkpoint; they count as neither.
-    """
-
-    step: int = 0
-    consumed_samples: int = 0
-    consumed_tokens: int = 0
-    skipped_samples: int = 0
-
-    @property
-    def position(self) -> int:
-        """Where in the order of samples the next step begins."""
-        return self.consumed_samples + self.skipped_samples
-
-
-@dataclass(frozen=True)
-class SampleOrder:
-    """What the order of training samples depends on: with it, consumed samples say which come next.
-
-    Args:
-        seed: the run's seed.
-        samples_per_epoch: samples of the training split that can be read before any comes again.
-        samples_per_step: the global batch size; steps, and so the length and the schedule, count in it.
-        data: what tells the data from other data: hashes of contents, ranges of documents, weights; no
-            paths and no dates.
-    """
-
-    seed: int
-    samples_per_epoch: int
-    samples_per_step: int
-    data: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

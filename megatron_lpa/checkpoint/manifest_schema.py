@@ -15,8 +15,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megatron_lpa.checkpoint.decisions import decisions_from_json
-from megatron_lpa.checkpoint.unrecorded import unrecorded_from_json
+from megatron_lpa.checkpoint.progress import decisions_from_json, unrecorded_from_json
 from megatron_lpa.config import ModelConfig
 from megatron_lpa.config.precision import PRECISIONS
 from megatron_lpa.config.run import EARLIER_LAYOUTS

@@ -19,11 +19,7 @@ import torch
 
 from megatron_lpa.checkpoint.manifest import MANIFEST, DamagedCheckpoint
 from megatron_lpa.checkpoint.tensor_reader import TensorFiles
-
-WHOLE = "whole"
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What a state holds of each parameter: the fp32 value, and AdamW's moments."""
+from megatron_lpa.checkpoint.training_state import shard_name
 
 BLOCK_ELEMENTS = 1 << 18
 """Read at a time where only some columns are wanted: 1 MiB, which stays in the processor's caches."""
@@ -92,16 +88,6 @@ def _cuts(dimensions: int, *boxes: Box) -> tuple[int, int]:
     if len(cut) == 2:
         return cut[0], cut[1]
     return 0, max([min(1, dimensions), *cut])
-
-
-def shard_name(tp_dim: int | None, tp_rank: int, tp_size: int) -> str:
-    """How files call a shard: its tensor-parallel rank, or ``whole``."""
-    return WHOLE if tp_dim is None or tp_size == 1 else str(tp_rank)
-
-
-def fragment_key(name: str, kind: str, shard: str, start: int) -> str:
-    """The key of a fragment in a file."""
-    return f"{name}/{kind}/{shard}/{start}"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ damaged from outside. What is on its way in or out has a name of its own:
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 import stat
@@ -32,6 +31,7 @@ from megatron_lpa.checkpoint.manifest import (
     paths_in,
     step_of,
 )
+from megatron_lpa.checkpoint.progress import due_at
 from megatron_lpa.config import TrainConfig
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.files import exists, fsync_folder, is_link, new_file, patiently, refuse_link, status
@@ -284,11 +284,6 @@ def prune(folder: Path, retention: Retention) -> None:
             _warn(f"an old checkpoint cannot be removed: {error}")
 
 
-def due_at(step: int, interval: int) -> bool:
-    """Whether a run that is never stopped has a checkpoint of this step; never without an interval."""
-    return bool(interval) and step % interval == 0
-
-
 def _was_due(checkpoint: Path, said: dict[str, Any], interval: int) -> bool:
     """Whether it was due at its interval when it was written; by today's where its manifest does not say."""
     return bool(said.get("at_interval", due_at(step_of(checkpoint), interval)))
@@ -368,11 +363,6 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
     free = patiently(lambda: shutil.disk_usage(folder).free, folder)
     if free < needed_bytes:
         raise OSError(f"{folder}: a checkpoint takes {_size(needed_bytes)} but {_size(free)} are free")
-
-
-def finite_or_none(loss: float | None) -> float | None:
-    """A loss as JSON can hold it."""
-    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def _size(count: int) -> str:

@@ -1,19 +1,29 @@
-"""Writing safetensors files piece by piece: no second copy in memory, and hashed on the way."""
+"""Writing safetensors files piece by piece: no second copy in memory, and hashed on the way.
+
+Weights may take several files; these come with an index in the format of Hugging Face's sharded checkpoints.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from megatron_lpa.checkpoint.manifest import WrittenFile
+from megatron_lpa.checkpoint.store import write_durably
+from megatron_lpa.files import fsync_folder
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 << 30
 
 _ALIGNMENT = 8
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -122,3 +132,93 @@ def write_lazily(
             path.unlink()
         raise
     return WrittenFile(name, size, digest.hexdigest())
+
+
+def write_weights(
+    weights: Iterable[tuple[str, torch.Tensor | None]], folder: Path, shard_bytes: int = SHARD_BYTES
+) -> list[WrittenFile]:
+    """Write unsharded weights, without a second copy of more than ``shard_bytes`` and one parameter.
+
+    Args:
+        weights: names and values, None for what other ranks write. Gone through to the end even after a failure, as
+            making them may take collectives, in which other ranks would wait. Where all values are None nothing is written.
+        folder: where to.
+        shard_bytes: length of a file from which on another is begun.
+
+    Returns:
+        The files, named inside ``folder``.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    failure: OSError | None = None
+    files: list[WrittenFile] = []
+    names_in: list[list[str]] = []
+    pending: dict[str, torch.Tensor] = {}
+    pending_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending_bytes
+        name = f"part-{len(files):05d}.safetensors"
+        files.append(write_tensors(folder, name, list(pending.items()), {"format": "pt"}))
+        names_in.append(list(pending))
+        pending.clear()
+        pending_bytes = 0
+
+    for name, full in weights:
+        if full is None or failure is not None:
+            continue
+        try:
+            pending[name] = full.cpu()
+            pending_bytes += full.numel() * full.element_size()
+            if pending_bytes >= shard_bytes:
+                flush()
+        except OSError as error:
+            failure = error
+            pending.clear()
+    try:
+        if failure is None and pending:
+            flush()
+        if failure is None and files:
+            return _name_files(folder, files, names_in)
+    except OSError as error:
+        failure = error
+    if failure is not None:
+        raise OSError(f"{folder}: {failure}")
+    return []
+
+
+def _name_files(folder: Path, files: list[WrittenFile], names_in: list[list[str]]) -> list[WrittenFile]:
+    count = len(files)
+    renamed = []
+    for number, file in enumerate(files, start=1):
+        name = weights_name(number, count)
+        (folder / file.name).rename(folder / name)
+        renamed.append(dataclasses.replace(file, name=name))
+    if count > 1:
+        renamed.append(write_index(folder, renamed, names_in))
+    fsync_folder(folder)
+    return renamed
+
+
+def weights_name(number: int, count: int) -> str:
+    """The name of one of ``count`` files; numbers begin at 1."""
+    return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, files: Sequence[WrittenFile], names_in: Sequence[Sequence[str]]) -> WrittenFile:
+    """Write the index of several files.
+
+    Args:
+        folder: where they lie.
+        files: named inside it.
+        names_in: the parameters that each of them holds.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    weight_map = {name: file.name for file, names in zip(files, names_in, strict=True) for name in names}
+    total = sum(file.bytes for file in files)
+    text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+    write_durably(folder / INDEX, text)
+    return WrittenFile(INDEX, len(text), hashlib.sha256(text.encode()).hexdigest())

@@ -38,8 +38,8 @@ from megatron_lpa.checkpoint.convert import Converted
 from megatron_lpa.checkpoint.convert_source import Parameter, Source, SourceState
 from megatron_lpa.checkpoint.manifest import layout_in, size_of
 from megatron_lpa.checkpoint.new_folder import new_folder
-from megatron_lpa.checkpoint.reshard import MASTER, MOMENTS
 from megatron_lpa.checkpoint.store import write_durably
+from megatron_lpa.checkpoint.training_state import MASTER, MOMENTS
 from megatron_lpa.files import files_below, new_file, patiently, sha256
 
 LATEST = "latest_universal"

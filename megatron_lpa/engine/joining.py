@@ -13,7 +13,8 @@ from contextlib import redirect_stdout
 
 import torch
 
-# DeepSpeed picks its accelerator when it is imported and warns on a machine without one.
+# DeepSpeed picks its accelerator when it is imported and warns on a machine without one. Whoever needs DeepSpeed takes
+# it from here.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

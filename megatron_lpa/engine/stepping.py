@@ -1,4 +1,6 @@
-"""What turns losses into optimizer steps: DeepSpeed, or plain PyTorch where one process holds each part of the model.
+"""A step of training: what turns micro-batches into losses and losses into an optimizer step.
+
+That is DeepSpeed, or plain PyTorch where one process holds each part of the model.
 
 ZeRO divides state over data-parallel replicas. With one replica there is nothing to divide, at any stage, but DeepSpeed's
 flat buffers and copies would be paid for in every step; ``OneReplica`` does the same arithmetic without them.
@@ -6,25 +8,37 @@ flat buffers and copies would be paid for in every step; ``OneReplica`` does the
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_lpa.engine.joining import device_of_rank  # imported first: sets the accelerator
-from megatron_lpa.engine.mpu import ModelParallelUnit
+from megatron_lpa.config import RunConfig
+from megatron_lpa.model.init import named_parameters_once
+from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.parallel.rng import seed_dropout
 from megatron_lpa.parallel.sharding import spec_of
-
-import deepspeed  # isort: skip
 
 OptimizerOf = Callable[[Callable[[nn.Parameter], torch.Tensor]], torch.optim.Optimizer]
 """Builds the optimizer; takes what it steps on in place of each parameter."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step computed.
+
+    Args:
+        loss: mean loss of this rank's micro-batches, 0-d fp32, on the device.
+        grad_norm: global gradient norm before clipping; a tensor stays on the device until someone reads it.
+    """
+
+    loss: torch.Tensor
+    grad_norm: float | torch.Tensor
 
 
 class Stepper(Protocol):
@@ -73,6 +87,9 @@ class OneReplica:
         groups: process groups, with one data-parallel rank.
         micro_steps: micro-batches per step.
         clip: largest global norm; 0 turns clipping off.
+
+    Attributes:
+        master_of: what AdamW steps on for each parameter: fp32, the parameter itself where that is fp32.
     """
 
     def __init__(
@@ -95,14 +112,10 @@ class OneReplica:
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 take = _GradientTaker(master)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(take))
-        self._master_of: dict[torch.Tensor, torch.Tensor] = dict(
+        self.master_of: dict[torch.Tensor, torch.Tensor] = dict(
             zip(self.parameters, self.masters, strict=True)
         )
-        self.optimizer = optimizer_of(self.master_of)
-
-    def master_of(self, parameter: nn.Parameter) -> torch.Tensor:
-        """What AdamW steps on: fp32, the parameter itself where that is fp32."""
-        return self._master_of[parameter]
+        self.optimizer = optimizer_of(self.master_of.__getitem__)
 
     def __call__(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Losses (B, S)."""
@@ -168,29 +181,24 @@ class DeepSpeedStep:
     """DeepSpeed's engine around a module.
 
     Args:
-        module: the decoder, built for the configuration's stage.
-        ds_config: DeepSpeed's configuration.
-        optimizer_of: builds the optimizer inside.
+        ds: DeepSpeed's engine.
+        optimizer: what ``deepspeed.initialize`` returned as such.
         groups: process groups.
+        device: where this rank computes.
+        wrapped: whether DeepSpeed wraps the optimizer and reports a norm, as in every case but fp32 at stage 0.
     """
 
     def __init__(
-        self, module: nn.Module, ds_config: dict[str, Any], optimizer_of: OptimizerOf, groups: ParallelGroups
+        self, ds: Any, optimizer: Any, groups: ParallelGroups, device: torch.device, wrapped: bool
     ) -> None:
-        self.groups = groups
+        self.ds, self.optimizer, self.groups, self.device, self.wrapped = (
+            ds,
+            optimizer,
+            groups,
+            device,
+            wrapped,
+        )
         self._own_skipped_steps = 0
-        # DeepSpeed wraps the optimizer, and reports a norm, in every case but fp32 at stage 0.
-        self._plain_optimizer = ds_config["zero_optimization"]["stage"] == 0
-        assert not (self._plain_optimizer and ds_config["bf16"]["enabled"])
-        optimizer = optimizer_of(lambda parameter: parameter)
-        with redirect_stdout(io.StringIO()):  # DeepSpeed prints memory statistics whatever its log level
-            self.ds, self.optimizer, _, _ = deepspeed.initialize(
-                model=module,
-                optimizer=optimizer,
-                config=ds_config,
-                mpu=ModelParallelUnit(groups),
-                dist_init_required=False,
-            )
 
     @property
     def skipped_steps(self) -> int:
@@ -214,7 +222,7 @@ class DeepSpeedStep:
 
     def update(self) -> float | torch.Tensor:
         """Clip and step; the global norm before clipping."""
-        if not self._plain_optimizer:
+        if self.wrapped:
             self.ds.step()
             norm: float | torch.Tensor | None = self.ds.get_global_grad_norm()
             assert norm is not None
@@ -225,7 +233,7 @@ class DeepSpeedStep:
         self._own_skipped_steps += not finite
         # What DeepSpeed's optimizers do by themselves: nothing changes. PyTorch's AdamW calls this flag
         # by the name it has for gradient scaling.
-        self.optimizer.found_inf = None if finite else torch.ones((), device=device_of_rank())
+        self.optimizer.found_inf = None if finite else torch.ones((), device=self.device)
         self.ds.step()
         return norm
 
@@ -236,6 +244,115 @@ class DeepSpeedStep:
     def destroy(self) -> None:
         """Let go of hooks and memory."""
         self.ds.destroy()
+
+
+@dataclass(eq=False)
+class Engine:
+    """A decoder, its optimizer and its parallel state, as ``build.build_engine`` makes it.
+
+    Args:
+        config: a validated run.
+        groups: process groups of an initialised world.
+        device: where this rank computes.
+        module: the decoder.
+        stepper: what steps it.
+        micro_steps: micro-batches per optimizer step on each rank.
+        zero_stage: ZeRO's stage, as the run asks for it.
+        partition_stage: the stage that divides state here: 0 with one replica, which has nobody to share with.
+
+    Attributes:
+        parameters: by name, in the model's order.
+        specs: of the unsharded parameters, likewise.
+    """
+
+    config: RunConfig
+    groups: ParallelGroups
+    device: torch.device
+    module: Decoder
+    stepper: Stepper
+    micro_steps: int
+    zero_stage: int
+    partition_stage: int
+
+    def __post_init__(self) -> None:
+        self.parameters = dict(named_parameters_once(self.module))
+        self.specs = {name: spec_of(parameter) for name, parameter in self.parameters.items()}
+
+    @property
+    def optimizer(self) -> Any:
+        """PyTorch's, or DeepSpeed's around it."""
+        return self.stepper.optimizer
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing because the global norm of the gradient was not finite; equal on all ranks."""
+        return self.stepper.skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        self.stepper.skipped_steps = count
+
+    def train_step(
+        self, micro_batches: Sequence[torch.Tensor], first_samples: Sequence[int], lr: float
+    ) -> StepResult:
+        """Forward and backward over all micro-batches, then one optimizer step.
+
+        Args:
+            micro_batches: ``micro_steps`` tensors (B, S + 1) int64 on the CPU or the device.
+            first_samples: global index of each micro-batch's first sample; seeds dropout.
+            lr: learning rate of this step.
+        """
+        assert len(micro_batches) == self.micro_steps, (len(micro_batches), self.micro_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._set_training(True)
+        losses = []
+        for index, (batch, first_sample) in enumerate(zip(micro_batches, first_samples, strict=True)):
+            if self.config.model.dropout > 0:
+                seed_dropout(self.config.train.seed, first_sample)
+            ids = self.to_device(batch)
+            loss = self._counted(self.stepper(ids[:, :-1], ids[:, 1:])).mean()
+            self.stepper.backward(loss, last=index == self.micro_steps - 1)
+            losses.append(loss.detach())
+        grad_norm = self.stepper.update()
+        return StepResult(torch.stack(losses).mean(), grad_norm)
+
+    def _set_training(self, training: bool) -> None:
+        if self.module.training != training:  # it goes through all modules
+            self.module.train(training)
+
+    def to_device(self, batch: torch.Tensor) -> torch.Tensor:
+        """A CPU tensor on the device, without waiting for it: copies from unpinned memory would."""
+        if self.device.type == "cuda" and batch.device.type == "cpu":
+            batch = batch.pin_memory()  # the allocator reuses the pages only after the copy
+        return batch.to(self.device, non_blocking=True)
+
+    def losses(self, batch: torch.Tensor) -> torch.Tensor:
+        """Per-token losses (B, S) of ids (B, S + 1), without gradients or dropout; (B, S - 1) if the last does not count."""
+        self._set_training(False)
+        with torch.no_grad():
+            ids = self.to_device(batch)
+            return self._counted(self.stepper(ids[:, :-1], ids[:, 1:]))
+
+    def _counted(self, losses: torch.Tensor) -> torch.Tensor:
+        """Those of (B, S) losses that ``train.predict_next_block`` says."""
+        return losses if self.config.train.predict_next_block else losses[:, :-1]
+
+    def mean_over_replicas(self, value: torch.Tensor) -> torch.Tensor:
+        """Average of a tensor over data-parallel ranks."""
+        return self.sum_over_replicas(value) / self.groups.dp_size
+
+    def sum_over_replicas(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over data-parallel ranks."""
+        if self.groups.dp_size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total, group=self.groups.dp_group)
+        return total
+
+    def destroy(self) -> None:
+        """Let go of hooks and memory; the engine is of no use afterwards."""
+        self.stepper.destroy()
 
 
 PIECE = 1 << 16

@@ -15,7 +15,7 @@ from megatron_lpa.checkpoint.manifest import (
     read_manifest,
     verify_files,
 )
-from megatron_lpa.checkpoint.weights_reader import load_decoder
+from megatron_lpa.checkpoint.weights import load_decoder
 from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.config.kernels import anywhere
 from megatron_lpa.data.tokenizers.opening import Tokenizer, load_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import megatron_lpa
-from megatron_lpa.checkpoint.manifest import SampleOrder
+from megatron_lpa.checkpoint.progress import SampleOrder
 from megatron_lpa.config import RunConfig
 from megatron_lpa.data.splits import Splits
 from megatron_lpa.engine.ds_config import check_by_deepspeed, find_ds_config, read_zero_knobs

@@ -7,15 +7,15 @@ from typing import Any
 
 from megatron_lpa.checkpoint.manifest import (
     DamagedCheckpoint,
-    SampleOrder,
     complete_checkpoints,
     read_manifest,
     verify_files,
 )
+from megatron_lpa.checkpoint.progress import SampleOrder
+from megatron_lpa.checkpoint.resume import Resumed, refuse_other_run
 from megatron_lpa.config import RunConfig
 from megatron_lpa.config.compare import listed
 from megatron_lpa.data.splits import Splits
-from megatron_lpa.engine.resume import Resumed, refuse_other_run
 from megatron_lpa.errors import UserError
 from megatron_lpa.records import NoRecord, read_lines
 from megatron_lpa.run_folder import CHECKPOINTS, METRICS

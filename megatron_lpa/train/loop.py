@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from megatron_lpa.checkpoint.manifest import Progress
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.data.batches import load_batch
 from megatron_lpa.data.sampler import micro_batch_indices
 from megatron_lpa.errors import AgreedProblem, UserError

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.checkpoint.decisions import AT_START, Decisions, decisions_from_json, whole_number
+from megatron_lpa.checkpoint.progress import AT_START, Decisions, decisions_from_json, whole_number
+from megatron_lpa.checkpoint.resume import Resumed, load_newest
 from megatron_lpa.checkpoint.store import pass_over, retention_of, to_go_back_to
-from megatron_lpa.engine.resume import Resumed, load_newest
+from megatron_lpa.engine.engine_state import EngineState
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import UnusableFile, read_json, write_whole
 from megatron_lpa.parallel.agreement import from_first, together
@@ -53,7 +54,7 @@ def roll_back(run: Run, reason: str) -> Resumed:
     limit = run.config.train.max_rollbacks
     if run.decisions.rollbacks >= limit:
         raise UserError(f"{at}, after going back {limit} times (train.max_rollbacks): {DIVERGED}")
-    resumed = load_newest(run.engine, [run.checkpoints / name for name in names], run.order)
+    resumed = load_newest(EngineState(run.engine), [run.checkpoints / name for name in names], run.order)
     # The order of samples goes on where the bad step ended, so that its data is not read again.
     skipped = bad.position - resumed.progress.consumed_samples
     run.progress = dataclasses.replace(resumed.progress, skipped_samples=skipped)

@@ -8,20 +8,23 @@ import socket
 import sys
 from pathlib import Path
 
-from megatron_lpa.checkpoint.manifest import SampleOrder, checkpoint_folders
+from megatron_lpa.checkpoint.manifest import checkpoint_folders
+from megatron_lpa.checkpoint.progress import SampleOrder
+from megatron_lpa.checkpoint.resume import Resumed, load_newest
+from megatron_lpa.checkpoint.saving import CheckpointNotWritten
 from megatron_lpa.checkpoint.store import damaged_folders, give_names_back, has_checkpoints, tidy
 from megatron_lpa.config import RunConfig, save_config
 from megatron_lpa.data.splits import Splits
 from megatron_lpa.data.tokenizers.opening import load_tokenizer, save_tokenizer
-from megatron_lpa.engine.build import Engine
-from megatron_lpa.engine.checkpoint import CheckpointNotWritten
+from megatron_lpa.engine.build import build_engine
+from megatron_lpa.engine.engine_state import EngineState
 from megatron_lpa.engine.joining import (
     collective_timeout,
     explained_losses,
     start_distributed,
     stop_distributed,
 )
-from megatron_lpa.engine.resume import Resumed, load_newest
+from megatron_lpa.engine.stepping import Engine
 from megatron_lpa.errors import RankError, TryAgain, UserError
 from megatron_lpa.files import exists, patiently
 from megatron_lpa.ops.dispatch import requested_path
@@ -171,7 +174,7 @@ def _prepare(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog) -> R
 
 def _engine(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog) -> Engine:
     watchdog.enter("building the model")
-    return Engine(config, groups)
+    return build_engine(config, groups)
 
 
 def _has_nothing_to_do(
@@ -206,7 +209,7 @@ def _resume(run: Run) -> None:
     if found:
         run.enter("loading a checkpoint")
         resumed = load_newest(
-            run.engine,
+            EngineState(run.engine),
             [run.checkpoints / name for name in found],
             run.order,
             lambda resumed: refuse_other_end(

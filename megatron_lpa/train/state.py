@@ -6,13 +6,18 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_lpa.checkpoint.decisions import AT_START, Decisions
-from megatron_lpa.checkpoint.manifest import Progress, SampleOrder
-from megatron_lpa.checkpoint.unrecorded import NOTHING_UNRECORDED, Unrecorded
+from megatron_lpa.checkpoint.progress import (
+    AT_START,
+    NOTHING_UNRECORDED,
+    Decisions,
+    Progress,
+    SampleOrder,
+    Unrecorded,
+)
+from megatron_lpa.checkpoint.resume import Resumed
 from megatron_lpa.config import RunConfig
 from megatron_lpa.data.splits import Splits
-from megatron_lpa.engine.build import Engine
-from megatron_lpa.engine.resume import Resumed
+from megatron_lpa.engine.stepping import Engine
 from megatron_lpa.errors import AgreedProblem
 from megatron_lpa.parallel.agreement import gather_messages, largest_of_all, severity_of, worst_error
 from megatron_lpa.run_folder import CHECKPOINTS

@@ -19,9 +19,9 @@ from megatron_lpa.parallel.groups import ParallelGroups
 
 def a_step(config: RunConfig) -> tuple[float, float, list[float]]:
     """Loss and gradient norm of a step on half of a batch each, and the evaluated losses afterwards."""
-    from megatron_lpa.engine.build import Engine
+    from megatron_lpa.engine.build import build_engine
 
-    engine = Engine(config, groups_for(1))
+    engine = build_engine(config, groups_for(1))
     rows = batches(config.model)[0].chunk(2)[engine.groups.dp_rank].split(config.train.micro_batch_size)
     result = engine.train_step(list(rows), [0] * engine.micro_steps, OPTIM.lr)
     evaluated = engine.losses(batches(config.model)[1])

@@ -16,13 +16,8 @@ from safetensors.torch import load_file
 from support.models import MODELS
 from support.world import groups_for
 
-from megatron_lpa.checkpoint.manifest import (
-    MANIFEST,
-    Progress,
-    SampleOrder,
-    complete_checkpoints,
-    read_manifest,
-)
+from megatron_lpa.checkpoint.manifest import MANIFEST, complete_checkpoints, read_manifest
+from megatron_lpa.checkpoint.progress import Progress, SampleOrder
 from megatron_lpa.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_lpa.errors import UserError
 
@@ -54,28 +49,29 @@ def step(engine, number: int) -> float:
 
 
 def weights_of(engine) -> dict[str, np.ndarray]:
-    from megatron_lpa.engine.weights import unsharded
+    from megatron_lpa.engine.engine_state import EngineState
 
-    named = {name: unsharded(engine, p) for name, p in engine.module.named_parameters()}
+    named = dict(EngineState(engine).gathered_weights())
     return {name: value.float().numpy() for name, value in named.items() if value is not None}
 
 
 def undisturbed_and_resumed(run: RunConfig, folder: str) -> tuple:
     """Six steps in one go; and three, a checkpoint, a new engine, three more."""
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import save_checkpoint
-    from megatron_lpa.engine.resume import load_checkpoint
+    from megatron_lpa.checkpoint.resume import load_checkpoint
+    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
     groups = groups_for(run.parallel.tensor_parallel_size)
-    engine = Engine(run, groups)
+    engine = build_engine(run, groups)
     losses = [step(engine, n) for n in range(3)]
-    path = save_checkpoint(engine, Path(folder), Progress(3, 3 * BATCH, 99), ORDER)
+    path = save_checkpoint(EngineState(engine), Path(folder), Progress(3, 3 * BATCH, 99), ORDER)
     losses += [step(engine, n) for n in range(3, 6)]
     weights = weights_of(engine)
     engine.destroy()
 
     other = replace(run, train=replace(run.train, seed=run.train.seed + 1))  # other initial weights
-    resumed = Engine(other, groups)
+    resumed = build_engine(other, groups)
     progress = load_checkpoint(resumed, path, ORDER).progress
     resumed_losses = [step(resumed, n) for n in range(3, 6)]
     resumed_weights = weights_of(resumed)
@@ -110,30 +106,32 @@ def test_resuming_is_bitwise_equal_to_never_having_stopped(
 
 
 def save_only(run: RunConfig, folder: str, steps: int, keep: int = 0, shard_bytes: int | None = None) -> dict:
+    from megatron_lpa.checkpoint.saving import save_checkpoint
     from megatron_lpa.checkpoint.store import Retention
-    from megatron_lpa.engine import weights
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import save_checkpoint
+    from megatron_lpa.checkpoint.tensor_file import write_weights
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
+    engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
     for number in range(steps):
         step(engine, number)
-        save_checkpoint(engine, Path(folder), Progress(number + 1), ORDER, Retention(keep))
+        save_checkpoint(EngineState(engine), Path(folder), Progress(number + 1), ORDER, Retention(keep))
     named = weights_of(engine)
     if shard_bytes is not None:
-        weights.write_weights(weights.gathered_weights(engine), Path(folder) / "sharded", shard_bytes)
+        write_weights(EngineState(engine).gathered_weights(), Path(folder) / "sharded", shard_bytes)
     engine.destroy()
     return named
 
 
 def load_into(run: RunConfig, checkpoint: str, order: SampleOrder) -> str:
     """The message with which loading fails on this rank."""
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.resume import load_checkpoint
+    from megatron_lpa.checkpoint.resume import load_checkpoint
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
+    engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
     try:
-        load_checkpoint(engine, Path(checkpoint), order)
+        load_checkpoint(EngineState(engine), Path(checkpoint), order)
     except UserError as error:
         return str(error)
     finally:
@@ -150,7 +148,7 @@ def saved(world, tmp_path_factory) -> tuple[Path, RunConfig, dict]:
 
 
 def test_exported_weights_are_the_unsharded_ones_in_one_file_or_several(saved):
-    from megatron_lpa.checkpoint.weights_reader import load_decoder
+    from megatron_lpa.checkpoint.weights import load_decoder
 
     folder, run, expected = saved
     (checkpoint,) = complete_checkpoints(folder)
@@ -232,18 +230,19 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank(world, saved, tmp_path, d
 
 def save_without_space(run: RunConfig, folder: str, failing_rank: int, limit_bytes: int) -> str:
     """Save a second checkpoint while one rank cannot write more than ``limit_bytes`` into a file."""
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import save_checkpoint
+    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
     groups = groups_for(run.parallel.tensor_parallel_size)
-    engine = Engine(run, groups)
-    save_checkpoint(engine, Path(folder), Progress(1), ORDER)
+    engine = build_engine(run, groups)
+    save_checkpoint(EngineState(engine), Path(folder), Progress(1), ORDER)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if groups.rank == failing_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
     try:
-        save_checkpoint(engine, Path(folder), Progress(2), ORDER)
+        save_checkpoint(EngineState(engine), Path(folder), Progress(2), ORDER)
     except UserError as error:
         return str(error)
     finally:
@@ -277,18 +276,19 @@ def test_only_the_newest_checkpoints_are_kept(world, tmp_path):
 
 def resumed_with_other_settings(run: RunConfig, folder: str) -> tuple[list[float], list[float]]:
     """Two steps, a checkpoint, and two more steps with another optimizer section: losses and norms."""
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import save_checkpoint
-    from megatron_lpa.engine.resume import load_checkpoint
+    from megatron_lpa.checkpoint.resume import load_checkpoint
+    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
     groups = groups_for(run.parallel.tensor_parallel_size)
-    engine = Engine(run, groups)
+    engine = build_engine(run, groups)
     for number in range(2):
         step(engine, number)
-    path = save_checkpoint(engine, Path(folder), Progress(2), ORDER)
+    path = save_checkpoint(EngineState(engine), Path(folder), Progress(2), ORDER)
     engine.destroy()
     changed = replace(run.optim, weight_decay=2.0, beta1=0.5, beta2=0.6, eps=1e-3, grad_clip=0.05)
-    resumed = Engine(replace(run, optim=changed), groups)
+    resumed = build_engine(replace(run, optim=changed), groups)
     load_checkpoint(resumed, path, ORDER)
     losses = [step(resumed, number) for number in range(2, 5)]
     weights = weights_of(resumed)

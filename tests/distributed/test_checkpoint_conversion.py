@@ -26,7 +26,7 @@ from test_checkpoint_layouts import (
 
 from megatron_lpa.checkpoint.convert import TargetLayout, convert
 from megatron_lpa.checkpoint.convert_source import find_source
-from megatron_lpa.checkpoint.manifest import Progress
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.checkpoint.universal import write_universal
 from megatron_lpa.config import RunConfig
 
@@ -70,13 +70,14 @@ def test_a_converted_checkpoint_resumes_exactly_like_the_original(world, saved, 
 
 
 def load_and_save_again(run: RunConfig, checkpoint: str, folder: str) -> None:
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import save_checkpoint
-    from megatron_lpa.engine.resume import load_checkpoint
+    from megatron_lpa.checkpoint.resume import load_checkpoint
+    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
-    load_checkpoint(engine, Path(checkpoint), ORDER)
-    save_checkpoint(engine, Path(folder), Progress(2, 2 * BATCH, 99), ORDER)
+    engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
+    load_checkpoint(EngineState(engine), Path(checkpoint), ORDER)
+    save_checkpoint(EngineState(engine), Path(folder), Progress(2, 2 * BATCH, 99), ORDER)
     engine.destroy()
 
 
@@ -124,7 +125,7 @@ def trainer_engine(trainer: Trainer):
     """A plain DeepSpeed engine over our decoder, whose every parameter is NaN until something is loaded."""
     import deepspeed
 
-    from megatron_lpa.engine.mpu import ModelParallelUnit
+    from megatron_lpa.engine.build import ModelParallelUnit
     from megatron_lpa.model.transformer import Decoder
 
     groups = groups_for(trainer.tp_size)
@@ -186,11 +187,12 @@ def load_universal(
 
 
 def continue_ours(run: RunConfig, checkpoint: str) -> tuple[State, float]:
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.resume import load_checkpoint
+    from megatron_lpa.checkpoint.resume import load_checkpoint
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(run, groups_for(1))
-    load_checkpoint(engine, Path(checkpoint), ORDER)
+    engine = build_engine(run, groups_for(1))
+    load_checkpoint(EngineState(engine), Path(checkpoint), ORDER)
     loss = step(engine, 2)
     state = unsharded_state(engine)
     engine.destroy()

@@ -14,14 +14,8 @@ import pytest
 from support.models import MODELS
 from support.world import groups_for
 
-from megatron_lpa.checkpoint.manifest import (
-    MANIFEST,
-    Progress,
-    SampleOrder,
-    complete_checkpoints,
-    read_manifest,
-    sealed,
-)
+from megatron_lpa.checkpoint.manifest import MANIFEST, complete_checkpoints, read_manifest, sealed
+from megatron_lpa.checkpoint.progress import Progress, SampleOrder
 from megatron_lpa.checkpoint.store import NOTE, checkpoint_folders, damaged_folders, tidy
 from megatron_lpa.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_lpa.errors import UserError
@@ -47,39 +41,41 @@ class Loaded(NamedTuple):
 
 
 def set_masters(engine, value: float) -> None:
-    from megatron_lpa.engine.fragments import held_fragments
+    from megatron_lpa.engine.engine_state import EngineState
 
-    for fragment in held_fragments(engine):
+    for fragment in EngineState(engine).fragments():
         fragment.view("master").fill_(value)
 
 
 def masters(engine) -> float:
     """The value of all masters of this rank; they must be one."""
-    from megatron_lpa.engine.fragments import held_fragments
+    from megatron_lpa.engine.engine_state import EngineState
 
-    (value,) = {float(v) for f in held_fragments(engine) for v in f.view("master").unique()}
+    (value,) = {float(v) for f in EngineState(engine).fragments() for v in f.view("master").unique()}
     return value
 
 
 def save_steps(folder: str, steps: int) -> None:
     """Checkpoints of steps 1 to ``steps``, in each of which every master is the step."""
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import save_checkpoint
+    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(RUN, groups_for(2))
+    engine = build_engine(RUN, groups_for(2))
     for step in range(1, steps + 1):
         set_masters(engine, step)
-        save_checkpoint(engine, Path(folder), Progress(step, 8 * step), ORDER)
+        save_checkpoint(EngineState(engine), Path(folder), Progress(step, 8 * step), ORDER)
     engine.destroy()
 
 
 def load(folder: str) -> Loaded:
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.resume import load_newest
+    from megatron_lpa.checkpoint.resume import load_newest
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(RUN, groups_for(2))
+    engine = build_engine(RUN, groups_for(2))
     try:
-        found = load_newest(engine, checkpoint_folders(Path(folder)), ORDER)
+        found = load_newest(EngineState(engine), checkpoint_folders(Path(folder)), ORDER)
     except UserError as error:
         return Loaded(-1, 0.0, (), str(error))
     finally:
@@ -188,14 +184,15 @@ def test_the_engine_never_unpickles() -> None:
 
 
 def save_with_little_space(folder: str, free_bytes: int) -> str:
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import CheckpointNotWritten, save_checkpoint
+    from megatron_lpa.checkpoint.saving import CheckpointNotWritten, save_checkpoint
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(RUN, groups_for(2))
+    engine = build_engine(RUN, groups_for(2))
     real = shutil.disk_usage
     shutil.disk_usage = lambda path: real(path)._replace(free=free_bytes)
     try:
-        save_checkpoint(engine, Path(folder), Progress(1), ORDER)
+        save_checkpoint(EngineState(engine), Path(folder), Progress(1), ORDER)
     except CheckpointNotWritten as error:
         return str(error)
     finally:
@@ -223,12 +220,13 @@ CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "open")
 
 def killed_saves(folder: str) -> list[tuple[int, int, float]]:
     """One save after another, each cut off after one more operation; what is loaded after each."""
+    from megatron_lpa.checkpoint.resume import load_newest
+    from megatron_lpa.checkpoint.saving import save_checkpoint
     from megatron_lpa.checkpoint.store import Retention
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import save_checkpoint
-    from megatron_lpa.engine.resume import load_newest
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(replace(RUN, parallel=ParallelConfig(1, "column_row")), groups_for(1))
+    engine = build_engine(replace(RUN, parallel=ParallelConfig(1, "column_row")), groups_for(1))
     real = {name: getattr(os, name) for name in CALLS}
     found = []
     finished = False
@@ -237,7 +235,7 @@ def killed_saves(folder: str) -> list[tuple[int, int, float]]:
         own = Path(folder) / str(allowed)
         for step in (1, 2):
             set_masters(engine, step)
-            save_checkpoint(engine, own, Progress(step), ORDER)
+            save_checkpoint(EngineState(engine), own, Progress(step), ORDER)
 
         def counted(name: str):
             def call(*arguments: object, **options: object) -> object:
@@ -253,7 +251,7 @@ def killed_saves(folder: str) -> list[tuple[int, int, float]]:
         for name in CALLS:
             setattr(os, name, counted(name))
         try:
-            save_checkpoint(engine, own, Progress(3), ORDER, Retention(newest=2))
+            save_checkpoint(EngineState(engine), own, Progress(3), ORDER, Retention(newest=2))
             finished = True
         except Killed:
             pass
@@ -261,7 +259,7 @@ def killed_saves(folder: str) -> list[tuple[int, int, float]]:
             for name in CALLS:
                 setattr(os, name, real[name])
         tidy(own)
-        newest = load_newest(engine, checkpoint_folders(own), ORDER)
+        newest = load_newest(EngineState(engine), checkpoint_folders(own), ORDER)
         assert newest.notes == (), newest
         found.append((newest.progress.step, len(checkpoint_folders(own)), masters(engine)))
         shutil.rmtree(own)

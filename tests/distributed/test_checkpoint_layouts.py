@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from support.models import MODELS
 from support.world import groups_for
 
-from megatron_lpa.checkpoint.manifest import MANIFEST, Progress, SampleOrder
+from megatron_lpa.checkpoint.manifest import MANIFEST
+from megatron_lpa.checkpoint.progress import Progress, SampleOrder
 from megatron_lpa.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import ParameterSpec, merge, spec_of
@@ -95,7 +96,7 @@ def unsharded_state(engine) -> State:
     for name, parameter in engine.module.named_parameters():
         for kind in KINDS:
             if engine.groups.dp_size == 1 and engine.partition_stage == 0:
-                master = engine.stepper.master_of(parameter)
+                master = engine.stepper.master_of[parameter]
                 own = master if kind == "master" else engine.optimizer.state[master][kind]
             elif engine.partition_stage == 0:
                 own = parameter if kind == "master" else engine.optimizer.state[parameter][kind]
@@ -113,13 +114,14 @@ def unsharded_state(engine) -> State:
 
 def train_and_save(run: RunConfig, folder: str) -> tuple[State, list[float]]:
     """Two steps and a checkpoint; the state then, and the losses of two more steps."""
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import save_checkpoint
+    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
+    engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
     for number in range(2):
         step(engine, number)
-    save_checkpoint(engine, Path(folder), Progress(2, 2 * BATCH, 99), ORDER)
+    save_checkpoint(EngineState(engine), Path(folder), Progress(2, 2 * BATCH, 99), ORDER)
     state = unsharded_state(engine)
     losses = [step(engine, number) for number in range(2, 4)]
     engine.destroy()
@@ -128,18 +130,19 @@ def train_and_save(run: RunConfig, folder: str) -> tuple[State, list[float]]:
 
 def resume_elsewhere(run: RunConfig, checkpoint: str) -> tuple[State, State, list[float], int]:
     """The state right after loading, what computes, the losses of two more steps, and AdamW's step then."""
-    from megatron_lpa.engine import fragments
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.resume import load_checkpoint
-    from megatron_lpa.engine.weights import unsharded
+    from megatron_lpa.checkpoint.resume import load_checkpoint
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
     other = replace(run, train=replace(run.train, seed=run.train.seed + 1))  # other initial weights
-    engine = Engine(other, groups_for(run.parallel.tensor_parallel_size))
-    assert load_checkpoint(engine, Path(checkpoint), ORDER).progress == Progress(2, 2 * BATCH, 99)
+    engine = build_engine(other, groups_for(run.parallel.tensor_parallel_size))
+    assert load_checkpoint(EngineState(engine), Path(checkpoint), ORDER).progress == Progress(
+        2, 2 * BATCH, 99
+    )
     state = unsharded_state(engine)
-    used = {(n, "used"): unsharded(engine, p) for n, p in engine.module.named_parameters()}
+    used = {(name, "used"): value for name, value in EngineState(engine).gathered_weights()}
     losses = [step(engine, number) for number in range(2, 4)]
-    steps = fragments.optimizer_step(fragments.held_fragments(engine))
+    steps = EngineState(engine).optimizer_step()
     engine.destroy()
     if engine.groups.rank != 0:
         return {}, {}, losses, steps
@@ -272,21 +275,22 @@ def test_vocabulary_padding_may_change_with_the_tensor_parallel_size(world, tmp_
 
 def roll_back(run: RunConfig, folder: str) -> tuple[State, State, list[float], list[float]]:
     """Load into the very engine that saved and trained on, as after a divergence."""
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import save_checkpoint
-    from megatron_lpa.engine.resume import load_checkpoint
+    from megatron_lpa.checkpoint.resume import load_checkpoint
+    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
-    fresh = save_checkpoint(engine, Path(folder), Progress(0), ORDER)
+    engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
+    fresh = save_checkpoint(EngineState(engine), Path(folder), Progress(0), ORDER)
     first = step(engine, 0)
     step(engine, 1)
-    path = save_checkpoint(engine, Path(folder), Progress(2, 2 * BATCH), ORDER)
+    path = save_checkpoint(EngineState(engine), Path(folder), Progress(2, 2 * BATCH), ORDER)
     before = unsharded_state(engine)
     losses = [first, *(step(engine, number) for number in range(2, 4))]
-    load_checkpoint(engine, path, ORDER)
+    load_checkpoint(EngineState(engine), path, ORDER)
     after = unsharded_state(engine)
     again = [step(engine, number) for number in range(2, 4)]
-    load_checkpoint(engine, fresh, ORDER)
+    load_checkpoint(EngineState(engine), fresh, ORDER)
     again.insert(0, step(engine, 0))
     engine.destroy()
     return before, after, losses, again

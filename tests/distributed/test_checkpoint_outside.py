@@ -16,13 +16,8 @@ from support.manifests import put
 from support.models import MODELS
 from support.world import groups_for
 
-from megatron_lpa.checkpoint.manifest import (
-    MANIFEST,
-    Progress,
-    SampleOrder,
-    checkpoint_folders,
-    read_manifest,
-)
+from megatron_lpa.checkpoint.manifest import MANIFEST, checkpoint_folders, read_manifest
+from megatron_lpa.checkpoint.progress import Progress, SampleOrder
 from megatron_lpa.checkpoint.store import Retention, tidy
 from megatron_lpa.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_lpa.errors import TryAgain, UserError
@@ -55,12 +50,12 @@ def keeping(newest: int) -> RunConfig:
 
 def save_steps(folder: str, steps: list[int], newest: int = 0, failing: str = "") -> list[str]:
     """Save with masters equal to the step; on rank 0 what follows the rename may fail. The names returned."""
-    from megatron_lpa.engine import checkpoint, store
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.fragments import held_fragments
+    from megatron_lpa.checkpoint import saving, store
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(RUN, groups_for(2))
-    sync, prune, names = store.fsync_folder, checkpoint.prune, []
+    engine = build_engine(RUN, groups_for(2))
+    sync, prune, names = store.fsync_folder, saving.prune, []
 
     def failing_sync(path: Any) -> None:
         if Path(path) == Path(folder):
@@ -70,17 +65,17 @@ def save_steps(folder: str, steps: list[int], newest: int = 0, failing: str = ""
     if failing == "fsync":
         store.fsync_folder = failing_sync
     if failing == "killed":
-        checkpoint.prune = lambda *_: None
+        saving.prune = lambda *_: None
     try:
         for step in steps:
-            for fragment in held_fragments(engine):
+            for fragment in EngineState(engine).fragments():
                 fragment.view("master").fill_(step)
-            done = checkpoint.save_checkpoint(
-                engine, Path(folder), Progress(step, 8 * step), ORDER, Retention(newest)
+            done = saving.save_checkpoint(
+                EngineState(engine), Path(folder), Progress(step, 8 * step), ORDER, Retention(newest)
             )
             names.append(done.name)
     finally:
-        store.fsync_folder, checkpoint.prune = sync, prune
+        store.fsync_folder, saving.prune = sync, prune
         engine.destroy()
     return names
 
@@ -88,11 +83,11 @@ def save_steps(folder: str, steps: list[int], newest: int = 0, failing: str = ""
 def load(folder: str, run: RunConfig = RUN, hiccup: tuple[str, int, int] | None = None) -> Loaded:
     """Load the newest; on rank 1 opening a file may fail so often, after so many times that it works."""
     from megatron_lpa import files
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.fragments import held_fragments
-    from megatron_lpa.engine.resume import load_newest
+    from megatron_lpa.checkpoint.resume import load_newest
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(run, groups_for(2))
+    engine = build_engine(run, groups_for(2))
     real, pauses = os.open, files.PAUSES_S
     files.PAUSES_S = (0.0, 0.0, 0.0)
     if hiccup is not None and engine.groups.rank == 1:
@@ -109,8 +104,8 @@ def load(folder: str, run: RunConfig = RUN, hiccup: tuple[str, int, int] | None 
 
         os.open = opened
     try:
-        found = load_newest(engine, checkpoint_folders(Path(folder)), ORDER)
-        (value,) = {float(v) for f in held_fragments(engine) for v in f.view("master").unique()}
+        found = load_newest(EngineState(engine), checkpoint_folders(Path(folder)), ORDER)
+        (value,) = {float(v) for f in EngineState(engine).fragments() for v in f.view("master").unique()}
     except UserError as error:
         return Loaded(-1, 0.0, (), str(error), isinstance(error, TryAgain))
     finally:

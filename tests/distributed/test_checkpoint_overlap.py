@@ -11,38 +11,42 @@ import torch
 from distributed.test_checkpoint import ORDER, config, step
 from support.world import groups_for
 
-from megatron_lpa.checkpoint.manifest import MANIFEST, Progress
+from megatron_lpa.checkpoint.manifest import MANIFEST
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.config import RunConfig
 
 
 def saved_beside_training(run: RunConfig, folder: str) -> list[tuple[float, float]]:
     """At once after two steps; the same state again while two more steps are done."""
-    from megatron_lpa.engine import checkpoint
-    from megatron_lpa.engine.build import Engine
+    from megatron_lpa.checkpoint import saving
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
+    engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
     for number in range(2):
         step(engine, number)
-    checkpoint.save_checkpoint(engine, Path(folder) / "at_once", Progress(2), ORDER)
+    saving.save_checkpoint(EngineState(engine), Path(folder) / "at_once", Progress(2), ORDER)
 
-    written, go_on = checkpoint.write_tensors, threading.Event()
+    written, go_on = saving.write_tensors, threading.Event()
 
     def held_up(*arguments):
         assert go_on.wait(60)
         return written(*arguments)
 
-    checkpoint.write_tensors = held_up
+    saving.write_tensors = held_up
     try:
-        saving = checkpoint.Saving(engine, Path(folder) / "beside", Progress(2), ORDER, overlap=True)
+        pending = saving.begin_save(
+            EngineState(engine), Path(folder) / "beside", Progress(2), ORDER, overlap=True
+        )
         losses = [step(engine, number) for number in (2, 3)]
-        assert not saving.written_here
+        assert not pending.written_here
         assert not [*(Path(folder) / "beside").glob("step_*")]  # nothing half-written looks whole
         go_on.set()
-        saving.complete()
-        assert saving.written_here and saving.bytes > 0
+        pending.complete()
+        assert pending.written_here and pending.bytes > 0
     finally:
         go_on.set()
-        checkpoint.write_tensors = written
+        saving.write_tensors = written
     engine.destroy()
     return losses
 
@@ -73,28 +77,29 @@ def test_the_state_is_that_of_the_step_at_which_saving_began(
 
 
 def failing_beside_training(run: RunConfig, folder: str, error: str) -> str:
-    from megatron_lpa.engine import checkpoint
-    from megatron_lpa.engine.build import Engine
+    from megatron_lpa.checkpoint import saving
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(run, groups_for(1))
+    engine = build_engine(run, groups_for(1))
     step(engine, 0)
-    saving = checkpoint.Saving(engine, Path(folder), Progress(1), ORDER, overlap=True)
-    saving.complete()
-    written = checkpoint.write_tensors
+    pending = saving.begin_save(EngineState(engine), Path(folder), Progress(1), ORDER, overlap=True)
+    pending.complete()
+    written = saving.write_tensors
     if engine.groups.rank == 1:
 
         def failing(*_):
             raise {"disk": OSError("the disk is full"), "bug": AssertionError("a bug")}[error]
 
-        checkpoint.write_tensors = failing
+        saving.write_tensors = failing
     try:
-        saving = checkpoint.Saving(engine, Path(folder), Progress(2), ORDER, overlap=True)
+        pending = saving.begin_save(EngineState(engine), Path(folder), Progress(2), ORDER, overlap=True)
         step(engine, 1)
-        saving.complete()
-    except checkpoint.CheckpointNotWritten as caught:
+        pending.complete()
+    except saving.CheckpointNotWritten as caught:
         return str(caught)
     finally:
-        checkpoint.write_tensors = written
+        saving.write_tensors = written
         engine.destroy()
     return ""
 
@@ -109,10 +114,11 @@ def test_a_failure_in_one_process_s_thread_is_every_process_s(world, tmp_path, e
 
 def without_memory(run: RunConfig, folder: str, of: str) -> str:
     """A save beside training, while copies to the CPU fail on the first process alone; then another without that."""
-    from megatron_lpa.engine import checkpoint
-    from megatron_lpa.engine.build import Engine
+    from megatron_lpa.checkpoint import saving
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
+    engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
     step(engine, 0)
     words, said = "DefaultCPUAllocator: can't allocate memory", ""
     to, cpu = torch.Tensor.to, torch.Tensor.cpu
@@ -132,12 +138,12 @@ def without_memory(run: RunConfig, folder: str, of: str) -> str:
             torch.Tensor.to = failing_to
         elif engine.groups.rank == 0:
             torch.Tensor.cpu = failing_cpu
-        checkpoint.Saving(engine, Path(folder), Progress(1), ORDER, overlap=True)
-    except checkpoint.CheckpointNotWritten as error:
+        saving.begin_save(EngineState(engine), Path(folder), Progress(1), ORDER, overlap=True)
+    except saving.CheckpointNotWritten as error:
         said = str(error)
     finally:
         torch.Tensor.to, torch.Tensor.cpu = to, cpu
-    checkpoint.Saving(engine, Path(folder), Progress(1), ORDER, overlap=True).complete()
+    saving.begin_save(EngineState(engine), Path(folder), Progress(1), ORDER, overlap=True).complete()
     engine.destroy()
     return said
 

@@ -70,11 +70,11 @@ def plain_pytorch(
 
 def train_with_deepspeed(config: RunConfig) -> tuple[list[float], list[float], dict]:
     """Losses, gradient norms and (on rank 0) final unsharded weights."""
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.weights import unsharded
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
     groups = groups_for(config.parallel.tensor_parallel_size)
-    engine = Engine(config, groups)
+    engine = build_engine(config, groups)
     losses, norms = [], []
     for step, ids in enumerate(batches(config.model)):
         consumed = step * GLOBAL_BATCH
@@ -85,11 +85,8 @@ def train_with_deepspeed(config: RunConfig) -> tuple[list[float], list[float], d
         result = engine.train_step(micro, [int(chunk[0]) for chunk in positions], OPTIM.lr)
         losses.append(float(engine.mean_over_replicas(result.loss)))
         norms.append(float(result.grad_norm))
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        full = unsharded(engine, parameter)
-        if full is not None:
-            weights[name] = full.float().numpy()
+    gathered = dict(EngineState(engine).gathered_weights())
+    weights = {name: full.float().numpy() for name, full in gathered.items() if full is not None}
     engine.destroy()
     return losses, norms, weights
 
@@ -178,17 +175,17 @@ def test_bf16_training_follows_plain_pytorch(world, processes, tp_size, zero, pr
 
 def small_updates(config: RunConfig) -> bool:
     """Whether a parameter moves under updates far below bf16's resolution of its value."""
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.weights import unsharded
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
     groups = groups_for(config.parallel.tensor_parallel_size)
-    engine = Engine(config, groups)
-    parameter = engine.module.final_norm.weight  # ones: neighbours in bf16 are 0.0039 below
-    before = unsharded(engine, parameter)
+    engine = build_engine(config, groups)
+    name = "final_norm.weight"  # ones: neighbours in bf16 are 0.0039 below
+    before = dict(EngineState(engine).gathered_weights())[name]
     ids = batches(config.model)[0][:2]
     for _ in range(20):
         engine.train_step([ids] * engine.micro_steps, [0] * engine.micro_steps, 4e-4)
-    after = unsharded(engine, parameter)
+    after = dict(EngineState(engine).gathered_weights())[name]
     engine.destroy()
     return before is None or bool((before != after).any())
 
@@ -227,10 +224,11 @@ def test_dropout_draws_the_same_masks_whatever_the_tensor_parallel_size(world):
 
 def shards_under_zero_init(config: RunConfig) -> tuple[int, dict]:
     """Each rank's tensor-parallel shards, gathered only over data-parallel ranks."""
-    from megatron_lpa.engine.build import Engine, gathered_for_reading
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import gathered_for_reading
 
     groups = groups_for(config.parallel.tensor_parallel_size)
-    engine = Engine(config, groups)
+    engine = build_engine(config, groups)
     shards = {}
     largest = 0
     for name, parameter in engine.module.named_parameters():

@@ -17,13 +17,14 @@ from megatron_lpa.engine.ds_config import SHIPPED
 
 def trained(run: RunConfig) -> tuple[str, int, list[float], dict]:
     """Who steps, the stage that the layout names, losses of four steps of four micro-batches, final weights."""
-    from megatron_lpa.engine.build import Engine
-    from megatron_lpa.engine.checkpoint import layout_of
+    from megatron_lpa.checkpoint.saving import layout_of
+    from megatron_lpa.engine.build import build_engine
+    from megatron_lpa.engine.engine_state import EngineState
 
-    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
+    engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
     losses = [step(engine, number) for number in range(4)]
     weights = {name: value.tobytes() for name, value in weights_of(engine).items()}
-    found = type(engine.stepper).__name__, layout_of(engine)["zero_stage"], losses, weights
+    found = type(engine.stepper).__name__, layout_of(EngineState(engine))["zero_stage"], losses, weights
     engine.destroy()
     return found
 
@@ -61,9 +62,9 @@ def test_every_stage_takes_the_same_steps_and_they_are_deepspeeds(
 
 def with_one_bad_replica(run: RunConfig, value: float) -> tuple[int, bool, float]:
     """A step in which the last rank alone has a bad gradient, of a parameter that every rank holds whole."""
-    from megatron_lpa.engine.build import Engine
+    from megatron_lpa.engine.build import build_engine
 
-    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
+    engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
     step(engine, 0)
     before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     if engine.groups.rank == engine.groups.world_size - 1:

@@ -14,10 +14,10 @@ from megatron_lpa.config import RunConfig
 
 def with_a_bad_step(run: RunConfig, value: float) -> tuple:
     """Steps 0 to 3, with one between 1 and 2 whose activations are not finite on the last rank."""
-    from megatron_lpa.engine.build import Engine
+    from megatron_lpa.engine.build import build_engine
 
     groups = groups_for(run.parallel.tensor_parallel_size)
-    engine = Engine(run, groups)
+    engine = build_engine(run, groups)
     losses = [step(engine, 0), step(engine, 1)]
     before = weights_of(engine)
     if groups.rank == groups.world_size - 1:
@@ -35,9 +35,9 @@ def with_a_bad_step(run: RunConfig, value: float) -> tuple:
 
 
 def without_it(run: RunConfig) -> tuple:
-    from megatron_lpa.engine.build import Engine
+    from megatron_lpa.engine.build import build_engine
 
-    engine = Engine(run, groups_for(run.parallel.tensor_parallel_size))
+    engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
     losses = [step(engine, number) for number in range(4)]
     weights = weights_of(engine)
     engine.destroy()

@@ -44,9 +44,9 @@ def on_demand_and_device_waits(run: RunConfig) -> tuple[Counter[str], int]:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero.partitioned_param_profiler import PartitionedParameterProfiler
 
-    from megatron_lpa.engine.build import Engine
+    from megatron_lpa.engine.build import build_engine
 
-    engine = Engine(run, groups_for(1))
+    engine = build_engine(run, groups_for(1))
     ids = torch.randint(run.model.vocab_size, (2, run.model.sequence_length + 1))
 
     def step() -> None:

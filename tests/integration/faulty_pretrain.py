@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.engine import checkpoint
-from megatron_lpa.engine.build import Engine, StepResult
+from megatron_lpa.checkpoint import saving
+from megatron_lpa.engine.stepping import Engine, StepResult
 from megatron_lpa.pretrain import leave, main
 from megatron_lpa.train import loop, start
 from megatron_lpa.train.state import Run
@@ -97,7 +97,7 @@ def write_tensors(*arguments: Any) -> Any:
     return original_write(*arguments)
 
 
-original_write, checkpoint.write_tensors = checkpoint.write_tensors, write_tensors
+original_write, saving.write_tensors = saving.write_tensors, write_tensors
 original_open, start.open_data = start.open_data, open_data
 Engine.train_step = train_step  # type: ignore[method-assign]
 original_read, loop._read_batches = loop._read_batches, read_batches

@@ -64,7 +64,7 @@ def engine_of() -> Iterator[Callable[[RunConfig, bool], Any]]:
 
     def engine(config: RunConfig, deepspeed: bool) -> Any:
         with unittest.mock.patch.object(build, "needs_deepspeed", lambda _: deepspeed):
-            return build.Engine(config, groups)
+            return build.build_engine(config, groups)
 
     yield engine
     stop_distributed()

@@ -17,7 +17,8 @@ import pytest
 from launching import SMALL, Launch, launch, records
 from support.world import free_port
 
-from megatron_lpa.checkpoint.manifest import Progress, complete_checkpoints, read_manifest
+from megatron_lpa.checkpoint.manifest import complete_checkpoints, read_manifest
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.config import load_config
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
 

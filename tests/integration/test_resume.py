@@ -131,14 +131,14 @@ def test_keeping_the_best_needs_validation(folder):
 FULL_UNTIL_STEP_4 = """
 import sys
 if "megatron_lpa.pretrain" in sys.orig_argv:
-    import megatron_lpa.engine.checkpoint as checkpoint
-    real = checkpoint.write_tensors
+    from megatron_lpa.checkpoint import saving
+    real = saving.write_tensors
     def write_tensors(folder, *arguments):
         if int(folder.name.split("_")[1].split(".")[0]) <= 4:
             with open("/dev/full", "w") as file:
                 file.write("x")
         return real(folder, *arguments)
-    checkpoint.write_tensors = write_tensors
+    saving.write_tensors = write_tensors
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lpa.engine.build import StepResult
+from megatron_lpa.engine.stepping import StepResult
 from megatron_lpa.records import Record
 from megatron_lpa.train.state import Run
 

@@ -6,9 +6,10 @@ import math
 import sys
 
 from megatron_lpa.checkpoint.manifest import note_validation
-from megatron_lpa.checkpoint.store import due_at, retention_of
-from megatron_lpa.engine.checkpoint import CheckpointNotWritten, Saving
-from megatron_lpa.engine.fragments import state_is_finite
+from megatron_lpa.checkpoint.progress import due_at
+from megatron_lpa.checkpoint.saving import CheckpointNotWritten, PendingCheckpoint, begin_save
+from megatron_lpa.checkpoint.store import retention_of
+from megatron_lpa.engine.engine_state import EngineState
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import largest_of_all, together
 from megatron_lpa.records import Record
@@ -49,7 +50,7 @@ class Checkpoints(Callback):
     def __init__(self, metrics: Metrics, validation: LastValidation) -> None:
         self.metrics = metrics
         self._validation = validation
-        self._saving: Saving | None = None
+        self._saving: PendingCheckpoint | None = None
 
     def on_start(self, run: Run) -> None:
         """Record what was noticed while resuming; a validation made up for counts for the checkpoint of its step."""
@@ -154,12 +155,13 @@ class Checkpoints(Callback):
     def _start(self, run: Run, overlap: bool) -> None:
         if run.saved_step == run.progress.step or run.has_lost_folder():
             return
-        if largest_of_all(not state_is_finite(run.engine), run.engine.groups):
+        state = EngineState(run.engine)
+        if largest_of_all(not state.is_finite(), state.groups):
             raise RollBack("the weights or AdamW's moments are not finite")
         run.enter("writing a checkpoint")
         train, step = run.config.train, run.progress.step
-        self._saving = Saving(
-            run.engine,
+        self._saving = begin_save(
+            state,
             run.checkpoints,
             run.progress,
             run.order,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from megatron_lpa.checkpoint.unrecorded import NOTHING_UNRECORDED, Unrecorded
+from megatron_lpa.checkpoint.progress import NOTHING_UNRECORDED, Unrecorded
 from megatron_lpa.errors import TryAgain, UserError, shown
 from megatron_lpa.parallel.agreement import gather_numbers, largest_of_all, together
 from megatron_lpa.planning.accounting import flops_per_token_training

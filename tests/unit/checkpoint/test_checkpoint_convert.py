@@ -34,9 +34,9 @@ from megatron_lpa.checkpoint.manifest import (
     sealed,
     verify_files,
 )
+from megatron_lpa.checkpoint.tensor_file import write_weights
 from megatron_lpa.checkpoint.universal import write_universal
-from megatron_lpa.checkpoint.weights_reader import load_decoder
-from megatron_lpa.engine.weights import write_weights
+from megatron_lpa.checkpoint.weights import load_decoder
 from megatron_lpa.errors import UserError
 
 MODEL = MODELS["s1_low_all"]

@@ -20,13 +20,13 @@ from megatron_lpa.checkpoint.convert_source import find_source
 from megatron_lpa.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpoint,
-    Progress,
     note_validation,
     read_manifest,
     seal_of,
     verify_files,
 )
 from megatron_lpa.checkpoint.manifest_schema import check_manifest
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.checkpoint.store import Retention, expendable, prune
 from megatron_lpa.errors import UserError
 

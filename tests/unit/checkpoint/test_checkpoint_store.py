@@ -15,12 +15,12 @@ from megatron_lpa.checkpoint import store
 from megatron_lpa.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpoint,
-    Progress,
     checkpoint_folders,
     complete_checkpoints,
     read_manifest,
     verify_files,
 )
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.checkpoint.store import (
     NOTE,
     Retention,

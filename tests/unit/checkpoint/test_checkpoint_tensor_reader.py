@@ -23,9 +23,9 @@ from megatron_lpa import files
 from megatron_lpa.checkpoint import tensor_reader
 from megatron_lpa.checkpoint.convert_source import find_source
 from megatron_lpa.checkpoint.manifest import DamagedCheckpoint, read_manifest
+from megatron_lpa.checkpoint.tensor_file import INDEX, SINGLE
 from megatron_lpa.checkpoint.tensor_reader import TensorFiles
-from megatron_lpa.checkpoint.weights_files import INDEX, SINGLE
-from megatron_lpa.checkpoint.weights_reader import load_decoder
+from megatron_lpa.checkpoint.weights import load_decoder
 from megatron_lpa.errors import EXIT_FAILED, TryAgain, UserError
 
 MODEL = MODELS["s1_low_all"]

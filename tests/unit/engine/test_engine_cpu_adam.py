@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from megatron_lpa.engine import cpu_adam
-from megatron_lpa.engine.build import Engine
+from megatron_lpa.engine.build import build_optimizer
 from megatron_lpa.errors import TryAgain, UserError
 
 import deepspeed  # isort: skip
@@ -31,13 +31,11 @@ def built(error: Exception, monkeypatch: pytest.MonkeyPatch) -> UserError:
         raise error
 
     monkeypatch.setattr(deepspeed.ops.adam, "DeepSpeedCPUAdam", fail)
-    engine: Any = object.__new__(Engine)
-    engine.module, engine.device = nn.Module(), torch.device("cuda")
-    engine.ds_config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    engine.config = SimpleNamespace(train=SimpleNamespace(deepspeed_config="offload.json"))
+    ds_config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     optim: Any = SimpleNamespace(lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.1)
+    config: Any = SimpleNamespace(train=SimpleNamespace(deepspeed_config="offload.json"), optim=optim)
     with pytest.raises(UserError, match=r"offload\.json: DeepSpeed's CPU Adam cannot be built") as caught:
-        engine._build_optimizer(optim, lambda parameter: parameter)
+        build_optimizer(nn.Module(), config, ds_config, torch.device("cuda"), lambda parameter: parameter)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 1000
     return caught.value
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_lpa.checkpoint.decisions import AT_START
-from megatron_lpa.checkpoint.manifest import Progress
-from megatron_lpa.checkpoint.unrecorded import NOTHING_UNRECORDED
+from megatron_lpa.checkpoint.progress import AT_START, NOTHING_UNRECORDED, Progress
+from megatron_lpa.checkpoint.saving import CheckpointNotWritten
 from megatron_lpa.config.run import TrainConfig
-from megatron_lpa.engine.checkpoint import CheckpointNotWritten
+from megatron_lpa.engine.engine_state import EngineState
 from megatron_lpa.engine.joining import collective_timeout
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -27,7 +26,7 @@ class FakeSaving:
     written: list[int] = []  # noqa: RUF012 - emptied by each test
     written_here, blocked_s = False, 0.0
 
-    def __init__(self, engine: Any, folder: Any, progress: Progress, *_: Any) -> None:
+    def __init__(self, state: Any, folder: Any, progress: Progress, *_: Any) -> None:
         self.progress = progress
 
     def complete(self) -> Path:
@@ -40,8 +39,8 @@ class FakeSaving:
 def trained(
     monkeypatch: pytest.MonkeyPatch, steps: int, broken: tuple[int, ...], on_failure: str, lost_at: int = 1000
 ) -> list[int]:
-    monkeypatch.setattr(module, "Saving", FakeSaving)
-    monkeypatch.setattr(module, "state_is_finite", lambda engine: True)
+    monkeypatch.setattr(module, "begin_save", FakeSaving)
+    monkeypatch.setattr(EngineState, "is_finite", lambda state: True)
     monkeypatch.setattr(FakeSaving, "broken", broken)
     monkeypatch.setattr(FakeSaving, "written", [])
     train = TrainConfig(checkpoint_interval=3, on_checkpoint_failure=on_failure)  # type: ignore[arg-type]
@@ -96,7 +95,7 @@ def test_collectives_wait_longer_than_the_watchdog() -> None:
 def test_a_stop_with_a_state_that_is_not_finite_leaves_going_back_to_the_next_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "state_is_finite", lambda engine: False)
+    monkeypatch.setattr(EngineState, "is_finite", lambda state: False)
     told: list[str] = []
     run: Any = SimpleNamespace(
         engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(step=6), saved_step=4, stopped_by=15,

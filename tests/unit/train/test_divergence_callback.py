@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_lpa.checkpoint.decisions import (
+from megatron_lpa.checkpoint.progress import (
     AT_START,
     FEWEST_STEPS,
     WINDOW_STEPS,
     Decisions,
+    Progress,
     decisions_from_json,
 )
-from megatron_lpa.checkpoint.manifest import Progress
 from megatron_lpa.config.run import TrainConfig
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.callbacks import divergence as module

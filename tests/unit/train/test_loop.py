@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_lpa.checkpoint.manifest import Progress
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.config.run import TrainConfig
 from megatron_lpa.errors import AgreedProblem
 from megatron_lpa.parallel.groups import ParallelGroups

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_lpa.checkpoint.manifest import Progress
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.metrics_file import read_metrics
 from megatron_lpa.train.callbacks.checkpoints import LastValidation

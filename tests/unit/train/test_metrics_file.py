@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_lpa import files, records
-from megatron_lpa.checkpoint.manifest import Progress
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.errors import TryAgain
 from megatron_lpa.run_folder import METRICS
 from megatron_lpa.train import run_lock

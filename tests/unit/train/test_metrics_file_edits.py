@@ -12,7 +12,7 @@ import pytest
 from test_metrics_file import FakeRun, events, lines, opened, record, written
 
 from megatron_lpa import records
-from megatron_lpa.checkpoint.manifest import Progress
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.run_folder import METRICS
 from megatron_lpa.train.callbacks.sinks import MetricsFile
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_lpa.checkpoint.manifest import Progress
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.evaluate.metrics_file import read_metrics
 from megatron_lpa.records import Record
 from megatron_lpa.run_folder import TENSORBOARD

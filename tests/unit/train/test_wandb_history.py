@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.wandb_files import history_of, tags_of
 
-from megatron_lpa.checkpoint.manifest import Progress
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.run_folder import METRICS, SUPERSEDED, WANDB, WANDB_ID
 from megatron_lpa.train.callbacks import weights_and_biases
 from megatron_lpa.train.callbacks.weights_and_biases import WandB, is_copy, read_identity
@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from megatron_lpa.config import load_config
-from megatron_lpa.checkpoint.manifest import Progress
+from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.train.callbacks.sinks import MetricsFile
 from megatron_lpa.train.callbacks.weights_and_biases import WandB
 

@@ -1,9 +1,11 @@
-"""What decides whether a run goes back. It is part of every checkpoint, so that no stop changes a decision."""
+"""What a run has to know of the steps before, besides weights. It is part of every checkpoint, so that no stop changes it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 WINDOW_STEPS = 50
@@ -17,8 +19,53 @@ LARGEST = 1 << 62
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far a run has come; with the config it determines everything that follows.
+
+    Args:
+        step: optimizer steps done.
+        consumed_samples: sequences read for training.
+        consumed_tokens: tokens predicted in training.
+        skipped_samples: samples passed over when the run went back to a checkpoint; they count as neither.
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    skipped_samples: int = 0
+
+    @property
+    def position(self) -> int:
+        """Where in the order of samples the next step begins."""
+        return self.consumed_samples + self.skipped_samples
+
+
+def due_at(step: int, interval: int) -> bool:
+    """Whether a run that is never stopped has a checkpoint of this step; never without an interval."""
+    return bool(interval) and step % interval == 0
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """What the order of training samples depends on: with it, consumed samples say which come next.
+
+    Args:
+        seed: the run's seed.
+        samples_per_epoch: samples of the training split that can be read before any comes again.
+        samples_per_step: the global batch size; steps, and so the length and the schedule, count in it.
+        data: what tells the data from other data: hashes of contents, ranges of documents, weights; no
+            paths and no dates.
+    """
+
+    seed: int
+    samples_per_epoch: int
+    samples_per_step: int
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Decisions:
-    """What a run has to know of the steps before, besides weights and data; equal on all ranks.
+    """What decides whether a run goes back; equal on all ranks.
 
     Args:
         skipped_in_a_row: steps up to now that changed nothing because their gradient was not finite.
@@ -69,6 +116,38 @@ class Decisions:
 AT_START = Decisions()
 
 
+@dataclass(frozen=True)
+class Unrecorded:
+    """Losses of steps that no record has yet, for the mean in the next one; equal on the ranks of a replica.
+
+    Args:
+        steps: how many there are.
+        finite: how many of them have a finite loss; the others changed nothing.
+        loss_sum: sum of the finite losses, in nats. Steps are added one by one in float64, so that it does not depend
+            on where a run was stopped.
+    """
+
+    steps: int = 0
+    finite: int = 0
+    loss_sum: float = 0.0
+
+    def and_then(self, losses: Iterable[float]) -> Unrecorded:
+        """With further steps, in their order."""
+        steps, finite, loss_sum = self.steps, self.finite, self.loss_sum
+        for loss in losses:
+            steps += 1
+            if math.isfinite(loss):
+                finite, loss_sum = finite + 1, loss_sum + loss
+        return Unrecorded(steps, finite, loss_sum)
+
+    def mean(self) -> float | None:
+        """Mean of the finite losses, in nats; None when there are none."""
+        return self.loss_sum / self.finite if self.finite else None
+
+
+NOTHING_UNRECORDED = Unrecorded()
+
+
 def decisions_from_json(value: Any) -> Decisions:
     """What was written as ``dataclasses.asdict`` gives it. What is missing, as in an older file, is as at the start.
 
@@ -85,6 +164,24 @@ def decisions_from_json(value: Any) -> Decisions:
         tuple(float(loss) for loss in losses[-WINDOW_STEPS:]),
         whole_number(value.get("rollbacks", 0), "decisions.rollbacks"),
     )
+
+
+def unrecorded_from_json(value: Any) -> Unrecorded:
+    """What was written as ``dataclasses.asdict`` gives it.
+
+    Raises:
+        ValueError: it is not that; the message names the key.
+    """
+    if not isinstance(value, dict):
+        raise ValueError("unrecorded is not an object")
+    steps = whole_number(value.get("steps"), "unrecorded.steps")
+    finite = whole_number(value.get("finite"), "unrecorded.finite")
+    loss_sum: Any = value.get("loss_sum")
+    if finite > steps:
+        raise ValueError("unrecorded.finite is more than unrecorded.steps")
+    if type(loss_sum) not in (int, float) or not abs(loss_sum) <= sys.float_info.max:
+        raise ValueError("unrecorded.loss_sum is not a finite number")
+    return Unrecorded(steps, finite, float(loss_sum))
 
 
 def whole_number(value: Any, key: str) -> int:

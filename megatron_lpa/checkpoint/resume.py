@@ -8,25 +8,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.checkpoint.decisions import Decisions, decisions_from_json
 from megatron_lpa.checkpoint.manifest import (
     MANIFEST,
     DamagedCheckpoint,
-    Progress,
-    SampleOrder,
     layout_in,
     read_manifest,
     seal_of,
     verify_files,
 )
+from megatron_lpa.checkpoint.progress import (
+    NOTHING_UNRECORDED,
+    Decisions,
+    Progress,
+    SampleOrder,
+    Unrecorded,
+    decisions_from_json,
+    unrecorded_from_json,
+)
 from megatron_lpa.checkpoint.reshard import StateReader, shard_box
+from megatron_lpa.checkpoint.saving import layout_of
 from megatron_lpa.checkpoint.store import Retention, prune, retention_of, set_aside
-from megatron_lpa.checkpoint.unrecorded import NOTHING_UNRECORDED, Unrecorded, unrecorded_from_json
+from megatron_lpa.checkpoint.training_state import KINDS, MASTER, TrainingState
 from megatron_lpa.config import ModelConfig
 from megatron_lpa.config.compare import completed, differences, listed
-from megatron_lpa.engine import fragments as where
-from megatron_lpa.engine.build import Engine
-from megatron_lpa.engine.checkpoint import layout_of
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import gather_messages, together
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -58,7 +62,7 @@ class Resumed:
 
 
 def load_newest(
-    engine: Engine,
+    state: TrainingState,
     checkpoints: Sequence[Path],
     order: SampleOrder,
     accept: Callable[[Resumed], None] = lambda resumed: None,
@@ -69,7 +73,7 @@ def load_newest(
     retention does not keep: a process that was killed right after a save has left one more.
 
     Args:
-        engine: a new engine, or one whose state is to be replaced.
+        state: a new one, or one that is to be replaced.
         checkpoints: oldest first; the same on every rank, and not empty.
         order: what the order of samples depends on.
         accept: raises, on all ranks, where the run must not go on from the one that was loaded; before any is renamed
@@ -83,14 +87,14 @@ def load_newest(
     skipped: list[tuple[Path, str]] = []
     for checkpoint in reversed(checkpoints):
         try:
-            resumed = load_checkpoint(engine, checkpoint, order)
+            resumed = load_checkpoint(state, checkpoint, order)
         except DamagedCheckpoint as error:
             skipped.append((checkpoint, str(error)))
             continue
         accept(resumed)
         notes = tuple(f"{path.name} was skipped: {reason}" for path, reason in skipped)
-        if engine.groups.rank == 0:
-            _keep_house(checkpoint, skipped, retention_of(engine.config.train))
+        if state.groups.rank == 0:
+            _keep_house(checkpoint, skipped, retention_of(state.config.train))
         return dataclasses.replace(resumed, notes=notes + resumed.notes)
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
     raise UserError(
@@ -112,14 +116,14 @@ def _keep_house(loaded: Path, skipped: Sequence[tuple[Path, str]], retention: Re
         prune(loaded.parent, retention)
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Resumed:
+def load_checkpoint(state: TrainingState, checkpoint: Path, order: SampleOrder) -> Resumed:
     """Continue from a checkpoint of the same model and sample order, in any layout; every rank calls it.
 
     Raises:
         DamagedCheckpoint: on every rank, with the files that any rank found damaged.
         UserError: another model or order; the message lists what differs.
     """
-    groups = engine.groups
+    groups = state.groups
     found: list[dict[str, Any]] = []
 
     def verify() -> None:
@@ -130,13 +134,11 @@ def load_checkpoint(engine: Engine, checkpoint: Path, order: SampleOrder) -> Res
 
     _undamaged(verify, groups)
     (manifest,) = found
-    notes = together(lambda: _compared(checkpoint, manifest, engine, order), groups)
-    where.before_restoring(engine)
-    _undamaged(lambda: _restore(engine, checkpoint, manifest), groups)
-    where.after_restoring(engine)
+    notes = together(lambda: _compared(checkpoint, manifest, state, order), groups)
+    state.before_restoring()
+    _undamaged(lambda: _restore(state, checkpoint, manifest), groups)
     progress: Progress = manifest["progress"]
-    engine.stepper.set_progress(progress.step, progress.consumed_samples)
-    engine.skipped_steps = manifest["state"]["skipped_steps"]
+    state.after_restoring(progress.step, progress.consumed_samples, manifest["state"]["skipped_steps"])
     decisions = decisions_from_json(manifest["decisions"]) if "decisions" in manifest else None
     unrecorded = (
         unrecorded_from_json(manifest["unrecorded"]) if "unrecorded" in manifest else NOTHING_UNRECORDED
@@ -197,24 +199,23 @@ def refuse_other_run(
 
 
 def _compared(
-    checkpoint: Path, manifest: dict[str, Any], engine: Engine, order: SampleOrder
+    checkpoint: Path, manifest: dict[str, Any], state: TrainingState, order: SampleOrder
 ) -> tuple[str, ...]:
-    refuse_other_run(checkpoint, manifest, engine.config.model, order)
-    changed = differences(layout_in(manifest), layout_of(engine), "layout")
+    refuse_other_run(checkpoint, manifest, state.config.model, order)
+    changed = differences(layout_in(manifest), layout_of(state), "layout")
     return (f"the state is brought into another layout: {'; '.join(changed)}",) if changed else ()
 
 
-def _restore(engine: Engine, checkpoint: Path, manifest: dict[str, Any]) -> None:
+def _restore(state: TrainingState, checkpoint: Path, manifest: dict[str, Any]) -> None:
     """Overwrite this rank's masters and moments. No collective."""
     reader = StateReader(checkpoint, manifest)
-    fragments = where.held_fragments(engine)
     step: int = manifest["state"]["optimizer_step"]
-    where.set_optimizer_step(engine, fragments, step)
-    groups = engine.groups
+    state.set_optimizer_step(step)
+    groups = state.groups
     multiple = manifest["model"].get("pad_vocab_to_multiple_of", 1)
-    own_model = engine.config.model
+    own_model = state.config.model
     saved_model = dataclasses.replace(own_model, pad_vocab_to_multiple_of=max(multiple, 1))
-    for fragment in fragments:
+    for fragment in state.fragments():
         spec = fragment.spec
         saved = reader.shape_of(fragment.name)
         padded = ((saved_model.padded_vocab_size,), (own_model.padded_vocab_size,))
@@ -223,6 +224,6 @@ def _restore(engine: Engine, checkpoint: Path, manifest: dict[str, Any]) -> None
                 f"{checkpoint / MANIFEST}: {fragment.name} is of shape {saved}, in its model of {spec.shape}"
             )
         box = shard_box(spec.shape, spec.tp_dim, groups.tp_rank, groups.tp_size)
-        for kind in (where.MASTER, *where.MOMENTS) if step else (where.MASTER,):
+        for kind in KINDS if step else (MASTER,):
             value = reader.read(fragment.name, kind, box, fragment.start, fragment.length)
             fragment.view(kind).copy_(value)

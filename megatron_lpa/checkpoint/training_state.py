@@ -1,0 +1,138 @@
+"""What a checkpoint asks of a model in training, and how files call the parts of its state.
+
+A *shard* is a parameter's part on one tensor-parallel rank, flattened. A *fragment* is a range of it whose state one
+process holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megatron_lpa.config import RunConfig
+from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.parallel.sharding import ParameterSpec
+
+WHOLE = "whole"
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+KINDS = (MASTER, *MOMENTS)
+"""What a state holds of each parameter: the fp32 value, and AdamW's moments once there are any."""
+
+
+def shard_name(tp_dim: int | None, tp_rank: int, tp_size: int) -> str:
+    """How files call a shard: its tensor-parallel rank, or ``whole``."""
+    return WHOLE if tp_dim is None or tp_size == 1 else str(tp_rank)
+
+
+def fragment_key(name: str, kind: str, shard: str, start: int) -> str:
+    """The key of a fragment in a file."""
+    return f"{name}/{kind}/{shard}/{start}"
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """A range of one shard that this process holds.
+
+    Args:
+        name: the parameter.
+        spec: the parameter's spec.
+        start: first element, in the flattened shard.
+        length: elements.
+        copy: number of this copy; other processes hold equal ones.
+        copies: how many there are.
+    """
+
+    name: str
+    spec: ParameterSpec
+    start: int
+    length: int
+    copy: int
+    copies: int
+
+    def view(self, kind: str) -> torch.Tensor:
+        """(length,) fp32: the state of one of ``KINDS`` itself, not a copy."""
+        raise NotImplementedError
+
+    def share(self) -> tuple[int, int]:
+        """``(first, end)`` inside the fragment of what this process writes; the copies divide it."""
+        return self.length * self.copy // self.copies, self.length * (self.copy + 1) // self.copies
+
+
+class TrainingState(Protocol):
+    """A model in training, as a checkpoint saves and restores it. Each process has one."""
+
+    @property
+    def groups(self) -> ParallelGroups:
+        """Where this process stands."""
+        ...
+
+    @property
+    def config(self) -> RunConfig:
+        """Of the run."""
+        ...
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO's stage, as the run asks for it."""
+        ...
+
+    @property
+    def specs(self) -> Mapping[str, ParameterSpec]:
+        """Of all parameters, by name, in the model's order."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one element of the weights that compute."""
+        ...
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing because the gradient's norm was not finite."""
+        ...
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """What trains, and its version; goes into the manifest."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until the device has done what training asked of it."""
+        ...
+
+    def fragments(self) -> Sequence[Fragment]:
+        """What this process holds, in the model's order of parameters."""
+        ...
+
+    def optimizer_step(self) -> int:
+        """AdamW's count of steps here; 0 before the first, when it has no moments, and where no fragment is held."""
+        ...
+
+    def gathered_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Every parameter's name and unsharded value: on rank 0's device, with memory of its own; None on other ranks.
+
+        Every rank has to go through all of them: each is gathered by collectives.
+        """
+        ...
+
+    def before_restoring(self) -> None:
+        """Let go of what would be in the way. No collective."""
+        ...
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Give AdamW this count of steps and moments to write to; with 0 it has none. No collective."""
+        ...
+
+    def after_restoring(self, step: int, samples: int, skipped_steps: int) -> None:
+        """Make the weights that compute follow from the masters; every rank calls it.
+
+        Args:
+            step: optimizer steps done.
+            samples: consumed.
+            skipped_steps: of these, those that changed nothing.
+        """
+        ...
