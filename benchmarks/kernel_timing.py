@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe_machine, versions_of
-from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
+from megatron_lpa.ops.products import keep_partial_sums_in_fp32
 
 ROTATED_BYTES = 256 * 2**20
 """Inputs rotate among copies that together are several times the L2 cache, so that none is read from it."""

@@ -135,8 +135,6 @@ def search(setting: Setting, job: Job, tiles: int, attempt: Callable[[Plan], flo
     attempt(Plan("eager"))
     if job.pairs > 1:
         attempt(Plan("joined"))
-    if job.shape.tokens <= FEW_TOKENS and not job.training:
-        attempt(Plan("merged"))
     if why_not_fused(case_of(setting, job), setting.device.type) is not None:
         return
     forward = {tile: attempt(Plan("fused", tile)) for tile in fitting(setting, job.shape, 1, tiles, job.norm)}

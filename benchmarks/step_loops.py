@@ -26,7 +26,7 @@ from megatron_lpa.errors import UserError
 from megatron_lpa.model.dtypes import autocast_dtype, weights_dtype
 from megatron_lpa.model.recompute import recompute_for
 from megatron_lpa.model.transformer import Decoder
-from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
+from megatron_lpa.ops.products import keep_partial_sums_in_fp32
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import spec_of
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megatron_lpa.ops import lowdim
+from megatron_lpa.ops import products
 from megatron_lpa.ops.dispatch import Case, Plan
 
 
@@ -16,13 +16,13 @@ from megatron_lpa.ops.dispatch import Case, Plan
 def recorded_plans() -> Iterator[dict[str, str]]:
     """A dictionary that fills while steps run: kind of module -> path and tiles. Empty for dense models."""
     plans: dict[str, str] = {}
-    choose = lowdim.choose
+    plan_of = products.plan_of
 
     def noted(path: str, case: Case, tokens: int, device: torch.device) -> Plan:
-        plan = choose(path, case, tokens, device)
+        plan = plan_of(path, case, tokens, device)
         kind = f"{len(case.ranks)} pairs, d {case.d_in}, r {case.ranks[0]}"
         plans[f"{kind}, {'training' if case.training else 'forward'}"] = " ".join(filter(None, plan))
         return plan
 
-    with unittest.mock.patch.object(lowdim, "choose", noted):
+    with unittest.mock.patch.object(products, "plan_of", noted):
         yield plans

@@ -197,7 +197,7 @@ class Suite(SuiteState):
         shipped = table is not None and self.trusted
         if table is not None and shipped:
             write_result(table, content)
-            dispatch.read_table.cache_clear()  # it may be the shipped table, which whole steps choose by
+            dispatch.forget_tables()  # it may be the shipped table, which whole steps choose by
         self.result["table"] = str(table if shipped else beside)
 
     def tuned_here(self) -> kernel.Table | None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Literal
+
+EARLIER_LOWDIM_PATHS = {"merged": "eager"}
+"""Values of ``kernels.lowdim`` in configurations of earlier versions. ``merged`` multiplied the two factors first; no
+measurement asked for it, and results of all paths are equal up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -13,19 +18,18 @@ class KernelConfig:
     Args:
         lowdim: path of low-dimensional products: ``eager`` is two matrix products per
             module, ``joined`` lets q, k and v share the first one, ``fused`` is the two-product kernel,
-            ``merged`` multiplies the factors first, ``auto`` takes what was measured to be fastest on the device.
-            The environment variable ``MEGATRON_LPA_LOWDIM`` goes before it. With tensor parallelism it
+            ``auto`` takes what was measured to be fastest on the device. With tensor parallelism it
             decides for q, k, v, up and gate in layout ``column_row``; o and down have a collective in between.
-        elementwise: norms, rotary embedding, SwiGLU and the softmax of the loss: ``eager`` by PyTorch's operations, ``compiled`` by
-            torch.compile, ``liger`` by the package liger-kernel; ``auto`` is ``compiled`` on a GPU and ``eager`` on
-            a CPU.
+        elementwise: norms, rotary embedding, SwiGLU and the softmax of the loss: ``eager`` by PyTorch's operations,
+            ``compiled`` by torch.compile, ``liger`` by the package liger-kernel; ``auto`` is ``compiled`` on a GPU and
+            ``eager`` on a CPU.
         loss: ``whole`` keeps the logits of a micro-batch, ``chunked`` never holds them at once and computes them
             again in the backward pass; ``auto`` is ``chunked`` where the logits of a micro-batch would take more
             than 2 GiB.
         attention: ``sdpa`` is PyTorch's, ``flash_attn`` the package flash-attn; ``auto`` is ``sdpa``.
     """
 
-    lowdim: Literal["auto", "eager", "joined", "fused", "merged"] = "auto"
+    lowdim: Literal["auto", "eager", "joined", "fused"] = "auto"
     elementwise: Literal["auto", "eager", "compiled", "liger"] = "auto"
     loss: Literal["auto", "whole", "chunked"] = "auto"
     attention: Literal["auto", "sdpa", "flash_attn"] = "auto"
@@ -48,6 +52,8 @@ LOSS_CHUNK_BYTES = 512 * 2**20
 """fp32 logits of one chunk: about 4,000 tokens of 32,000 ids, enough rows for a product at full speed."""
 
 
+# Asked at every step, with the same numbers.
+@functools.cache
 def takes_chunks(loss: str, tokens: int, columns: int, element_bytes: int) -> bool:
     """Whether ``kernels.loss`` means chunks.
 
@@ -62,6 +68,7 @@ def takes_chunks(loss: str, tokens: int, columns: int, element_bytes: int) -> bo
     return loss == "chunked"
 
 
+@functools.cache
 def chunk_tokens(columns: int, element_bytes: int) -> int:
     """Tokens per chunk of ``columns`` logits that are computed in ``element_bytes`` each; at least one."""
     return max(1, LOSS_CHUNK_BYTES // (columns * element_bytes))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from megatron_lpa.config.kernels import EARLIER_LOWDIM_PATHS
 from megatron_lpa.config.model import layers_meant
 from megatron_lpa.config.paths import PATH_KEYS, expanded
 from megatron_lpa.config.run import EARLIER_LAYOUTS
@@ -20,6 +21,9 @@ MOST_CHARACTERS = 4096
 
 MOST_WHOLE = 2**63 - 1
 """Sizes, counts and seeds become 64-bit integers."""
+
+_EARLIER = {"parallel.lowdim_layout": EARLIER_LAYOUTS, "kernels.lowdim": EARLIER_LOWDIM_PATHS}
+"""By key, values that earlier versions had, and what they are now."""
 
 _NULLS = ("null", "Null", "NULL", "~")
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -47,8 +51,8 @@ def typed(key: ConfigKey, value: Any, source: str) -> Any:
             value = None
     if value is None and key.optional:
         return None
-    if key.name == "parallel.lowdim_layout" and isinstance(value, str):
-        value = EARLIER_LAYOUTS.get(value, value)
+    if isinstance(value, str):
+        value = _EARLIER.get(key.name, {}).get(value, value)
     if issubclass(key.base_type, dict) and isinstance(value, str):
         value = parse_yaml(value, f"{key.name} ({source})")
     try:

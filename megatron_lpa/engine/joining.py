@@ -22,7 +22,7 @@ import deepspeed
 
 from megatron_lpa.engine.compile_lock import wait_for_compilers
 from megatron_lpa.errors import EXIT_REFUSED, RankError, RankHang
-from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
+from megatron_lpa.ops.products import keep_partial_sums_in_fp32
 from megatron_lpa.parallel.address import is_loopback, loopback_interface
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.meeting import Meeting, meet

@@ -23,7 +23,7 @@ from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.files import exists, is_dir
 from megatron_lpa.model.dtypes import autocast_dtype, weights_dtype
 from megatron_lpa.model.transformer import Decoder
-from megatron_lpa.ops.linear import keep_partial_sums_in_fp32
+from megatron_lpa.ops.products import keep_partial_sums_in_fp32
 
 CONFIG = "config.yaml"
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from megatron_lpa.kernels.lowdim import forward_kernel, input_gradient_kernel, inverse_rms_kernel
+from megatron_lpa.kernels.lowdim_kernels import forward_kernel, input_gradient_kernel, inverse_rms_kernel
 from megatron_lpa.kernels.tiles import ASYNCHRONOUS_ROWS, MAX_PAIRS, Tile, padded_rank
 
 

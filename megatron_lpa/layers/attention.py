@@ -9,7 +9,7 @@ from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.linear import InputProjections, OutputProjection
 from megatron_lpa.ops.attention import causal_attention
 from megatron_lpa.ops.elementwise import rotate
-from megatron_lpa.ops.lowdim import Norm, Rotary
+from megatron_lpa.ops.products import Norm, Rotary
 from megatron_lpa.parallel.groups import ParallelGroups
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.config.kernels import takes_chunks
 from megatron_lpa.layers.loss import chunked_cross_entropy, vocab_parallel_cross_entropy
-from megatron_lpa.ops.linear import as_product_input
+from megatron_lpa.ops.products import as_product_input
 from megatron_lpa.parallel.collectives import copy_to_tp, reduce_from_tp
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import ParameterSpec, new_parameter

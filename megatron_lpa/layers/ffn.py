@@ -9,7 +9,7 @@ from torch.nn import functional
 from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.linear import InputProjections, OutputProjection
 from megatron_lpa.ops.elementwise import swiglu
-from megatron_lpa.ops.lowdim import Norm
+from megatron_lpa.ops.products import Norm
 from megatron_lpa.parallel.groups import ParallelGroups
 
 

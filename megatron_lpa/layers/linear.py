@@ -15,8 +15,7 @@ from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.layers.dense import DenseInput, DenseOutput
 from megatron_lpa.layers.lowdim import LowDimInput, LowDimOutput
 from megatron_lpa.layers.structure import InputStructure, OutputStructure
-from megatron_lpa.ops.linear import as_product_input, linears
-from megatron_lpa.ops.lowdim import Norm, Rotary, lowdim_linears
+from megatron_lpa.ops.products import Norm, Rotary, as_product_input, linears, lowdim_linears
 from megatron_lpa.parallel.collectives import copy_to_tp, gather_shards, reduce_scatter_shards
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import new_parameter

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from megatron_lpa.config.kernels import chunk_tokens
 from megatron_lpa.ops import cross_entropy as ops
-from megatron_lpa.ops.linear import autocast_dtype
+from megatron_lpa.ops.products import autocast_dtype
 from megatron_lpa.parallel.collectives import all_reduce_no_grad
 from megatron_lpa.parallel.groups import ParallelGroups
 

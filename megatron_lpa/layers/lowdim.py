@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_lpa.layers.structure import Collective, Parameters
-from megatron_lpa.ops.linear import linear
-from megatron_lpa.ops.lowdim import Pair, lowdim_linear
+from megatron_lpa.ops.products import Pair, linear, lowdim_linear
 from megatron_lpa.parallel.collectives import reduce_from_tp, reduce_scatter_shards
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import ParameterSpec

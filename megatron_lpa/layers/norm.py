@@ -7,7 +7,7 @@ from torch import nn
 
 from megatron_lpa.config import KernelConfig, ModelConfig
 from megatron_lpa.ops import elementwise
-from megatron_lpa.ops.lowdim import Norm
+from megatron_lpa.ops.products import Norm
 from megatron_lpa.parallel.sharding import ParameterSpec, new_parameter
 
 

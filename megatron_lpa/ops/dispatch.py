@@ -1,16 +1,15 @@
-"""Which path computes a low-dimensional product: measured profit decides, and without a measurement what counting proves.
+"""Which path computes a low-dimensional product: measured profit decides, and without it what counting proves.
 
 Paths:
 
 * ``eager``: two matrix products per pair, as PyTorch does them.
 * ``joined``: pairs that read one x share the first product and the gradient of x (``ops/lowdim_math.py``).
-* ``fused``: the two-product kernel (``kernels/lowdim.py``), which keeps the latent on chip.
-* ``merged``: one product with the dense matrix ``W_B W_A``, for few tokens.
+* ``fused``: the two-product kernel (``kernels/lowdim_kernels.py``), which keeps the latent on chip.
 
 ``ops/tuning/sm_NN.json`` holds measured cases of one compute capability; ``docs/kernels.md`` says how they are
 made. A case counts for its exact widths, and for numbers of tokens near the measured ones. Where a case was measured
-on several devices of the capability, the lines of the device at hand count, by its name. Where none counts, ``planning/product_time.py``
-says where ``joined`` cannot lose; ``fused`` is never chosen without a measurement.
+on several devices of the capability, the lines of the device at hand count, by its name. Where none counts,
+``planning/product_time.py`` says where ``joined`` cannot lose; ``fused`` is never chosen without a measurement.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ from megatron_lpa.errors import UserError, named, shown
 from megatron_lpa.kernels.tiles import FEW_TOKENS, MAX_PAIRS, Tile, default_tile, why_not
 from megatron_lpa.planning.product_time import least_joined_tokens
 
-PATHS = ("auto", "eager", "joined", "fused", "merged")
-ENVIRONMENT_VARIABLE = "MEGATRON_LPA_LOWDIM"
+PATHS = ("auto", "eager", "joined", "fused")
 TUNING_FOLDER = Path(__file__).parent / "tuning"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,25 +90,11 @@ Measured = tuple[int, tuple[str, str, str]]
 """One line of a tuning table: a number of tokens, and the fields of the fastest ``Plan``."""
 
 
-@torch.compiler.assume_constant_result
-def requested_path(path: str) -> str:
-    """The path that the environment forces, else ``path``.
-
-    Raises:
-        UserError: no such path.
-    """
-    forced = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    for source, value in ((ENVIRONMENT_VARIABLE, forced), ("the low-dimensional path", path)):
-        if value and value not in PATHS:
-            raise UserError(f"{source} is {value!r}; give one of {', '.join(PATHS)}")
-    return path if forced in ("", "auto") else forced
-
-
 def choose(path: str, case: Case, tokens: int, device: torch.device) -> Plan:
     """The plan for one product.
 
     Args:
-        path: one of ``PATHS``, from the configuration; the environment variable goes before it.
+        path: one of ``PATHS``, from the configuration.
         case: widths, dtype and what is asked for.
         tokens: M, rows of x.
         device: of x.
@@ -118,14 +102,25 @@ def choose(path: str, case: Case, tokens: int, device: torch.device) -> Plan:
     Raises:
         UserError: no such path, or one that cannot run here.
     """
-    requested = requested_path(path)
-    if requested == "fused":
+    if path not in PATHS:
+        raise UserError(f"the low-dimensional path is {path!r}; give one of {', '.join(PATHS)}")
+    if path == "fused":
         return forced_fused(case, tokens, device)
-    if requested != "auto":
-        return Plan(requested)
+    if path != "auto":
+        return Plan(path)
     if device.type != "cuda":
         return EAGER
     return planned(measured_cases((*case,), device.index or 0), case, tokens)
+
+
+kept_choice = functools.lru_cache(maxsize=4096)(choose)
+"""``choose``, asked once: a model's modules ask for a few cases at every step."""
+
+
+def forget_tables() -> None:
+    """Tables are read again, for a process that has written one."""
+    read_table.cache_clear()
+    kept_choice.cache_clear()
 
 
 def planned(measured: Sequence[Measured], case: Case, tokens: int) -> Plan:
@@ -224,9 +219,7 @@ def default_tiles(case: tuple[Any, ...], few: bool, device_type: str, index: int
             ("", "") if few else (f" of {LEAST_ROWS} rows or more", "; smaller ones lose to plain products")
         )
         reason = reason or f"no tile{least} fits the device at r = {rank}{smaller}"
-        raise UserError(
-            f"the low-dimensional path 'fused' cannot run: {reason}; use 'auto' (configuration or {ENVIRONMENT_VARIABLE})"
-        )
+        raise UserError(f"the low-dimensional path 'fused' cannot run: {reason}; use 'auto' (kernels.lowdim)")
     backward = tile_of(len(wanted.ranks), False)
     return str(tile), "" if backward is None else str(backward)
 
@@ -243,10 +236,9 @@ def forced_fused(case: Case, tokens: int, device: torch.device) -> Plan:
         plan = nearest(fused, tokens) if fused else None
         if plan is not None:
             return plan
+    # A branch torch.compile can guard; a comparison's result it would not pass on.
     few = False
-    if (
-        tokens <= FEW_TOKENS
-    ):  # a branch, which torch.compile can guard; a comparison's result it would not pass on
+    if tokens <= FEW_TOKENS:
         few = True
     return Plan("fused", *default_tiles((*case,), few, device.type, index))
 

@@ -122,6 +122,22 @@ def input_gradient(
     return torch.addcmul(dx, x, (row_sums / x.shape[-1]).to(x.dtype).unsqueeze(-1), value=-1)
 
 
+class Needed(NamedTuple):
+    """Which gradients are asked for; of lists, whether any is."""
+
+    x: bool
+    w_a: bool
+    w_b: bool
+    bias_a: bool
+    bias_b: bool
+    norm_weight: bool
+
+    @property
+    def first(self) -> bool:
+        """Whether the first factors' product over tokens is; the norm's gradient comes from it, too."""
+        return self.w_a or self.norm_weight
+
+
 class WeightGradients(NamedTuple):
     """Gradients in the order of the factors; empty tensors where none was asked for.
 
@@ -148,36 +164,21 @@ def weight_gradients(
     w_a: Sequence[torch.Tensor],
     w_b: Sequence[torch.Tensor],
     norm_weight: torch.Tensor | None,
-    need_first: bool,
-    need_bias_a: bool,
-    need_second: bool,
-    need_bias_b: bool,
+    need: Needed,
 ) -> WeightGradients:
     """Products over tokens. ``scaled`` is what ``latent_gradient`` returned."""
     empty = x.new_empty
-    folded = scaled.T @ x if need_first else empty(0)
+    folded = scaled.T @ x if need.first else empty(0)
     d_norm = empty(0)
-    if need_first and norm_weight is not None:
+    if need.first and norm_weight is not None:
         joined = join_first(w_a, None)
         d_norm = (folded.to(wide(x.dtype)) * joined).sum(dim=0).to(norm_weight.dtype)
         folded = (folded * norm_weight).to(x.dtype)
     d_bias_a = empty(0)
-    if need_bias_a:
+    if need.bias_a:
         unscaled = scaled if norm_weight is None else scaled / saved.rstd.unsqueeze(-1)
         d_bias_a = unscaled.sum(dim=0, dtype=wide(x.dtype)).to(x.dtype)
-    parts = split_ranks(saved.latent, w_b) if need_second else ()
-    d_w_b = [g.T @ part for g, part in zip(dz, parts, strict=True)] if need_second else [empty(0) for _ in dz]
-    d_bias_b = [g.sum(dim=0) for g in dz if need_bias_b]
+    parts = split_ranks(saved.latent, w_b) if need.w_b else ()
+    d_w_b = [g.T @ part for g, part in zip(dz, parts, strict=True)] if need.w_b else [empty(0) for _ in dz]
+    d_bias_b = [g.sum(dim=0) for g in dz if need.bias_b]
     return WeightGradients(folded, d_bias_a, d_norm, d_w_b, d_bias_b)
-
-
-def merge(
-    w_a: torch.Tensor, w_b: torch.Tensor, bias_a: torch.Tensor | None, bias_b: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The one matrix (d_out, d_in) and bias (d_out,) that a pair is equal to."""
-    bias = bias_b
-    if (
-        bias_a is not None
-    ):  # linear() of a vector squeezes its result in place, which selective checkpointing refuses
-        bias = torch.mv(w_b, bias_a) if bias_b is None else torch.addmv(bias_b, w_b, bias_a)
-    return w_b @ w_a, bias

@@ -18,12 +18,11 @@ from megatron_lpa.data.splits import Splits
 from megatron_lpa.engine.ds_config import check_by_deepspeed, find_ds_config, read_zero_knobs
 from megatron_lpa.engine.zero_knobs import check_device
 from megatron_lpa.files import tree_digest
-from megatron_lpa.ops.dispatch import ENVIRONMENT_VARIABLE
 from megatron_lpa.parallel.disagreement import flat
 
 PACKAGES = ("torch", "deepspeed", "triton", "numpy", "safetensors", "liger-kernel")
 VARIABLES = (
-    ENVIRONMENT_VARIABLE, "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG",
     "CUBLASLT_WORKSPACE_SIZE", "NCCL_ALGO", "NCCL_PROTO", "TRITON_INTERPRET", "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE",
     "DS_ACCELERATOR", "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY",
 )  # fmt: skip

@@ -27,7 +27,6 @@ from megatron_lpa.engine.joining import (
 from megatron_lpa.engine.stepping import Engine
 from megatron_lpa.errors import RankError, TryAgain, UserError
 from megatron_lpa.files import exists, patiently
-from megatron_lpa.ops.dispatch import requested_path
 from megatron_lpa.parallel.agreement import from_first, gather_json, largest_of_all, together
 from megatron_lpa.parallel.disagreement import disagreement
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -79,7 +78,6 @@ def run_training(config: RunConfig, watchdog: Watchdog | None = None, stop: Stop
     watchdog = watchdog or Watchdog()
     place = place_from_environment()
     watchdog.enter("reading code and configuration")
-    requested_path(config.kernels.lowdim)  # the environment may name one that does not exist
     facts = start_facts(config)
     watchdog.join_board(None, place.world_size)
     with explained_losses():

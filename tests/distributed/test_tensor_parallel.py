@@ -74,10 +74,9 @@ CASES = [
 ]
 # The fused kernel's turn is in tests/kernels.
 CASES += [
-    (name, tp_size, "column_row", path)
+    (name, tp_size, "column_row", "joined")
     for name in ("s1_low_all", "s2_lpa", "s2_low_all", "s2_lpa_kv", "gqa_wide_heads")
     for tp_size in (1, 2)
-    for path in ("joined", "merged")
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from megatron_lpa.layers.attention import rope_tables
-from megatron_lpa.ops.lowdim import Norm, Pair, Rotary, lowdim_linears
+from megatron_lpa.ops.products import Norm, Pair, Rotary, lowdim_linears
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -9,8 +9,8 @@ from kernels.lowdim_cases import Problem, assert_near, draw, reference, upstream
 from megatron_lpa.errors import UserError
 from megatron_lpa.kernels.tiles import Tile, candidates, default_tile, why_not
 from megatron_lpa.ops.dispatch import LEAST_ROWS
-from megatron_lpa.ops.lowdim import Norm, Pair, lowdim_linears
-from megatron_lpa.ops.lowdim_op import lowdim_op
+from megatron_lpa.ops.lowdim_operator import Arguments, lowdim_operator
+from megatron_lpa.ops.products import Norm, Pair, lowdim_linears
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,10 +93,11 @@ def test_every_candidate_tile(tile: Tile) -> None:
     w_a, w_b, bias_a, bias_b = zip(*problem.pairs, strict=True)
     assert problem.norm is not None
     backward = "" if reasons[1] else str(tile)
-    *z, _, _ = lowdim_op(
+    arguments = Arguments(
         problem.x, w_a, w_b, torch.cat(bias_a), list(bias_b), *problem.norm, True, str(tile), backward,
         *problem.rotary, "auto",
     )  # fmt: skip
+    *z, _, _ = lowdim_operator(*arguments)
     plain = problem.outputs("eager")
     for one, other in zip(z, plain, strict=True):
         assert (one - other).norm() <= 2e-2 * other.norm()

@@ -12,8 +12,8 @@ from kernels.lowdim_cases import DEVICE, Problem, assert_near, draw, reference
 
 from megatron_lpa.kernels import launch
 from megatron_lpa.kernels.tiles import Tile
-from megatron_lpa.ops.lowdim import Pair, lowdim_linear, lowdim_linears
-from megatron_lpa.ops.lowdim_op import lowdim_op
+from megatron_lpa.ops.lowdim_operator import Arguments, lowdim_operator
+from megatron_lpa.ops.products import Pair, lowdim_linear, lowdim_linears
 from megatron_lpa.planning import product_time
 
 KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -206,10 +206,11 @@ def test_any_tile_gives_the_same(tile: Tile, norm: bool, head_dim: int) -> None:
     problem = draw(torch.float32, (35, 40), 12, [24, 40], norm=norm, head_dim=head_dim)
     w_a, w_b, bias_a, bias_b = zip(*problem.pairs, strict=True)
     weight, eps = (None, 0.0) if problem.norm is None else problem.norm
-    *z, _, _ = lowdim_op(
-        problem.x, w_a, w_b, torch.cat(bias_a), list(bias_b), weight, eps, True, str(tile), str(tile),
-        *(problem.rotary or (None, None)), "eager",
-    )  # fmt: skip
+    arguments = Arguments(
+        problem.x, w_a, w_b, torch.cat(bias_a), list(bias_b), weight, eps, True, str(tile), str(tile)
+    )
+    cos, sin = problem.rotary or (None, None)
+    *z, _, _ = lowdim_operator(*arguments._replace(cos=cos, sin=sin))
     torch.manual_seed(0)
     upstream = [torch.randn_like(part) for part in z]
     plain = problem.outputs("eager")
@@ -278,9 +279,11 @@ def test_opcheck(norm: bool, head_dim: int) -> None:
     w_a, w_b, bias_a, bias_b = zip(*problem.pairs, strict=True)
     weight, eps = (None, 0.0) if problem.norm is None else problem.norm
     joined = torch.cat(bias_a).detach().requires_grad_()
-    tables = problem.rotary or (None, None)
-    arguments = (problem.x, w_a, w_b, joined, list(bias_b), weight, eps, True, str(SMALL), str(SMALL), *tables, "eager")  # fmt: skip
-    torch.library.opcheck(lowdim_op, arguments)
+    arguments = Arguments(
+        problem.x, w_a, w_b, joined, list(bias_b), weight, eps, True, str(SMALL), str(SMALL)
+    )
+    cos, sin = problem.rotary or (None, None)
+    torch.library.opcheck(lowdim_operator, arguments._replace(cos=cos, sin=sin))
 
 
 def test_torch_compile_keeps_one_graph() -> None:

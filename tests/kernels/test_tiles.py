@@ -76,9 +76,9 @@ def compile_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_lpa.kernels import lowdim
+    from megatron_lpa.kernels import lowdim_kernels
 
-    kernel = getattr(lowdim, name)
+    kernel = getattr(lowdim_kernels, name)
     names = [p.name for p in kernel.params]
     constants: dict[str, Any] = {
         "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_N": tile.block_n, "BLOCK_R": padded_rank(rank),

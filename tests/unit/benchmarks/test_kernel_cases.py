@@ -18,7 +18,7 @@ from benchmarks.step_config import run_config
 from megatron_lpa.config import preset_names
 from megatron_lpa.model.recompute import recompute_for
 from megatron_lpa.model.transformer import Decoder
-from megatron_lpa.ops import lowdim
+from megatron_lpa.ops import products
 from megatron_lpa.ops.dispatch import Case, Measured, Plan, nearest, parse_table
 from megatron_lpa.parallel.groups import ParallelGroups
 
@@ -42,13 +42,13 @@ def table() -> dict[Case, tuple[Measured, ...]]:
 def cases_of(preset: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Case, int]]:
     """What one layer of the preset's model asks for at its micro-batch, in bf16. Fake tensors take no memory."""
     asked: list[tuple[Case, int]] = []
-    choose = lowdim.choose
+    plan_of = products.plan_of
 
     def spy(path: str, case: Case, tokens: int, device: torch.device) -> Plan:
         asked.append((case._replace(dtype=torch.bfloat16), tokens))
-        return choose(path, case, tokens, device)
+        return plan_of(path, case, tokens, device)
 
-    monkeypatch.setattr(lowdim, "choose", spy)
+    monkeypatch.setattr(products, "plan_of", spy)
     config = run_config(preset, {"model.num_layers": 1})
     with FakeTensorMode():
         decoder = Decoder(

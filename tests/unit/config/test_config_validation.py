@@ -229,7 +229,7 @@ def test_defaults_alone_lack_a_length_and_data() -> None:
         validate_config(RunConfig(), None, need_data=False)
 
 
-@pytest.mark.parametrize("path", ["joined", "fused", "merged"])
+@pytest.mark.parametrize("path", ["joined", "fused"])
 def test_a_forced_path_needs_both_factors_in_one_place(path):
     forced = f"--kernels.lowdim={path}"
     assert warnings_of(forced) == []

@@ -71,7 +71,6 @@ def ours(
 KERNELS = [
     KernelConfig(),
     KernelConfig(lowdim="joined", loss="chunked"),
-    KernelConfig(lowdim="merged", loss="whole"),
 ]
 
 
@@ -95,7 +94,6 @@ def test_gradients_are_as_near_to_float64_as_those_of_plain_autocast(name: str) 
     for key in ("mixed auto", "mixed joined"):
         assert mean[key] < 1.1 * mean["plain"], (key, mean)
         assert mean[key] < 0.85 * mean["bf16"], (key, mean)
-    assert mean["mixed merged"] < 2 * mean["plain"], mean  # it rounds the product of the factors too
 
 
 @pytest.mark.parametrize("name", ["s1_low_all", "s1_prenorm", "tied_gelu_padded", "s2_low_all"])

@@ -22,7 +22,6 @@ from megatron_lpa.ops.dispatch import (
     nearest,
     parse_table,
     read_table,
-    requested_path,
     why_no_interpreter,
 )
 
@@ -52,7 +51,6 @@ def gpu_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
@@ -113,23 +111,16 @@ def test_between_two_measured_cases_the_nearer_counts() -> None:
 
 
 @pytest.mark.usefixtures("gpu_table")
-def test_force_goes_before_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_goes_before_the_table() -> None:
     assert choose("joined", CASE, 16384, GPU) == Plan("joined")
     assert choose("fused", CASE, 16384, GPU) == Plan(*FUSED)
     forced = choose("fused", CASE, 64, GPU)  # measured as joined there: default tiles, split for few tokens
     assert forced.path == "fused" and forced.forward_tile.startswith("16,")
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "merged")
-    assert choose("fused", CASE, 16384, GPU) == Plan("merged")
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "auto")
-    assert requested_path("joined") == "joined"
 
 
-def test_paths_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_does_not_exist() -> None:
     with pytest.raises(UserError, match="the low-dimensional path is 'fast'; give one of auto, eager"):
         choose("fast", CASE, 1, CPU)
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "Fused")
-    with pytest.raises(UserError, match="MEGATRON_LPA_LOWDIM is 'Fused'"):
-        choose("auto", CASE, 1, CPU)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_lpa.ops.linear import linears
+from megatron_lpa.ops.products import linears
 
 
 def drawn(

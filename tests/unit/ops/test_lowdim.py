@@ -9,13 +9,12 @@ from torch.nn import functional
 
 from megatron_lpa.layers.norm import RMSNorm
 from megatron_lpa.ops.dispatch import Plan
-from megatron_lpa.ops.lowdim import Norm, lowdim_by_plan, lowdim_linear, lowdim_linears
-from megatron_lpa.ops.lowdim_direct import lowdim
-from megatron_lpa.ops.lowdim_math import inverse_rms, merge
-from megatron_lpa.ops.lowdim_op import Arguments, lowdim_op
+from megatron_lpa.ops.lowdim_math import inverse_rms
+from megatron_lpa.ops.lowdim_operator import Arguments, lowdim, lowdim_operator
+from megatron_lpa.ops.products import Norm, lowdim_by_plan, lowdim_linears
 
 CPU = torch.device("cpu")
-PATHS = ["auto", "eager", "joined", "merged"]
+PATHS = ["auto", "eager", "joined"]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -23,8 +22,6 @@ PATHS = ["auto", "eager", "joined", "merged"]
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_path_and_every_gradient(path: str, norm: bool, dtype: torch.dtype) -> None:
     problem = draw(dtype, (2, 9, 40), 12, [40, 24, 8], norm=norm, device=CPU)
-    if path == "merged" and dtype not in (torch.float64, torch.float32):
-        return  # its product of weights is rounded once more; fp32 shows the arithmetic
     assert_near(problem.outputs_and_gradients(path), reference(problem), dtype)
 
 
@@ -77,12 +74,9 @@ def test_opcheck(norm: bool) -> None:
     w_a, w_b, bias_a, bias_b = zip(*problem.pairs, strict=True)
     weight, eps = (None, 0.0) if problem.norm is None else problem.norm
     joined = torch.cat(bias_a).detach().requires_grad_()
-    torch.library.opcheck(
-        lowdim_op, (problem.x, w_a, w_b, joined, list(bias_b), weight, eps, True, "", "", None, None, "eager")
-    )
-    torch.library.opcheck(
-        lowdim_op, (problem.x.detach(), [w.detach() for w in w_a], [w.detach() for w in w_b], None, [], None, 0.0, False, "", "", None, None, "eager")
-    )  # fmt: skip
+    torch.library.opcheck(lowdim_operator, Arguments(problem.x, w_a, w_b, joined, list(bias_b), weight, eps))
+    frozen = Arguments(problem.x.detach(), [w.detach() for w in w_a], [w.detach() for w in w_b], keep=False)
+    torch.library.opcheck(lowdim_operator, frozen)
 
 
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "none"])
@@ -94,12 +88,11 @@ def test_registered_operator_and_what_is_inside_it_give_equal_bits(norm: bool, b
     bias_a = torch.cat([p.bias_a for p in problem.pairs]) if biases else None
     bias_b = list(seconds) if biases else []
     weight, eps = (None, 0.0) if problem.norm is None else problem.norm
-    z = lowdim_op(problem.x, w_a, w_b, bias_a, bias_b, weight, eps, True, "", "", None, None, "eager")[:3]
+    arguments = Arguments(problem.x, w_a, w_b, bias_a, bias_b, weight, eps)
+    z = lowdim_operator(*arguments)[:3]
     upstream = [torch.randn_like(part) for part in z]
     expected = torch.autograd.grad(z, problem.leaves(), upstream)
-    direct = lowdim(
-        Arguments(problem.x, w_a, w_b, bias_a, bias_b, weight, eps, True, "", "", None, None, "eager")
-    )
+    direct = lowdim(arguments)
     found = torch.autograd.grad(direct, problem.leaves(), upstream)
     assert all(torch.equal(one, other) for one, other in zip([*z, *expected], [*direct, *found], strict=True))
 
@@ -116,7 +109,7 @@ class Layer(torch.nn.Module):
         return sum(lowdim_linears(x, pairs, Norm(flat[-1], 1e-5), self.path))
 
 
-@pytest.mark.parametrize("path", ["auto", "joined", "merged"])
+@pytest.mark.parametrize("path", ["auto", "joined"])
 def test_torch_compile_keeps_one_graph_for_any_number_of_tokens(path: str) -> None:
     torch.compiler.reset()
     layer = Layer(draw(torch.float32, (2, 5, 24), 5, [9, 9, 9], norm=True, device=CPU), path)
@@ -149,8 +142,8 @@ def test_autocast_leaves_fp64_alone() -> None:
         assert problem.outputs("joined")[0].dtype == torch.float64
 
 
-@pytest.mark.parametrize("path", ["joined", "merged"])
-def test_checkpointing_recomputes_the_same(path: str) -> None:
+def test_checkpointing_recomputes_the_same() -> None:
+    path = "joined"
     problem = draw(torch.float32, (2, 5, 24), 5, [9, 9], norm=True, device=CPU)
     plain = problem.outputs_and_gradients(path)
     for reentrant in (False, True):
@@ -169,9 +162,9 @@ def test_checkpointing_recomputes_the_same(path: str) -> None:
 def test_without_gradients_no_latent_is_kept() -> None:
     problem = draw(torch.float32, (5, 24), 5, [9], device=CPU)
     w_a, w_b, _, _ = zip(*problem.pairs, strict=True)
-    kept = lowdim_op(problem.x, w_a, w_b, None, [], None, 0.0, True, "", "", None, None, "eager")
+    kept = lowdim_operator(*Arguments(problem.x, w_a, w_b))
     with torch.no_grad():
-        left = lowdim_op(problem.x, w_a, w_b, None, [], None, 0.0, False, "", "", None, None, "eager")
+        left = lowdim_operator(*Arguments(problem.x, w_a, w_b, keep=False))
     assert kept[-2].shape == (5, 5) and left[-2].shape == (0,)
 
 
@@ -184,13 +177,6 @@ def test_one_gradient_and_no_more_than_needed() -> None:
     (gradient,) = torch.autograd.grad(z[1].sum(), problem.pairs[1].w_b)
     latent = functional.linear(problem.x, problem.pairs[1].w_a, problem.pairs[1].bias_a)
     torch.testing.assert_close(gradient, latent.sum(0).expand(9, -1))
-
-
-def test_merged_matrix() -> None:
-    (pair,) = draw(torch.float64, (1, 24), 5, [9], device=CPU).pairs
-    x = torch.randn(7, 24, dtype=torch.float64)
-    weight, bias = merge(*pair)
-    torch.testing.assert_close(functional.linear(x, weight, bias), lowdim_linear(x, *pair))
 
 
 def test_inverse_rms_is_the_norms() -> None:

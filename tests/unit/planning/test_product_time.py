@@ -13,9 +13,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_lpa.ops import lowdim_op
-from megatron_lpa.ops.linear import linears
-from megatron_lpa.ops.lowdim import Pair, lowdim_linears
+from megatron_lpa.ops.lowdim_operator import Arguments, GradientArguments, compute, compute_gradients
+from megatron_lpa.ops.products import Pair, linears, lowdim_linears
 from megatron_lpa.planning import product_time
 from megatron_lpa.planning.product_time import A800, H200, NEVER, Problem, least_joined_tokens, seconds
 
@@ -28,8 +27,10 @@ PROBLEMS = [
 
 
 INSIDE = {
-    torch.ops.megatron_lpa.lowdim.default: lowdim_op.compute,
-    torch.ops.megatron_lpa.lowdim_backward.default: lowdim_op.compute_gradients,
+    torch.ops.megatron_lpa.lowdim.default: lambda *fields: compute(Arguments(*fields)),
+    torch.ops.megatron_lpa.lowdim_backward.default: lambda *fields: compute_gradients(
+        GradientArguments(*fields)
+    ),
 }
 
 
