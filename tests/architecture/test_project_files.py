@@ -1,4 +1,4 @@
-"""The files that other programs read about this project parse, and call what exists: workflows, hooks, citation, site."""
+"""The files that other programs read about this project parse, and call what exists."""
 
 from __future__ import annotations
 
