@@ -17,7 +17,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check gpu-suite clean
+.PHONY: help install demo test check docs gpu-suite clean
+# Installations of one environment must not overlap, also under make -j.
+.NOTPARALLEL:
 
 help:  ## this list
 	@echo "usage: make TARGET"
@@ -42,6 +44,9 @@ check: $(VENV)/.test.stamp  ## lint, formatting, types, layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.docs.stamp  ## the documentation's site, into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 gpu-suite: $(VENV)/.test.stamp  ## a GPU's tests, tuning and benchmarks, in ten minutes
 	$(BIN)/python -m benchmarks.gpu_suite --record $(GPU_ARGS)
 
@@ -49,13 +54,25 @@ clean:  ## remove .venv, caches, build and demo output (runs/ stays)
 	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The environment, in three steps; a change of pyproject.toml or constraints.txt repeats those that it touches.
+# The environment, in steps; a change of pyproject.toml or constraints.txt repeats those that it touches.
 
-$(VENV)/.torch.stamp: constraints.txt
+$(VENV)/.venv.stamp: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "error: Python 3.10 or newer is needed, as $(PYTHON); name another with make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	    echo "error: $(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) --upgrade pip
+	@touch $@
+
+# Without torch and the package: it takes seconds.
+$(VENV)/.docs.stamp: $(VENV)/.venv.stamp pyproject.toml
+	@echo "installing what the documentation's site needs"
+	@$(PIP) --group docs
+	@touch $@
+
+$(VENV)/.torch.stamp: $(VENV)/.venv.stamp
 	@command -v $${CXX:-c++} >/dev/null || { \
 	    echo "error: no C++ compiler (DeepSpeed compiles one small operator when it first starts);" \
 	         "on Debian and Ubuntu: apt-get install g++, or set CXX"; exit 1; }
@@ -63,9 +80,7 @@ $(VENV)/.torch.stamp: constraints.txt
 	    sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { \
 	    echo "error: $(PYTHON) has no C headers (Python.h); on Debian and Ubuntu: apt-get install python3-dev"; \
 	    exit 1; }
-	@echo "creating $(VENV) with $(TORCH); this is the largest download"
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_ARGS) --upgrade pip
+	@echo "installing $(TORCH) into $(VENV); this is the largest download"
 	@# First and pinned: left to a dependency, pip could fetch another, far larger build.
 	@$(PIP) $(TORCH)
 	@touch $@
@@ -75,7 +90,6 @@ $(VENV)/.demo.stamp: $(VENV)/.torch.stamp pyproject.toml setup.py
 	@$(PIP) -e '.[demo]'
 	@touch $@
 
-# After .demo.stamp, so that two installations never write one environment at a time under make -j.
 $(VENV)/.test.stamp: $(VENV)/.demo.stamp
 	@echo "installing what the tests need"
 	@$(PIP) -e '.[test]'
