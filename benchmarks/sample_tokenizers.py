@@ -21,7 +21,7 @@ def train_sample_tokenizers(input_path: Path, folder: Path) -> list[Path]:
     """
     import sentencepiece
 
-    from megatron_lpa.preparation.train_tokenizer import train_tokenizer
+    from megatron_lpa.preparation.bpe import train_tokenizer
 
     texts = list(_head(input_path))
     sample = folder / "tokenizer_sample.jsonl.zst"

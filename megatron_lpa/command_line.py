@@ -18,10 +18,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, TextIO, cast
+from typing import Any, ClassVar, TextIO, cast
 
 from megatron_lpa.errors import EXIT_FAILED, UserError, shown
 from megatron_lpa.files import exists, is_dir
+
+CONSOLE = "megatron-lpa"
+"""The console command, whose sub-commands are those of ``tools/``."""
 
 CLOSED = 128 + signal.SIGPIPE
 """Exit code of a tool whose reader has gone, as a shell has it."""
@@ -62,6 +65,28 @@ def run_tool(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def tool_parser(text: str | None, *, allow_abbrev: bool = False, **options: Any) -> argparse.ArgumentParser:
+    """A parser whose help is a command's text.
+
+    Args:
+        text: with examples as ``python tools/NAME.py``, which the console command shows as calls of its own.
+        allow_abbrev: whether the beginning of an option will do.
+        options: more of ``argparse.ArgumentParser``.
+    """
+    if sys.argv[0].startswith(f"{CONSOLE} "):
+        text, options = _of_console(text), {key: _of_console(value) for key, value in options.items()}
+    return argparse.ArgumentParser(
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=allow_abbrev,
+        **options,
+    )
+
+
+def _of_console(text: str | None) -> str:
+    return re.sub(r"python tools/(\w+)\.py", rf"{CONSOLE} \1", text or "")
 
 
 def end_politely() -> None:

@@ -1,6 +1,6 @@
 """The entry point: ``deepspeed --module megatron_lpa.pretrain --preset tiny/lpa --data.prefix ...``.
 
-Also ``python -m megatron_lpa.pretrain`` for one process, and ``torchrun -m`` for several.
+Also ``megatron-lpa pretrain`` for one process, and ``torchrun -m`` for several.
 
 Exit codes: 0 complete, 1 an error that may be gone at the next attempt, 75 a hang that the watchdog ended, 78 an
 error that stays until somebody changes something, 128 + n stopped by signal n.
@@ -37,7 +37,7 @@ ALONE_S = 2.0
 """A process that is still here so long after an error has it alone. Before processes have met, nothing else tells."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Train as the command line says; the process's exit code."""
     # Where a rank is lost, PyTorch's store writes a page of C++ frames before our line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     watchdog.start(TrainConfig.start_timeout_s)  # until the config says how long
     try:
         watchdog.enter("reading its configuration")
-        config = load_config(sys.argv[1:] if argv is None else argv)
+        config = load_config(argv)
         world_size = place_from_environment().world_size
         config, notes = fitted_to_world(config, world_size)
         outlive_full_disks()
@@ -114,7 +114,12 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-if __name__ == "__main__":
+def run(argv: Sequence[str]) -> NoReturn:
+    """All of a training process, which it ends: faults say where, and a lost terminal is no reason to stop."""
     faulthandler.enable()  # a crash in native code, or SIGBUS of a mapped file, says at least where
     outlive_readers()
-    sys.exit(run_tool(lambda: leave(main())))
+    leave(main(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(lambda: run(sys.argv[1:])))

@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from support.preprocessing import write_jsonl
 
-from megatron_lpa.preparation.train_tokenizer import train_tokenizer
+from megatron_lpa.preparation.bpe import train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_lpa.data.tokenizers.opening import load_tokenizer, save_tokenizer
 from megatron_lpa.errors import UserError
-from megatron_lpa.preparation.train_tokenizer import train_tokenizer
+from megatron_lpa.preparation.bpe import train_tokenizer
 
 SAMPLES = ["", " ", "Hello world", "  two  spaces\n\nand lines", "naïve café 日本 🙂", "x = {'a': 1}\t# code"]
 

@@ -27,7 +27,7 @@ from megatron_lpa.data.tokenizers.opening import Tokenizer, load_tokenizer
 from megatron_lpa.model.init import initialize, named_parameters_once
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
-from megatron_lpa.preparation.train_tokenizer import train_tokenizer
+from megatron_lpa.preparation.bpe import train_tokenizer
 
 MODEL = ModelConfig(
     vocab_size=300,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +13,16 @@ import numpy as np
 import pytest
 from support.preprocessing import run_tool
 
+from megatron_lpa.commands import plot_curves
 from megatron_lpa.config import DataConfig
 from megatron_lpa.data.splits import open_splits
 from megatron_lpa.data.tokenizers.opening import load_tokenizer
 from megatron_lpa.evaluate.comparable import WAY_OUT, text_bytes
-from megatron_lpa.evaluate.report import NOT_COMPARABLE, report_text, summarize
-from megatron_lpa.preparation.train_tokenizer import train_tokenizer
+from megatron_lpa.evaluate.run_report import NOT_COMPARABLE, report_text, summarize
+from megatron_lpa.preparation.bpe import train_tokenizer
 
 SaveRun = Callable[..., Path]
 S, SPLIT = 16, "70,20,10"
-PLOT = Path(__file__).parents[3] / "tools" / "plot_curves.py"
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +164,10 @@ def test_a_plot_of_two_tokenizers_says_so(
     tmp_path: Path, save_run: SaveRun, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [run_of(save_run, tmp_path / "runs" / name, data, name) for name in ("large", "small", "other")]
-    main = runpy.run_path(str(PLOT))["main"]
     arguments = ["--output", str(tmp_path / "x.png")]
-    assert main(["--run", str(runs[0]), "--run", str(runs[1]), *arguments]) == 0
+    assert plot_curves.main(["--run", str(runs[0]), "--run", str(runs[1]), *arguments]) == 0
     assert "warning: Different tokenizers (large " in capsys.readouterr().err
-    assert main(["--run", str(runs[0]), "--run", str(runs[2]), *arguments]) == 0
+    assert plot_curves.main(["--run", str(runs[0]), "--run", str(runs[2]), *arguments]) == 0
     (runs[1] / "config.yaml").unlink()
-    assert main(["--run", str(runs[0]), "--run", str(runs[1]), *arguments]) == 0
+    assert plot_curves.main(["--run", str(runs[0]), "--run", str(runs[1]), *arguments]) == 0
     assert capsys.readouterr().err == ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ import pytest
 
 from megatron_lpa import files
 from megatron_lpa import records as reading
+from megatron_lpa.commands import plot_curves
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.evaluate.curves import figure_of, read_curve, save_png, smoothed
 from megatron_lpa.evaluate.metrics_file import read_metrics
-
-TOOL = Path(__file__).parents[3] / "tools" / "plot_curves.py"
 
 
 def write_metrics(folder: Path, records: Sequence[dict[str, Any]], end: str = "") -> Path:
@@ -75,12 +73,11 @@ def test_panels_lines_and_legend(tmp_path: Path) -> None:
 
 
 def test_the_tool_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main = runpy.run_path(str(TOOL))["main"]
     run = str(write_metrics(tmp_path / "a", [train(10, 5.0), train(20, 4.0)]))
     output = tmp_path / "new" / "x.png"
-    assert main(["--run", run, "--run", run, "--labels", "a", "b", "--output", str(output)]) == 0
+    assert plot_curves.main(["--run", run, "--run", run, "--labels", "a", "b", "--output", str(output)]) == 0
     assert output.read_bytes().startswith(b"\x89PNG\r\n")
-    assert main(["--run", run, "--labels", "a", "b", "--output", str(output)]) == 1
+    assert plot_curves.main(["--run", run, "--labels", "a", "b", "--output", str(output)]) == 1
     assert "2 names for 1 runs" in capsys.readouterr().err
 
 

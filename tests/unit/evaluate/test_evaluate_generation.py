@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import runpy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from megatron_lpa import files
+from megatron_lpa.commands import generate
 from megatron_lpa.config import ModelConfig
 from megatron_lpa.data.tokenizers.opening import Tokenizer
 from megatron_lpa.errors import TryAgain, UserError
@@ -23,7 +23,6 @@ from megatron_lpa.evaluate.generation import Sampling, _choose, generate_ids, ge
 from megatron_lpa.model.transformer import Decoder
 
 SaveRun = Callable[..., Path]
-TOOL = Path(__file__).parents[3] / "tools" / "generate.py"
 VOCAB, S = 300, 16
 PROMPT = [5, 80, 33]
 
@@ -154,8 +153,7 @@ def test_an_empty_prompt_starts_a_document(decoder: Decoder, tokenizer: Tokenize
     ],
 )
 def test_impossible_options_are_errors(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main = runpy.run_path(str(TOOL))["main"]
-    assert main(["--run", "unread", option, value]) == 1
+    assert generate.main(["--run", "unread", option, value]) == 1
     assert f"error: {option} is {float(value) if option in ('--top-p', '--temperature') else value};" in (
         capsys.readouterr().err
     )
@@ -164,11 +162,10 @@ def test_impossible_options_are_errors(option: str, value: str, capsys: pytest.C
 def test_the_tool_continues_all_prompts(
     tmp_path: Path, save_run: SaveRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = runpy.run_path(str(TOOL))["main"]
     run = save_run(tmp_path / "runs" / "a")
     (tmp_path / "prompt.txt").write_text("A function call\n")
     argv = ["--run", str(run), "--prompt", "The name", "--prompt-file", str(tmp_path / "prompt.txt")]
-    assert main([*argv, "--max-new-tokens", "3", "--num-samples", "2"]) == 0
+    assert generate.main([*argv, "--max-new-tokens", "3", "--num-samples", "2"]) == 0
     out = capsys.readouterr().out
     assert out.count("\nThe name") == 2
     assert out.count("\nA function call") == 2
@@ -200,16 +197,14 @@ def test_a_prompt_file_that_is_none(
     elif kind == "long":
         with path.open("wb") as file:
             file.truncate(files.MOST_TEXT_BYTES + 1)
-    main = runpy.run_path(str(TOOL))["main"]
-    assert main(["--run", "unread", "--prompt-file", str(path)]) == 1
+    assert generate.main(["--run", "unread", "--prompt-file", str(path)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --prompt-file {path}") and words in line
 
 
 def test_a_prompt_file_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "prompt.txt").write_bytes(b"A function\r\ncall\n\n")
-    tool = runpy.run_path(str(TOOL))
-    arguments = tool["parse_arguments"](["--run", "unread", "--prompt-file", str(tmp_path / "prompt.txt")])
+    arguments = generate.parse_arguments(["--run", "unread", "--prompt-file", str(tmp_path / "prompt.txt")])
     monkeypatch.setattr(files, "PAUSES_S", (0.0,))
     real, failures = os.open, [errno.EIO]
 
@@ -219,7 +214,7 @@ def test_a_prompt_file_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.Mo
         return real(path, *more, **named)
 
     monkeypatch.setattr(files.os, "open", failing)
-    assert tool["prompts_of"](arguments) == ["A function\ncall"]
+    assert generate.prompts_of(arguments) == ["A function\ncall"]
     failures += [errno.EIO] * 2
     with pytest.raises(TryAgain, match=r"--prompt-file .*prompt\.txt: cannot be read \(Input/output error\)"):
-        tool["prompts_of"](arguments)
+        generate.prompts_of(arguments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ import pytest
 import torch
 from support.token_datasets import TOKENIZER, write_dataset
 
+from megatron_lpa.commands import evaluate
 from megatron_lpa.config import DataConfig
 from megatron_lpa.data.splits import Splits, open_splits
 from megatron_lpa.data.storage.dataset_manifest import Manifest
@@ -25,7 +25,6 @@ from megatron_lpa.evaluate.perplexity import TextLoss, sum_of
 from megatron_lpa.model.transformer import Decoder
 
 SaveRun = Callable[..., Path]
-TOOL = Path(__file__).parents[3] / "tools" / "evaluate.py"
 S, SEED = 16, 1234
 SPLIT = "60,25,15"
 
@@ -48,7 +47,7 @@ def prefixes(tmp_path: Path, tokenizer: Tokenizer) -> list[str]:
 
 
 def run_tool(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    code = runpy.run_path(str(TOOL))["main"]([str(argument) for argument in arguments])
+    code = evaluate.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from megatron_lpa.commands import evaluate
 from megatron_lpa.data.gpt_dataset import GPTDataset
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.tokenizers.opening import Tokenizer
@@ -24,7 +24,6 @@ from megatron_lpa.preparation.preprocess import preprocess
 from megatron_lpa.preparation.preprocess_config import PreprocessConfig
 
 SaveRun = Callable[..., Path]
-TOOL = Path(__file__).parents[3] / "tools" / "evaluate.py"
 VOCAB, S = 300, 16
 
 
@@ -135,18 +134,17 @@ def test_the_tool_on_text_and_on_data(
     text_file: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main = runpy.run_path(str(TOOL))["main"]
     run = save_run(tmp_path / "runs" / "a")
     by_source = []
     for source in (["--text", str(text_file)], ["--data", dataset.prefix]):
-        assert main(["--run", str(run), *source, "--json"]) == 0
+        assert evaluate.main(["--run", str(run), *source, "--json"]) == 0
         by_source.append(json.loads(capsys.readouterr().out))
     assert by_source[0] == by_source[1]
     assert by_source[0]["bits_per_byte"] == pytest.approx(
         by_source[0]["nll_nats"] / math.log(2) / by_source[0]["text_bytes"]
     )
     bare = save_run(tmp_path / "runs" / "b", tokenizer=None)
-    assert main(["--run", str(bare), "--data", dataset.prefix]) == 0
+    assert evaluate.main(["--run", str(bare), "--data", dataset.prefix]) == 0
     assert "per word and byte   not measured" in capsys.readouterr().out
-    assert main(["--run", str(bare), "--text", str(text_file)]) == 1
+    assert evaluate.main(["--run", str(bare), "--text", str(text_file)]) == 1
     assert "error: " in capsys.readouterr().err

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_lpa.evaluate.report import comparison_table, summarize
+from megatron_lpa.commands import report
+from megatron_lpa.evaluate.run_report import comparison_table, summarize
 from megatron_lpa.model.transformer import Decoder
 
 SaveRun = Callable[..., Path]
-TOOL = Path(__file__).parents[3] / "tools" / "report.py"
 
 
 def write_metrics(folder: Path, speeds: list[float], test_loss: float | None) -> None:
@@ -97,23 +96,21 @@ def test_losses_that_are_not_finite_are_said_to_be(
     for row in ("validation loss", "validation perplexity", "test loss", "test perplexity"):
         assert table[row][0] == "not finite" and table[row][2] == "", row
     assert table["last training loss"][0] == "7.0000"
-    main = runpy.run_path(str(TOOL))["main"]
-    assert main([*(f"--run={run}" for run in runs), "--output", str(tmp_path / "report")]) == 0
+    assert report.main([*(f"--run={run}" for run in runs), "--output", str(tmp_path / "report")]) == 0
 
 
 def test_the_tool_writes_report_and_plot(
     tmp_path: Path, save_run: SaveRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = runpy.run_path(str(TOOL))["main"]
     runs = [save_run(tmp_path / "runs" / name) for name in ("one", "two")]
     for run in runs:
         write_metrics(run, [1000, 1000], test_loss=3.0)
     argv = ["--run", str(runs[0]), "--run", str(runs[1]), "--prompt", "The name"]
-    assert main([*argv, "--output", str(tmp_path / "report"), "--max-new-tokens", "5"]) == 0
+    assert report.main([*argv, "--output", str(tmp_path / "report"), "--max-new-tokens", "5"]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
     assert text in capsys.readouterr().out
     assert "![Loss by tokens and by training time](loss.png)" in text
     assert text.count("    The name") == 2
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["loss.png", "report.md"]
-    assert main(["--run", str(tmp_path)]) == 1
+    assert report.main(["--run", str(tmp_path)]) == 1
     assert "config.yaml: no such file" in capsys.readouterr().err

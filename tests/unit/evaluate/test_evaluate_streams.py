@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from support.token_datasets import random_documents, write_dataset
 
+from megatron_lpa.commands import evaluate
 from megatron_lpa.config import DataConfig
 from megatron_lpa.data.splits import open_splits
 from megatron_lpa.data.storage.indexed import HEADER, MAGIC, VERSION, IndexedDataset
@@ -23,14 +23,13 @@ from megatron_lpa.evaluate.perplexity import Part, count_text, measure
 from megatron_lpa.model.transformer import Decoder
 
 SaveRun = Callable[..., Path]
-TOOL = Path(__file__).parents[3] / "tools" / "evaluate.py"
 
 MEASURE = """
-import resource, runpy, sys
-main = runpy.run_path(sys.argv[1])["main"]
+import resource, sys
+from megatron_lpa.commands import evaluate
 used = []
-for prefix in sys.argv[3:]:
-    assert main(["--run", sys.argv[2], "--data", prefix, "--max-tokens", "100", "--json"]) == 0
+for prefix in sys.argv[2:]:
+    assert evaluate.main(["--run", sys.argv[1], "--data", prefix, "--max-tokens", "100", "--json"]) == 0
     used.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 print(used[1] - used[0], file=sys.stderr)
 """
@@ -55,7 +54,7 @@ def test_the_first_tokens_of_a_long_dataset_take_no_more_memory_than_those_of_a_
     short = write_sparse(tmp_path / "short", 2, 500)
     long = write_sparse(tmp_path / "long", 1000, 250_000)
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(TOOL), str(run), short, long],
+        [sys.executable, "-c", MEASURE, str(run), short, long],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     grown = int(done.stderr.split()[-1])
@@ -108,34 +107,32 @@ def test_batches_hold_all_windows(decoder: Decoder, stride: int | None, length: 
 def test_of_texts_only_the_first_documents_are_read(
     tmp_path: Path, save_run: SaveRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = runpy.run_path(str(TOOL))["main"]
     run = save_run(tmp_path / "runs" / "a")
     path = tmp_path / "text.jsonl"
     good = json.dumps({"text": "A document of some words. " * 20}) + "\n"
     path.write_text(good * 3)
     arguments = ["--run", str(run), "--text", str(path), "--max-tokens", "64", "--json"]
-    assert main(arguments) == 0
+    assert evaluate.main(arguments) == 0
     expected = capsys.readouterr().out
     (tmp_path / "later.jsonl").write_text("no JSON\n")
-    assert main([*arguments[:4], str(tmp_path / "later.jsonl"), *arguments[4:]]) == 0
+    assert evaluate.main([*arguments[:4], str(tmp_path / "later.jsonl"), *arguments[4:]]) == 0
     assert capsys.readouterr().out == expected
 
 
 def test_several_runs_are_measured_one_after_the_other(
     tmp_path: Path, save_run: SaveRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = runpy.run_path(str(TOOL))["main"]
     runs = [str(save_run(tmp_path / "runs" / name)) for name in "ab"]
     path = tmp_path / "text.txt"
     path.write_text("A document of some words. " * 20)
     alone = []
     for run in runs:
-        assert main(["--run", run, "--text", str(path), "--json"]) == 0
+        assert evaluate.main(["--run", run, "--text", str(path), "--json"]) == 0
         alone.append(json.loads(capsys.readouterr().out))
     for given in (["--run", *runs], ["--run", runs[0], "--run", runs[1]], ["--run", f"{tmp_path}/runs/*"]):
-        assert main([*given, "--text", str(path), "--json"]) == 0
+        assert evaluate.main([*given, "--text", str(path), "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == alone
-    assert main(["--run", *runs, "--text", str(path)]) == 0
+    assert evaluate.main(["--run", *runs, "--text", str(path)]) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if "step" in line] == [
         f"{each['run']}, step {each['step']:,}: {each['tokens']:,} tokens, the training loop's windows"
         for each in alone

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from support.checkpoints import flip_bit, manifest_of, random_checkpoint
 from support.models import MODELS
 
+from megatron_lpa.commands import convert_checkpoint
+
 TOOL = Path(__file__).parents[3] / "tools" / "convert_checkpoint.py"
 NAME = "step_00000007"
 MODEL = MODELS["s2_lpa"]
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -64,18 +55,18 @@ def test_from_a_shell_without_deepspeed(run: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_not_said_stays_as_it_is(
-    tool: ModuleType, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool.main([str(run / "checkpoints" / NAME), "--output", str(tmp_path / NAME)]) == 0
+    assert convert_checkpoint.main([str(run / "checkpoints" / NAME), "--output", str(tmp_path / NAME)]) == 0
     assert manifest_of(tmp_path / NAME)["layout"] == manifest_of(run / "checkpoints" / NAME)["layout"]
     assert "tensor parallel 2, data parallel 2, latent; 6 files" in capsys.readouterr().out
 
 
-def test_to_universal(
-    tool: ModuleType, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_to_universal(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "universal"
-    assert tool.main([str(run), "--step", "7", "--output", str(output), "--to", "universal"]) == 0
+    assert (
+        convert_checkpoint.main([str(run), "--step", "7", "--output", str(output), "--to", "universal"]) == 0
+    )
     assert (output / "latest_universal").read_text() == NAME
     files = [path for path in output.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
@@ -85,11 +76,11 @@ def test_to_universal(
 
 
 def test_a_newer_damaged_checkpoint_is_a_warning(
-    tool: ModuleType, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     random_checkpoint(run / "checkpoints", MODEL, 9)
     flip_bit(run / "checkpoints" / "step_00000009" / "state" / "rank_00000.safetensors")
-    assert tool.main([str(run), "--output", str(tmp_path / NAME)]) == 0
+    assert convert_checkpoint.main([str(run), "--output", str(tmp_path / NAME)]) == 0
     shown = capsys.readouterr()
     assert shown.err.startswith("warning: step_00000009 was passed over: ") and "step 7 of" in shown.out
 
@@ -107,14 +98,13 @@ def test_a_newer_damaged_checkpoint_is_a_warning(
     ],
 )
 def test_errors_are_one_line(
-    tool: ModuleType,
     run: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     argv: list[str],
     message: str,
 ) -> None:
-    assert tool.main([str(run), "--output", str(tmp_path / NAME), *argv]) == 1
+    assert convert_checkpoint.main([str(run), "--output", str(tmp_path / NAME), *argv]) == 1
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.startswith("error: ") and message in shown.err
     assert shown.err.count("\n") == 1

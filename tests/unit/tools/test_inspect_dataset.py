@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import struct
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from support.token_datasets import random_documents, write_dataset
 
+from megatron_lpa.commands import inspect_dataset
 from megatron_lpa.data.storage.dataset_manifest import TokenizerRecord
 from megatron_lpa.data.tokenizers.opening import load_tokenizer
-from megatron_lpa.preparation.train_tokenizer import train_tokenizer
+from megatron_lpa.preparation.bpe import train_tokenizer
 
 TOOL = Path(__file__).parents[3] / "tools" / "inspect_dataset.py"
 TEXT = "Is it \x1b[31mred\x07?\n" * 3 + "é 日本"
-
-
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("inspect_tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -58,57 +48,53 @@ def test_from_a_shell_without_torch(tmp_path: Path) -> None:
     )
 
 
-def test_text_and_json(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = str(write_dataset(tmp_path / "d", random_documents(0, 30)))
-    assert tool.main([prefix]) == 0
+    assert inspect_dataset.main([prefix]) == 0
     text = capsys.readouterr().out
     assert "tokens per document" in text and "Pile-CC" in text and "d.a.jsonl" in text and "####" in text
-    assert tool.main([prefix, "--json", "--verify", "--document", "-1"]) == 0
+    assert inspect_dataset.main([prefix, "--json", "--verify", "--document", "-1"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content["documents"] == 30
     assert content["document"]["ids"] == random_documents(0, 30)[-1]
     assert content["verification"] == {"problems": [], "unlisted": {}, "unchecked": []}
 
 
-def test_documents_and_their_text(
-    tool: ModuleType, tokenized: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert tool.main([str(tokenized), "--document", "-1"]) == 0
+def test_documents_and_their_text(tokenized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_dataset.main([str(tokenized), "--document", "-1"]) == 0
     out, err = capsys.readouterr()
     assert "document 1: " in out and err == ""
     assert out.endswith("Is it \\x1b[31mred\\x07?\né 日本<|endoftext|>\n")  # no commands to the terminal
-    assert tool.main([str(tokenized), "--document", "1", "--json"]) == 0
+    assert inspect_dataset.main([str(tokenized), "--document", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["document"]["text"] == TEXT + "<|endoftext|>"
     Path(f"{tokenized}.json").unlink()
-    assert tool.main([str(tokenized), "--document", "0"]) == 0
+    assert inspect_dataset.main([str(tokenized), "--document", "0"]) == 0
     out, err = capsys.readouterr()
     assert "\n5 0\n" in out and err.startswith("note: no manifest")
 
 
-def test_the_histogram_is_a_png(tool: ModuleType, tmp_path: Path) -> None:
+def test_the_histogram_is_a_png(tmp_path: Path) -> None:
     prefix = str(write_dataset(tmp_path / "d", random_documents(0, 30)))
-    assert tool.main([prefix, "--histogram", str(tmp_path / "h.png")]) == 0
+    assert inspect_dataset.main([prefix, "--histogram", str(tmp_path / "h.png")]) == 0
     raw = (tmp_path / "h.png").read_bytes()
     assert raw.startswith(b"\x89PNG\r\n\x1a\n") and 5_000 < len(raw) < 500_000
     width, height = struct.unpack(">II", raw[16:24])
     assert 800 <= width <= 4000 and 500 <= height <= 2000
 
 
-def test_damage_is_printed_and_the_exit_code_is_1(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damage_is_printed_and_the_exit_code_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prefix = write_dataset(tmp_path / "d", random_documents(0, 30), block_bytes=64)
     path = Path(f"{prefix}.bin")
     raw = bytearray(path.read_bytes())
     raw[101] = 255  # an id of 65280 and more
     path.write_bytes(raw)
-    assert tool.main([str(prefix), "--verify"]) == 1
+    assert inspect_dataset.main([str(prefix), "--verify"]) == 1
     out = capsys.readouterr().out
     assert f"{path}: bytes 64 to 127: block 1 does not have the recorded SHA-256" in out
     assert f"{path}: bytes 100 to 101: token 50 of document " in out
     assert out.endswith("verified: 2 problems\n")
     path.write_bytes(raw[:-7])
-    assert tool.main([str(prefix), "--verify", "--json"]) == 1
+    assert inspect_dataset.main([str(prefix), "--verify", "--json"]) == 1
     out, err = capsys.readouterr()
     assert err.startswith("error: ")
     problems = json.loads(out)["verification"]["problems"]
@@ -127,18 +113,16 @@ def test_damage_is_printed_and_the_exit_code_is_1(
     ],
 )
 def test_mistakes(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     prefix = write_dataset(tmp_path / "d", random_documents(0, 30))
-    assert tool.main([str(prefix), *options]) == 1
+    assert inspect_dataset.main([str(prefix), *options]) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and message in err
-    assert tool.main([str(tmp_path / "none"), *options]) == 1
+    assert inspect_dataset.main([str(tmp_path / "none"), *options]) == 1
 
 
 @pytest.mark.parametrize("options", [[], ["--verify"]])
-def test_no_dataset(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
-) -> None:
-    assert tool.main([str(tmp_path / "none"), *options]) == 1
+def test_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+    assert inspect_dataset.main([str(tmp_path / "none"), *options]) == 1
     assert "none.idx: no such file; give the prefix" in capsys.readouterr().err

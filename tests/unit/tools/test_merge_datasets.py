@@ -17,7 +17,7 @@ from support.token_datasets import random_documents, write_dataset
 
 from megatron_lpa.data.storage.dataset_manifest import read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset
-from megatron_lpa.preparation.train_tokenizer import train_tokenizer
+from megatron_lpa.preparation.bpe import train_tokenizer
 
 TOOL = Path(__file__).parents[3] / "tools" / "merge_datasets.py"
 # Stops where a kill hurts most, after half of the copying or just before the index gets its name.

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from megatron_lpa.commands import plan
 
 TOOL = Path(__file__).parents[3] / "tools" / "plan.py"
 
 
-@pytest.fixture(scope="module")
-def plan() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan_tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def numbers_of(plan: ModuleType, capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, object]:
+def numbers_of(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, object]:
     assert plan.main([*argv, "--json"]) == 0
     numbers: dict[str, object] = json.loads(capsys.readouterr().out)
     return numbers
@@ -54,32 +45,28 @@ def test_json_from_a_shell_without_loading_torch() -> None:
     assert [numbers[key] for key in layout] == [16, 8, 2, 3, "bf16"]
 
 
-def test_own_options_and_dotted_overrides_both_count(
-    plan: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = numbers_of(plan, capsys, "--preset", "s1_small/lpa")
+def test_own_options_and_dotted_overrides_both_count(capsys: pytest.CaptureFixture[str]) -> None:
+    base = numbers_of(capsys, "--preset", "s1_small/lpa")
     assert base["zero_stage"] == 1  # the preset's deepspeed_config
-    half = numbers_of(plan, capsys, "--preset", "s1_small/lpa", "--micro-batch-size", "5")
+    half = numbers_of(capsys, "--preset", "s1_small/lpa", "--micro-batch-size", "5")
     activations = [numbers["bytes_activations_per_gpu"] for numbers in (half, base)]
     assert 0.5 <= activations[0] / activations[1] < 0.6  # type: ignore[operator] # a chunk of the loss stays
-    same = numbers_of(plan, capsys, "--preset", "s1_small/lpa", "--train.micro_batch_size=5")
+    same = numbers_of(capsys, "--preset", "s1_small/lpa", "--train.micro_batch_size=5")
     assert same == half
-    stage_3 = numbers_of(plan, capsys, "--preset", "s1_small/lpa", "--gpus", "2", "--zero-stage", "3")
+    stage_3 = numbers_of(capsys, "--preset", "s1_small/lpa", "--gpus", "2", "--zero-stage", "3")
     assert stage_3["bytes_parameters_per_gpu"] == base["parameters"]  # two bytes each, over two GPUs
-    offload = numbers_of(plan, capsys, "--preset", "s1_small/lpa", "--train.deepspeed_config=zero3_offload")
+    offload = numbers_of(capsys, "--preset", "s1_small/lpa", "--train.deepspeed_config=zero3_offload")
     assert offload["bytes_optimizer_state_per_gpu"] == 0
     assert offload["bytes_optimizer_state_host_per_gpu"] == 12 * base["parameters"]  # type: ignore[operator]
 
 
-def test_table_is_for_people(plan: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["--preset", "3b/transformer"]) == 0
     out = capsys.readouterr().out
     assert "(3232.6M)" in out and "(6.70 GFLOP)" in out and "GiB" in out
 
 
-def test_a_rank_too_large_is_a_warning_on_stderr(
-    plan: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rank_too_large_is_a_warning_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["--preset", "s1_small/lpa", "--model.projections.q.rank", "400"]) == 0
     assert "warning: model.projections.q.rank is 400" in capsys.readouterr().err
 
@@ -96,14 +83,14 @@ def test_a_rank_too_large_is_a_warning_on_stderr(
     ],
 )
 def test_what_the_user_can_mend_exits_with_1(
-    plan: ModuleType, capsys: pytest.CaptureFixture[str], argv: list[str], expected: str
+    capsys: pytest.CaptureFixture[str], argv: list[str], expected: str
 ) -> None:
     assert plan.main(argv) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and expected in err
 
 
-def test_misuse_of_the_tool_exits_with_2(plan: ModuleType) -> None:
+def test_misuse_of_the_tool_exits_with_2() -> None:
     with pytest.raises(SystemExit) as end:
         plan.main(["--preset", "3b/lpa", "--zero-stage", "5"])
     assert end.value.code == 2
