@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lpa.command_line import end_politely, tool_parser
-from megatron_lpa.data.storage.reading import exists, is_dir
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import exists, is_dir
 from megatron_lpa.preparation.documents import PILE_SUBSET
 from megatron_lpa.preparation.preprocess import missing_subsets, preprocess
 from megatron_lpa.preparation.preprocess_config import PreprocessConfig, reject_path

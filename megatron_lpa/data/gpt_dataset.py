@@ -9,11 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_lpa.data.document_order import DocumentOrder
 from megatron_lpa.data.identity import Identity, identity_of
 from megatron_lpa.data.index_cache import SampleIndex
-from megatron_lpa.data.packing import PackedDocuments
-from megatron_lpa.data.permutation import permuted
+from megatron_lpa.data.order import DocumentOrder, permuted
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.errors import UserError
 
@@ -26,6 +24,63 @@ class ShuffledDocuments:
 
     order: DocumentOrder
     index: SampleIndex
+
+
+class PackedDocuments:
+    """Samples of shuffled documents.
+
+    Args:
+        indexed: the token files.
+        order: in which documents are read.
+        starts: what ``packing.sample_starts`` returned, for the same sequence length.
+        sequence_length: S, tokens per sequence.
+    """
+
+    def __init__(
+        self, indexed: IndexedDataset, order: DocumentOrder, starts: np.ndarray, sequence_length: int
+    ) -> None:
+        self._indexed = indexed
+        self._order = order
+        self._starts = starts
+        self._sequence_length = sequence_length
+
+    def read(self, samples: np.ndarray) -> np.ndarray:
+        """Samples by index: integers ``(b,)`` to int64 ``(b, S + 1)``.
+
+        Raises:
+            UserError: the dataset's files have changed since the index was made.
+        """
+        length = self._sequence_length + 1
+        first = self._starts[samples].astype(np.int64)
+        last = self._starts[samples + 1].astype(np.int64)
+        counts = last[:, 0] - first[:, 0] + 1
+        if counts.min() < 1 or last[:, 0].max() >= self._order.num_documents:
+            raise self._changed()
+        # All documents of all samples at once: a dozen NumPy calls a batch, not a dozen a sample.
+        firsts = np.cumsum(counts) - counts
+        positions = np.arange(int(counts.sum())) + np.repeat(first[:, 0] - firsts, counts)
+        documents = self._order.at(positions).astype(np.int64)
+        offsets = self._indexed.document_offsets(np.concatenate((documents, documents + 1)))
+        begins, ends = offsets[: len(documents)].copy(), offsets[len(documents) :].copy()
+        lasts = firsts + counts - 1
+        ends[lasts] = begins[lasts] + last[:, 1] + 1
+        begins[firsts] += first[:, 1]
+        if begins.min() < 0 or ends.max() > self._indexed.num_tokens or (ends < begins).any():
+            raise self._changed()
+        if (np.add.reduceat(ends - begins, firsts) != length).any():
+            raise self._changed()
+        tokens = np.empty(len(samples) * length, dtype=np.int64)
+        filled = 0
+        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+            tokens[filled : filled + end - begin] = self._indexed.tokens(begin, end)
+            filled += end - begin
+        return tokens.reshape(len(samples), length)
+
+    def _changed(self) -> UserError:
+        return UserError(
+            f"{self._indexed.prefix}: its documents are not those that its sample index was made of; if the "
+            "files were replaced during the run, start again"
+        )
 
 
 class GPTDataset:
@@ -117,7 +172,7 @@ class GPTDataset:
         """Which sample each position of the endless shuffled order is: int64 ``(n,)`` to int64 ``(n,)``.
 
         Position ``i`` belongs to epoch ``i // num_samples``; each epoch holds every sample once, in an order
-        that is a function of the seed and the epoch only (see ``permutation.py``).
+        that is a function of the seed and the epoch only (see ``order.py``).
         """
         epochs, places = np.divmod(np.asarray(positions, dtype=np.int64), self.num_samples)
         return permuted(places, self.num_samples, self.seed, epochs)

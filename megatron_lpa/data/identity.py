@@ -10,8 +10,8 @@ from pathlib import Path
 
 from megatron_lpa.data.storage.dataset_manifest import read_manifest
 from megatron_lpa.data.storage.indexed import bin_path, idx_path
-from megatron_lpa.data.storage.reading import PatientFile, from_disk
-from megatron_lpa.files import patiently
+from megatron_lpa.data.storage.reading import PatientFile
+from megatron_lpa.files import from_disk, patiently
 
 _END_BYTES = 1 << 20
 _PIECES, _PIECE_BYTES = 64, 1 << 12

@@ -29,9 +29,17 @@ from typing import cast
 import numpy as np
 
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, explained_write_errors
-from megatron_lpa.data.storage.reading import exists, is_dir
 from megatron_lpa.errors import TryAgain, UserError
-from megatron_lpa.files import LASTING, UnusableFile, names_in, new_file, open_regular, patiently
+from megatron_lpa.files import (
+    LASTING,
+    UnusableFile,
+    exists,
+    is_dir,
+    names_in,
+    new_file,
+    open_regular,
+    patiently,
+)
 
 FORMAT = 1  # of the file and of what it holds: another document order or another packing is another format
 Report = Callable[[str], None]

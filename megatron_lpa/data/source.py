@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron_lpa.config.run import DataConfig
-from megatron_lpa.data.document_order import DocumentOrder
 from megatron_lpa.data.gpt_dataset import DocumentRange, GPTDataset, ShuffledDocuments
 from megatron_lpa.data.identity import Identity, identity_of, index_state
 from megatron_lpa.data.index_cache import IndexCache, Report, SampleIndex, default_folders
+from megatron_lpa.data.order import DocumentOrder
 from megatron_lpa.data.packing import check_document_count, read_document_sizes, sample_starts
 from megatron_lpa.data.storage.indexed import IndexedDataset
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from megatron_lpa.data.storage.dataset_manifest import Manifest, manifest_path, read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset
-from megatron_lpa.data.storage.reading import exists
 from megatron_lpa.data.tokenizers.opening import Tokenizer, load_tokenizer, local_path
 from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import exists
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from megatron_lpa.data.storage.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, bin_path, idx_path
-from megatron_lpa.data.storage.reading import PatientFile, from_disk
-from megatron_lpa.data.storage.token_reader import TokenReader
+from megatron_lpa.data.storage.reading import PatientFile, TokenReader
+from megatron_lpa.files import from_disk
 from megatron_lpa.inspection.problems import ProblemLog
 
 _BLOCK = 1 << 20  # index entries per step

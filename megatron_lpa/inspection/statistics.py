@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_lpa.data.storage.dataset_manifest import Manifest, read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
-from megatron_lpa.data.storage.reading import from_disk
+from megatron_lpa.files import from_disk
 
 _BLOCK = 1 << 20  # documents in memory at a time
 # Documents up to this length are counted by length, longer ones are listed: both stay small, and exact.

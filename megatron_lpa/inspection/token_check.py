@@ -11,7 +11,8 @@ import numpy as np
 from megatron_lpa.data.storage.block_check import BlockComparison
 from megatron_lpa.data.storage.byte_progress import ByteProgress
 from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path
-from megatron_lpa.data.storage.reading import blocks_of, from_disk
+from megatron_lpa.data.storage.reading import blocks_of
+from megatron_lpa.files import from_disk
 from megatron_lpa.inspection.problems import ProblemLog
 
 _READ_BYTES = 1 << 22  # a multiple of every item size

@@ -11,9 +11,8 @@ import numpy as np
 from megatron_lpa.data.storage.block_check import check_checksums, wrong_blocks
 from megatron_lpa.data.storage.dataset_manifest import Manifest, manifest_path, read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
-from megatron_lpa.data.storage.reading import exists, from_disk, status, unreadable
 from megatron_lpa.errors import TryAgain, UserError, shown
-from megatron_lpa.files import kind_of
+from megatron_lpa.files import exists, from_disk, kind_of, status, unreadable
 from megatron_lpa.inspection.index_check import check_index
 from megatron_lpa.inspection.problems import Problem, ProblemLog
 from megatron_lpa.inspection.token_check import TokenExpectations, check_tokens, log_block

@@ -226,9 +226,9 @@ def _gradients(
         dx if need.x else None,
         # Views of one product, made here because an operator's outputs may not share memory.
         list(d_first.split([w.shape[0] for w in w_a])) if need.w_a else nothing,
-        seconds[:n] if need.w_b else nothing,
+        [*seconds[:n]] if need.w_b else nothing,
         d_bias_a if need.bias_a else None,
-        seconds[n:] if need.bias_b else [None] * ctx.biases_b,
+        [*seconds[n:]] if need.bias_b else [None] * ctx.biases_b,
         d_norm if need.norm_weight else None,
     )
 

@@ -14,8 +14,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_lpa.data.storage.partial_file import explained_write_errors
-from megatron_lpa.data.storage.reading import exists, from_disk, is_dir
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import exists, from_disk, is_dir
 from megatron_lpa.preparation.documents import read_texts
 
 EOD_TOKEN = "<|endoftext|>"

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.data.storage.reading import exists, from_disk, status
 from megatron_lpa.errors import TryAgain, UserError, causes
-from megatron_lpa.files import LASTING
+from megatron_lpa.files import LASTING, exists, from_disk, status
 from megatron_lpa.preparation.sources import Source
 
 

@@ -17,9 +17,8 @@ from typing import Any
 
 from megatron_lpa.data.storage.indexed_writer import WriterPosition
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, PartialFile
-from megatron_lpa.data.storage.reading import unreadable
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import read_bytes
+from megatron_lpa.files import read_bytes, unreadable
 from megatron_lpa.preparation.encode import Counts, Position
 
 _FORMAT = 2

@@ -22,8 +22,9 @@ from megatron_lpa.data.storage.dataset_manifest import (
 from megatron_lpa.data.storage.indexed import HEADER, bin_path, check_output_prefix, idx_path
 from megatron_lpa.data.storage.indexed_writer import publish_dataset, write_index
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, PartialFile, explained_write_errors
-from megatron_lpa.data.storage.reading import blocks_of, exists, status
+from megatron_lpa.data.storage.reading import blocks_of
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import exists, status
 from megatron_lpa.preparation.merge_inputs import (
     MergeInput,
     check_alike,

@@ -14,8 +14,8 @@ from megatron_lpa.data.storage.block_check import check_checksums, wrong_blocks
 from megatron_lpa.data.storage.dataset_manifest import Manifest, manifest_path, read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset, bin_path, idx_path
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX
-from megatron_lpa.data.storage.reading import exists, from_disk
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import exists, from_disk
 from megatron_lpa.preparation.patterns import files_matching
 
 _ENDINGS = (".idx", ".bin", ".json")

@@ -15,9 +15,8 @@ from megatron_lpa.data.storage.dataset_manifest import Checksums, manifest_path
 from megatron_lpa.data.storage.indexed import bin_path, idx_path
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter, WriterPosition, sizes_path
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX, PartialFile, explained_write_errors
-from megatron_lpa.data.storage.reading import exists, status
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import fsync_folder
+from megatron_lpa.files import exists, fsync_folder, status
 from megatron_lpa.preparation.documents import Rejection
 from megatron_lpa.preparation.encode import EncodedDocuments
 from megatron_lpa.preparation.ledger import State

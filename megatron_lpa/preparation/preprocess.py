@@ -28,10 +28,10 @@ from megatron_lpa.data.storage.dataset_manifest import (
     write_manifest,
 )
 from megatron_lpa.data.storage.indexed import best_dtype, bin_path, idx_path
-from megatron_lpa.data.storage.reading import exists
 from megatron_lpa.data.tokenizers.fast import WrongIdsError
 from megatron_lpa.data.tokenizers.opening import Tokenizer, load_tokenizer
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import exists
 from megatron_lpa.preparation.documents import PILE_SUBSET
 from megatron_lpa.preparation.encode import EncodedChunk, Position, Task, encode_task, initialize_worker
 from megatron_lpa.preparation.hub_datasets import dataset_source

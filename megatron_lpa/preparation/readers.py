@@ -17,8 +17,9 @@ from typing import IO, Any, Literal
 
 import zstandard
 
-from megatron_lpa.data.storage.reading import stream_of, unreadable
+from megatron_lpa.data.storage.reading import stream_of
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import unreadable
 from megatron_lpa.preparation.sources import Source
 
 CHUNK_BYTES = 1 << 20

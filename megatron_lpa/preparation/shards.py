@@ -8,8 +8,8 @@ from pathlib import Path
 from megatron_lpa.data.storage.dataset_manifest import Manifest, manifest_path, read_manifest
 from megatron_lpa.data.storage.indexed import IndexedDataset, idx_path
 from megatron_lpa.data.storage.partial_file import PartialFile, WrittenElsewhere
-from megatron_lpa.data.storage.reading import exists
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import exists
 from megatron_lpa.preparation.ledger import ledger_path
 from megatron_lpa.preparation.merge import merge
 from megatron_lpa.preparation.preprocess_config import PreprocessConfig, output_prefix

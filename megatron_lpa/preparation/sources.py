@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
 from megatron_lpa.data.storage.dataset_manifest import why_unfit
-from megatron_lpa.data.storage.reading import exists, from_disk, is_dir, is_file, status
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import kind_of
+from megatron_lpa.files import exists, from_disk, is_dir, is_file, kind_of, status
 from megatron_lpa.preparation.patterns import files_matching
 
 LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")

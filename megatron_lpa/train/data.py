@@ -13,9 +13,9 @@ from megatron_lpa.data.samples import Samples
 from megatron_lpa.data.splits import Splits, open_splits
 from megatron_lpa.data.storage.dataset_manifest import manifest_path, read_manifest
 from megatron_lpa.data.storage.indexed import bin_path
-from megatron_lpa.data.storage.reading import exists
 from megatron_lpa.data.tokenizers.opening import Tokenizer, load_tokenizer
 from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.files import exists
 from megatron_lpa.train.schedule import total_steps
 
 

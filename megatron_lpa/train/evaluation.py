@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_lpa.data.batches import load_batch
-from megatron_lpa.data.sampler import evaluation_indices
+from megatron_lpa.data.batches import evaluation_indices, load_batch
 from megatron_lpa.data.samples import Samples
 from megatron_lpa.errors import UserError
 from megatron_lpa.records import perplexity

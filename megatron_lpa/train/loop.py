@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from megatron_lpa.checkpoint.progress import Progress
-from megatron_lpa.data.batches import load_batch
-from megatron_lpa.data.sampler import micro_batch_indices
+from megatron_lpa.data.batches import load_batch, micro_batch_indices
 from megatron_lpa.errors import AgreedProblem, UserError
 from megatron_lpa.parallel.agreement import FINE, gather_messages, largest_of_all, severity_of, worst_error
 from megatron_lpa.train.callbacks.callback import Callback, RollBack, StepReport

@@ -12,7 +12,7 @@ from support.models import MODELS
 from support.world import groups_for
 
 from megatron_lpa.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from megatron_lpa.data.sampler import micro_batch_indices
+from megatron_lpa.data.batches import micro_batch_indices
 from megatron_lpa.model.init import initialize
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_lpa.data.storage.reading import stream_of, unreadable
+from megatron_lpa.data.storage.reading import stream_of
+from megatron_lpa.files import unreadable
 
 BLOCK_BYTES = 1 << 26
 _READ_BYTES = 1 << 22

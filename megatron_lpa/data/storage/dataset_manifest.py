@@ -9,9 +9,8 @@ from typing import Any
 
 from megatron_lpa.data.storage.checksums import BLOCK_BYTES
 from megatron_lpa.data.storage.partial_file import write_json
-from megatron_lpa.data.storage.reading import unreadable
 from megatron_lpa.errors import UserError, named, shown
-from megatron_lpa.files import UnusableFile, read_json
+from megatron_lpa.files import UnusableFile, read_json, unreadable
 
 FORMAT = 2
 # The Pile's, of 51 billion tokens, has 0.2 MB: 1,600 checksums and 30 sources. A source for each of a million input files

@@ -30,10 +30,9 @@ import numpy as np
 
 from megatron_lpa.data.storage.nearby import meant_instead
 from megatron_lpa.data.storage.partial_file import PARTIAL_SUFFIX
-from megatron_lpa.data.storage.reading import exists, unreadable
-from megatron_lpa.data.storage.token_reader import TokenReader
+from megatron_lpa.data.storage.reading import TokenReader
 from megatron_lpa.errors import TryAgain, UserError
-from megatron_lpa.files import open_regular, patiently
+from megatron_lpa.files import exists, open_regular, patiently, unreadable
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -60,7 +59,7 @@ def idx_path(prefix: str | Path) -> Path:
 class IndexedDataset:
     """A token dataset; opening it checks the whole index, but reads no tokens.
 
-    The index and whole documents are memory-mapped. What training reads, ``tokens``, is not (see ``token_reader.py``).
+    The index and whole documents are memory-mapped. What training reads, ``tokens``, is not (see ``reading.py``).
 
     A document may consist of several sequences (Megatron splits some by sentences) or of none.
 

@@ -1,4 +1,4 @@
-"""Looking at and reading the files of datasets and tokenizers, on disks that hiccup.
+"""Reading the files of datasets and tokenizers, on disks that hiccup.
 
 What may pass is tried again, by the rule of ``files.py``; what a disk says for good is told to the user.
 """
@@ -7,25 +7,16 @@ from __future__ import annotations
 
 import errno
 import io
+import mmap
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from megatron_lpa.errors import UserError
-from megatron_lpa.files import (
-    exists,
-    from_disk,
-    is_dir,
-    is_file,
-    open_regular,
-    patiently,
-    status,
-    unreadable,
-)
+import numpy as np
 
-__all__ = [
-    "PatientFile", "blocks_of", "exists", "from_disk", "is_dir", "is_file", "status", "stream_of", "unreadable",
-]  # fmt: skip
+from megatron_lpa.errors import UserError
+from megatron_lpa.files import open_regular, patiently, unreadable
 
 Result = TypeVar("Result")
 
@@ -142,6 +133,49 @@ class PatientFile(io.RawIOBase):
         if not self.closed and hasattr(self, "_file"):  # it is not there where opening failed
             self._file.close()
         super().close()
+
+
+class TokenReader:
+    """The tokens of a ``.bin`` file, which stays open. They are read by system calls, so that an error of the disk is an
+    exception: through a mapping, the same error is SIGBUS, which ends the process without a word about the file.
+
+    Args:
+        path: the file.
+        dtype: of a token.
+
+    Raises:
+        UnusableFile: not a regular file.
+        OSError: it cannot be opened, for good.
+        TryAgain: the disk does not give it.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self._path, self._dtype = path, dtype
+        self._file = PatientFile(path)
+        self.size_bytes: int = self._file.size_bytes
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop``, ``0 <= start <= stop``: a read-only ``(stop - start,)`` array.
+
+        Raises:
+            OSError: with the file and the offset: it may not be read.
+            TryAgain: with these, after several attempts: the disk does not give them, or the file has become shorter.
+        """
+        size = self._dtype.itemsize
+        return np.frombuffer(self._file.read_at(start * size, (stop - start) * size), dtype=self._dtype)
+
+    def mapped(self) -> np.ndarray:
+        """All tokens, memory-mapped: read-only ``(size_bytes // itemsize,)``; the file must not be empty.
+
+        Raises:
+            OSError: it cannot be mapped, for good.
+            TryAgain: it cannot be mapped now.
+        """
+        descriptor = self._file.fileno()
+        mapping = patiently(
+            lambda: mmap.mmap(descriptor, self.size_bytes, access=mmap.ACCESS_READ), self._path
+        )
+        return np.frombuffer(mapping, dtype=self._dtype)
 
 
 def stream_of(path: str | os.PathLike[str]) -> BinaryIO:

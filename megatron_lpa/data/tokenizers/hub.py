@@ -6,9 +6,8 @@ import re
 import threading
 from pathlib import Path
 
-from megatron_lpa.data.storage.reading import exists, from_disk, is_dir
 from megatron_lpa.errors import TryAgain, UserError
-from megatron_lpa.files import read_text
+from megatron_lpa.files import exists, from_disk, is_dir, read_text
 
 HUB_WAIT_S = 5.0
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")

@@ -6,13 +6,12 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from megatron_lpa.data.storage.reading import exists, from_disk, is_dir
 from megatron_lpa.data.tokenizers.hub import hub_files
 from megatron_lpa.data.tokenizers.reference import HuggingFaceTokenizer, SentencePieceTokenizer
 from megatron_lpa.data.tokenizers.tiktoken_ranks import TiktokenTokenizer, config_files
 from megatron_lpa.data.tokenizers.tokenizer import EOD_NAMES, Tokenizer, read_bytes
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import write_whole
+from megatron_lpa.files import exists, from_disk, is_dir, write_whole
 
 __all__ = ["EOD_NAMES", "Tokenizer", "load_tokenizer", "local_path", "save_tokenizer"]
 

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 import numpy as np
 import tiktoken
 
-from megatron_lpa.data.storage.reading import exists
 from megatron_lpa.data.tokenizers.tokenizer import (
     check_ids,
     find_eod,
@@ -25,6 +24,7 @@ from megatron_lpa.data.tokenizers.tokenizer import (
     to_arrays,
 )
 from megatron_lpa.errors import UserError, shown
+from megatron_lpa.files import exists
 
 _R50K = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 _CL100K = (

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_lpa import files
-from megatron_lpa.data.storage.reading import unreadable
 from megatron_lpa.errors import UserError, shown
+from megatron_lpa.files import unreadable
 
 MOST_BYTES = 1 << 30
 """Of a tokenizer's file; those of the largest vocabularies have 35 MB."""

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_lpa.data.batches import load_batch
+from megatron_lpa.data.batches import load_batch, micro_batch_indices
 from megatron_lpa.data.blend import Blend
 from megatron_lpa.data.gpt_dataset import GPTDataset
-from megatron_lpa.data.sampler import micro_batch_indices
 from megatron_lpa.data.samples import Samples
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter

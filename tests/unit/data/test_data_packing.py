@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from megatron_lpa.data import packing
-from megatron_lpa.data.document_order import DocumentOrder
-from megatron_lpa.data.packing import PackedDocuments, read_document_sizes, sample_starts
+from megatron_lpa.data.gpt_dataset import PackedDocuments
+from megatron_lpa.data.order import DocumentOrder
+from megatron_lpa.data.packing import read_document_sizes, sample_starts
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
 from megatron_lpa.errors import UserError

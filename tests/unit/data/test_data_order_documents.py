@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_lpa.data.document_order import DocumentOrder
+from megatron_lpa.data.order import DocumentOrder
 
 
 def order(size: int, seed: int = 1) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_lpa.data.permutation import permuted
+from megatron_lpa.data.order import permuted
 
 
 def order(size: int, seed: int = 27, epoch: int = 0) -> np.ndarray:

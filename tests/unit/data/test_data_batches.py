@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_lpa.data.sampler import evaluation_indices, micro_batch_indices
+from megatron_lpa.data.batches import evaluation_indices, micro_batch_indices
 
 LAYOUTS = [(1, 24), (1, 3), (2, 4), (2, 1), (4, 6), (4, 2), (8, 3)]  # (dp_size, micro_batch_size)
 
