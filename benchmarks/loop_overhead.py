@@ -33,6 +33,7 @@ from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.alike import sample_order
 from megatron_lpa.train.loop import train_one_step
 from megatron_lpa.train.state import Run
+from megatron_lpa.train.stopping import Stopping, StopRequest
 
 TURN_STEPS = 5
 
@@ -80,7 +81,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     groups = start_distributed(1)
     engine = build_engine(config, groups)
     splits = open_splits(config.data, config.model.sequence_length, config.train.seed)
-    run = Run(config, folder, engine, splits, sample_order(config, splits), steps=10**6)
+    run = Run(
+        config, folder, engine, splits, sample_order(config, splits), 10**6, Stopping(groups, StopRequest())
+    )
     bare = bare_loop(run)
 
     def ours() -> None:

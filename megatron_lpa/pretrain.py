@@ -25,7 +25,7 @@ from megatron_lpa.engine.ds_config import check_zero_file
 from megatron_lpa.errors import EXIT_FAILED, EXIT_REFUSED, RankError, UserError
 from megatron_lpa.parallel.launcher import tell_launcher
 from megatron_lpa.parallel.place import place_from_environment
-from megatron_lpa.train.signals import StopRequest
+from megatron_lpa.train.stopping import StopRequest
 from megatron_lpa.train.watchdog import Watchdog
 
 AGAIN = "the same command would end like this again; change what the message names first"

@@ -19,9 +19,8 @@ from megatron_lpa.data.splits import Splits
 from megatron_lpa.errors import UserError
 from megatron_lpa.records import NoRecord, read_lines
 from megatron_lpa.run_folder import CHECKPOINTS, METRICS
-from megatron_lpa.train.callbacks.evaluation import is_due
 from megatron_lpa.train.changes import changed_settings, settings_of
-from megatron_lpa.train.schedule import total_steps
+from megatron_lpa.train.schedule import is_due, total_steps
 
 _DECIDE = ("optim.", "train.precision", "train.predict_next_block")
 """Settings that decide what a run becomes, besides its model, its order of samples and its length."""
@@ -65,7 +64,7 @@ def _complete(
     _refuse_other_end(folder, config, earlier, checkpoint.name, manifest["progress"].step, steps, per_epoch)
     losses = _losses(folder / METRICS, steps)
     wanted = {
-        "valid": splits.valid is not None and is_due(config.train, steps, steps),
+        "valid": splits.valid is not None and is_due(config.train.eval_interval, steps, steps),
         "test": splits.test is not None,
     }
     if any(wanted[kind] and kind not in losses for kind in wanted):

@@ -12,11 +12,11 @@ import torch
 from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.data.batches import load_batch, micro_batch_indices
 from megatron_lpa.errors import AgreedProblem, UserError
-from megatron_lpa.parallel.agreement import FINE, gather_messages, largest_of_all, severity_of, worst_error
 from megatron_lpa.train.callbacks.callback import Callback, RollBack, StepReport
-from megatron_lpa.train.rollback import recall, roll_back
-from megatron_lpa.train.schedule import learning_rate
-from megatron_lpa.train.state import Run, agree_to_go_on
+from megatron_lpa.train.rollback import roll_back
+from megatron_lpa.train.schedule import is_due, learning_rate
+from megatron_lpa.train.state import Run
+from megatron_lpa.train.watchdog import Whereabouts
 
 
 def train(run: Run, callbacks: Sequence[Callback]) -> int:
@@ -32,14 +32,11 @@ def train(run: Run, callbacks: Sequence[Callback]) -> int:
         TryAgain: on all ranks, when records cannot be written at the end.
         UserError: on all ranks, when the run folder is gone by then.
     """
-    groups = run.engine.groups
-    recall(run)
     try:
         for callback in callbacks:
             run.enter(f"starting {type(callback).__name__}")
             callback.on_start(run)
-        if run.watchdog is not None:
-            run.watchdog.limit(run.config.train.step_timeout_s, "train.step_timeout_s")
+        run.watchdog.limit(run.config.train.step_timeout_s, "train.step_timeout_s")
         try:
             _train_all_steps(run, callbacks)
         except AgreedProblem:
@@ -51,13 +48,12 @@ def train(run: Run, callbacks: Sequence[Callback]) -> int:
         for callback in reversed(callbacks):
             run.enter(f"in {type(callback).__name__}")
             callback.on_finish(run)
-        if worst := largest_of_all(severity_of(run.problem) if run.problem else FINE, groups):
-            raise worst_error(worst)(gather_messages(str(run.problem) if run.problem else None, groups))
+        run.stopping.raise_problems()
     finally:
         for callback in callbacks:
             run.enter(f"closing {type(callback).__name__}")
             callback.close(run)
-    return run.stopped_by
+    return run.stopping.stopped_by
 
 
 def _train_all_steps(run: Run, callbacks: Sequence[Callback]) -> None:
@@ -67,24 +63,26 @@ def _train_all_steps(run: Run, callbacks: Sequence[Callback]) -> None:
             return
         try:
             for callback in callbacks:
-                run.enter(f"in {type(callback).__name__}")
-                callback.after_step(run, report)
+                if is_due(callback.every, run.progress.step, run.steps):
+                    run.watchdog.where = Whereabouts(f"in {type(callback).__name__}", run.progress.step)
+                    callback.after_step(run, report)
         except RollBack as request:
-            _go_back(run, callbacks, str(request))
+            _go_back(run, callbacks, request)
 
 
-def _go_back(run: Run, callbacks: Sequence[Callback], reason: str) -> None:
+def _go_back(run: Run, callbacks: Sequence[Callback], request: RollBack) -> None:
     # What is in the folder may be another run's by now. The next step is agreed on first, and that ends this run.
     if run.has_lost_folder():
         return
     bad = run.progress
     for callback in callbacks:
         callback.before_rollback(run)
-    resumed = roll_back(run, reason)
+    resumed = roll_back(run, str(request), request.decisions)
+    run.progress = resumed.progress
     for callback in callbacks:
-        callback.after_rollback(run)
+        callback.after_rollback(run, resumed)
     message = (
-        f"went back to {resumed.checkpoint.name} because of step {bad.step}: {reason}; training goes on behind sample "
+        f"went back to {resumed.checkpoint.name} because of step {bad.step}: {request}; training goes on behind sample "
         f"{bad.position - 1:,} of the order"
     )
     for note in (*resumed.notes, message):
@@ -99,12 +97,17 @@ def train_one_step(run: Run) -> StepReport | None:
         What happened; or None, before anything was done, when any rank was asked to stop.
     """
     started = time.perf_counter()
-    run.enter("reading data")
+    step, stopping = run.progress.step, run.stopping
+    # Attributes and no calls: what has nothing to do in a step is not entered.
+    run.watchdog.where = Whereabouts("reading data", step)
     batches, first_samples, unreadable = _read_batches(run)
     data_wait_s = time.perf_counter() - started
-    if not agree_to_go_on(run, run.problem or unreadable):
+    if run.lock is not None and time.monotonic() >= run.lock.next_look_s:
+        stopping.report(run.lock.lost())
+    if not stopping.agree_to_go_on(stopping.problem or unreadable):
         return None
-    lr = learning_rate(run.progress.step, run.steps, run.config.optim)
+    run.watchdog.where = Whereabouts("computing", step)
+    lr = learning_rate(step, run.steps, run.config.optim)
     result = run.engine.train_step(batches, first_samples, lr)
     run.progress = _advanced(run)
     return StepReport(result, lr, time.perf_counter() - started, data_wait_s)
@@ -112,9 +115,9 @@ def train_one_step(run: Run) -> StepReport | None:
 
 def _read_batches(run: Run) -> tuple[list[torch.Tensor], list[int], Exception | None]:
     """This rank's micro-batches of the next step, or what is wrong with them."""
-    train, groups = run.config.train, run.engine.groups
+    train, groups, progress = run.config.train, run.engine.groups, run.progress
     positions = micro_batch_indices(
-        run.progress.position,
+        progress.consumed_samples + progress.skipped_samples,
         train.global_batch_size,
         train.micro_batch_size,
         groups.dp_rank,

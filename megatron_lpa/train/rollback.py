@@ -14,6 +14,7 @@ from megatron_lpa.engine.engine_state import EngineState
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import UnusableFile, read_json, write_whole
 from megatron_lpa.parallel.agreement import from_first, together
+from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.run_folder import PASSED_OVER
 from megatron_lpa.train.state import Run
 
@@ -27,7 +28,7 @@ DIVERGED = (
 )
 
 
-def roll_back(run: Run, reason: str) -> Resumed:
+def roll_back(run: Run, reason: str, decisions: Decisions) -> Resumed:
     """Replace the state by a checkpoint's; the data since then is passed over. Every rank calls it.
 
     It is the newest of those that were due at ``train.checkpoint_interval`` when they were written, which a run that
@@ -35,8 +36,13 @@ def roll_back(run: Run, reason: str) -> Resumed:
     there is. What was written after it is renamed where a rule keeps it, else removed, or the next start would go on
     from there.
 
+    Args:
+        run: at the bad step.
+        reason: why, for the user.
+        decisions: what the run knows of the steps before.
+
     Returns:
-        What the run continues from.
+        What the run continues from, its progress and decisions as they count after going back.
 
     Raises:
         UserError: on all ranks: there is no checkpoint, or ``train.max_rollbacks`` is used up.
@@ -52,14 +58,16 @@ def roll_back(run: Run, reason: str) -> Resumed:
     if not names:
         raise UserError(f"{at}, and there is no checkpoint to go back to: {DIVERGED}")
     limit = run.config.train.max_rollbacks
-    if run.decisions.rollbacks >= limit:
+    if decisions.rollbacks >= limit:
         raise UserError(f"{at}, after going back {limit} times (train.max_rollbacks): {DIVERGED}")
     resumed = load_newest(EngineState(run.engine), [run.checkpoints / name for name in names], run.order)
     # The order of samples goes on where the bad step ended, so that its data is not read again.
     skipped = bad.position - resumed.progress.consumed_samples
-    run.progress = dataclasses.replace(resumed.progress, skipped_samples=skipped)
-    run.decisions = run.decisions.after_going_back(resumed.decisions or AT_START)
-    run.saved_step, run.unrecorded = resumed.progress.step, resumed.unrecorded
+    resumed = dataclasses.replace(
+        resumed,
+        progress=dataclasses.replace(resumed.progress, skipped_samples=skipped),
+        decisions=decisions.after_going_back(resumed.decisions or AT_START),
+    )
     notes = from_first(together(lambda: _settle(run, resumed) if run.is_main else [], groups), groups)
     return dataclasses.replace(resumed, notes=(*resumed.notes, *notes))
 
@@ -76,8 +84,8 @@ def _settle(run: Run, resumed: Resumed) -> list[str]:
     content = {
         "step": step,
         "checkpoint": resumed.seal,
-        "skipped_samples": run.progress.skipped_samples,
-        "decisions": dataclasses.asdict(run.decisions),
+        "skipped_samples": resumed.progress.skipped_samples,
+        "decisions": dataclasses.asdict(resumed.decisions or AT_START),
     }
     notes = []
     try:
@@ -93,23 +101,21 @@ def _settle(run: Run, resumed: Resumed) -> list[str]:
     return notes
 
 
-def recall(run: Run) -> None:
-    """Decide as the run did when it was ended: at its checkpoint, or having gone back there. Every rank calls it.
+def recall(resumed: Resumed, groups: ParallelGroups) -> Resumed:
+    """What the run goes on from as it decided when it was ended: at this checkpoint, or having gone back to it.
 
     Data passed over, and what decides after going back, count for the checkpoint that the run went back to, and for
-    no other: a later one has both in its manifest, and before it the data has to be read.
+    no other: a later one has both in its manifest, and before it the data has to be read. Every rank calls it.
 
     Raises:
         UserError: on all ranks: the file is not what ``roll_back`` wrote.
         TryAgain: on all ranks: the disk does not give it.
     """
-    resumed, groups = run.resumed, run.engine.groups
-    if resumed is None:
-        return
-    own = together(lambda: _recalled(run.checkpoints / PASSED_OVER, resumed) if run.is_main else None, groups)
+    path = resumed.checkpoint.parent / PASSED_OVER
+    own = together(lambda: _recalled(path, resumed) if groups.rank == 0 else None, groups)
     skipped, decisions = from_first(own, groups)
-    run.progress = dataclasses.replace(run.progress, skipped_samples=skipped)
-    run.decisions = decisions_from_json(decisions)
+    progress = dataclasses.replace(resumed.progress, skipped_samples=skipped)
+    return dataclasses.replace(resumed, progress=progress, decisions=decisions_from_json(decisions))
 
 
 def _recalled(path: Path, resumed: Resumed) -> tuple[int, dict[str, Any]]:

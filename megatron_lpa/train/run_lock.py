@@ -29,7 +29,8 @@ WAIT_AFTER_REQUEUE_S = 600.0
 """The same when SLURM has started the job again: nobody else is meant to have the lock, and nobody sits and waits."""
 
 WAIT_VARIABLE = "RUN_LOCK_WAIT_S"
-_LOOK_EVERY_S = 1.0
+LOOK_EVERY_S = 1.0
+"""After the lock, between two steps and while another run has it."""
 _MOST_NAME_BYTES = 500
 _MOST_STRANGE = 20
 """Times in a row that a file is another one at its name, before the file system is believed to tell no file from another."""
@@ -53,29 +54,29 @@ class RunLock:
         self._folder, self._path, self._file, self._locked = folder, folder / LOCK, file, locked
         self._folder_was = os.stat(folder)
         self._lost: UserError | None = None
-        self._looked_s = time.monotonic()
+        self.next_look_s = time.monotonic() + LOOK_EVERY_S
+        """When ``lost`` is to be asked again, by the clock of ``time.monotonic``; at once where the folder is lost."""
 
-    def lost(self, every_s: float = 0.0) -> UserError | None:
+    def lost(self) -> UserError | None:
         """Why nothing may be written any more; None while the folder is this run's.
 
         Where the lock file was removed, it is made and locked again, unless another run has come first. A disk that
         does not answer says nothing: the next look tells.
 
-        Args:
-            every_s: look only if the last look was so many seconds ago.
-
         Returns:
             TryAgain: another run has the folder. UserError: it is no longer there.
         """
-        now_s = time.monotonic()
-        if self._known and self._lost is None and now_s - self._looked_s >= every_s:
-            self._looked_s = now_s
+        if self._lost is None:
+            self.next_look_s = time.monotonic() + LOOK_EVERY_S
+        if self._known and self._lost is None:
             try:
                 self._lost = self._look()
             except UserError as error:
                 self._lost = error
             except OSError:
                 pass
+            if self._lost is not None:
+                self.next_look_s = 0.0
         return self._lost
 
     def still_held(self) -> bool:
@@ -169,7 +170,7 @@ def lock_run(folder: Path, most_s: float = math.inf, made: Sequence[Path] = ()) 
             if error.errno in LASTING or strange >= _MOST_STRANGE:
                 raise _unwritable(folder, error) from error
             strange += 1
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(LOOK_EVERY_S)
             continue
         except BaseException:
             file.close()
@@ -193,7 +194,7 @@ def lock_run(folder: Path, most_s: float = math.inf, made: Sequence[Path] = ()) 
                 file=sys.stderr, flush=True,
             )  # fmt: skip
             told = True
-        time.sleep(min(_LOOK_EVERY_S, limit_s))
+        time.sleep(min(LOOK_EVERY_S, limit_s))
 
 
 def _claim(folder: Path, file: BinaryIO, known: bool) -> tuple[RunLock | None, str | None]:

@@ -1,4 +1,4 @@
-"""Learning rate and length of a run, as pure functions: nothing to save, nothing to restore."""
+"""Length of a run, its learning rate and what is due in it, as pure functions: nothing to save, nothing to restore."""
 
 from __future__ import annotations
 
@@ -51,3 +51,8 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
     done = min(1.0, (step - start) / max(1, end - start))
     falling = 0.5 * (1.0 + math.cos(math.pi * done)) if optim.schedule == "cosine" else 1.0 - done
     return lowest + (optim.lr - lowest) * falling
+
+
+def is_due(every: int, step: int, steps: int) -> bool:
+    """Whether what comes ``every`` so many steps of ``steps``, and after the last, comes after ``step``; 0 never comes."""
+    return every > 0 and (step % every == 0 or step == steps)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from megatron_lpa.checkpoint.manifest import checkpoint_folders
-from megatron_lpa.checkpoint.progress import SampleOrder
+from megatron_lpa.checkpoint.progress import Progress, SampleOrder
 from megatron_lpa.checkpoint.resume import Resumed, load_newest
 from megatron_lpa.checkpoint.saving import CheckpointNotWritten
 from megatron_lpa.checkpoint.store import damaged_folders, give_names_back, has_checkpoints, tidy
@@ -37,7 +37,7 @@ from megatron_lpa.planning.accounting import count_parameters, flops_per_token_t
 from megatron_lpa.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, refuse_links, refuse_unwritable
 from megatron_lpa.train.alike import data_facts, sample_order, start_facts
 from megatron_lpa.train.callbacks.callback import Callback, Sink
-from megatron_lpa.train.callbacks.checkpoints import Checkpoints, LastValidation
+from megatron_lpa.train.callbacks.checkpoints import Checkpoints
 from megatron_lpa.train.callbacks.console import Console
 from megatron_lpa.train.callbacks.divergence import Divergence
 from megatron_lpa.train.callbacks.evaluation import Evaluation
@@ -49,11 +49,11 @@ from megatron_lpa.train.changes import changed_settings, learning_rate_jump, set
 from megatron_lpa.train.complete import refuse_other_end, why_nothing_to_do
 from megatron_lpa.train.data import check_own_tokenizer, check_tokenizer, open_data
 from megatron_lpa.train.loop import train
-from megatron_lpa.train.rollback import check_passed_over
+from megatron_lpa.train.rollback import check_passed_over, recall
 from megatron_lpa.train.run_lock import RunLock, lock_run, wait_s
 from megatron_lpa.train.schedule import total_steps
-from megatron_lpa.train.signals import StopRequest, stopped_line
 from megatron_lpa.train.state import Run
+from megatron_lpa.train.stopping import Stopping, StopRequest, stopped_line
 from megatron_lpa.train.watchdog import Watchdog
 
 BEFORE_LIMIT = 0.9
@@ -105,14 +105,15 @@ def _train_together(config: RunConfig, meeting: Meeting, watchdog: Watchdog, sto
         groups = start_distributed(
             config.parallel.tensor_parallel_size, timeout, meeting, watchdog.wait, watchdog.enter
         )
-        run = _prepare(config, groups, watchdog)
+        run = _prepare(config, groups, watchdog, stop)
         # Until here a signal ends the process at once: there is nothing to save.
         stop.install()
-        signum = 0
+        signum, saved_step = 0, -1
         try:
             if run is not None:
-                run.stop = stop
-                signum = train(run, _callbacks(run))
+                callbacks, checkpoints = _callbacks(config)
+                signum = train(run, callbacks)
+                saved_step = checkpoints.saved_step
         except CheckpointNotWritten as error:
             if config.train.on_checkpoint_failure == "stop":
                 raise
@@ -121,14 +122,14 @@ def _train_together(config: RunConfig, meeting: Meeting, watchdog: Watchdog, sto
         largest_of_all(0, groups)  # nobody leaves while another rank is still talking to it
         stop_distributed()
     if run is not None and signum:
-        line = stopped_line(signum, run.progress.step, run.saved_step)
+        line = stopped_line(signum, run.progress.step, saved_step)
         tell_launcher(line)
         if run.is_main:
             print(line, flush=True)
     return signum
 
 
-def _prepare(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog) -> Run | None:
+def _prepare(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog, stop: StopRequest) -> Run | None:
     """Everything before the first step; None when nothing is left to do.
 
     Until the configuration is written, a start that is refused has changed nothing in the run folder.
@@ -148,31 +149,32 @@ def _prepare(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog) -> R
     lock = together(lambda: _own_folder(folder, config, groups), groups)
     watchdog.write_stacks_to(folder)
     try:
-        run = Run(
-            config,
-            folder,
-            _engine(config, groups, watchdog),
-            splits,
-            order,
-            steps,
-            lock=lock,
-            watchdog=watchdog,
-        )
-        _resume(run)
+        watchdog.enter("building the model")
+        engine = build_engine(config, groups)
+        resumed = _resume(config, folder, engine, order, steps, watchdog)
     except BaseException:
         if lock is not None:
             lock.leave()
         raise
+    run = Run(
+        config,
+        folder,
+        engine,
+        splits,
+        order,
+        steps,
+        Stopping(groups, stop),
+        Progress() if resumed is None else resumed.progress,
+        lock,
+        resumed,
+        () if resumed is None else tuple(_changes(config, resumed, order)),
+        watchdog,
+    )
     run.enter("writing the configuration")
     together(lambda: _write_folder(run), groups)
     if run.is_main:
         _introduce(run)
     return run
-
-
-def _engine(config: RunConfig, groups: ParallelGroups, watchdog: Watchdog) -> Engine:
-    watchdog.enter("building the model")
-    return build_engine(config, groups)
 
 
 def _has_nothing_to_do(
@@ -193,40 +195,39 @@ def _has_nothing_to_do(
     return reason is not None
 
 
-def _resume(run: Run) -> None:
+def _resume(
+    config: RunConfig, folder: Path, engine: Engine, order: SampleOrder, steps: int, watchdog: Watchdog
+) -> Resumed | None:
     """Continue from the newest intact checkpoint, if there is any. What a killed process left goes after that.
 
     Raises:
-        UserError, TryAgain: on all ranks, as ``load_newest``.
+        UserError, TryAgain: on all ranks, as ``load_newest`` and ``recall``.
     """
-    groups = run.engine.groups
+    groups, checkpoints, resumed = engine.groups, folder / CHECKPOINTS, None
     # Every rank continues from what rank 0 found, however fresh its own view of the folder is.
     found = from_first(
-        [path.name for path in together(lambda: _find_checkpoints(run.folder, groups), groups)], groups
+        [path.name for path in together(lambda: _find_checkpoints(folder, groups), groups)], groups
     )
     if found:
-        run.enter("loading a checkpoint")
-        resumed = load_newest(
-            EngineState(run.engine),
-            [run.checkpoints / name for name in found],
-            run.order,
-            lambda resumed: refuse_other_end(
-                run.folder, run.config, resumed, run.steps, run.order.samples_per_epoch
-            ),
+        watchdog.enter("loading a checkpoint", 0)
+        loaded = load_newest(
+            EngineState(engine),
+            [checkpoints / name for name in found],
+            order,
+            lambda each: refuse_other_end(folder, config, each, steps, order.samples_per_epoch),
         )
-        run.progress, run.saved_step, run.resumed = resumed.progress, resumed.progress.step, resumed
-        run.unrecorded = resumed.unrecorded
-        run.resume_notes, run.changes = resumed.notes, tuple(_changes(run, resumed))
-    together(lambda: tidy(run.checkpoints) if run.is_main else None, groups)
+        resumed = recall(loaded, groups)
+    together(lambda: tidy(checkpoints) if groups.rank == 0 else None, groups)
+    return resumed
 
 
-def _changes(run: Run, resumed: Resumed) -> list[str]:
+def _changes(config: RunConfig, resumed: Resumed, order: SampleOrder) -> list[str]:
     """What is different from here on, for the user and the run's record."""
     earlier = settings_of(resumed.config, resumed.checkpoint.name)
     if earlier is None:
         return []
-    notes = [f"since {resumed.checkpoint.name}, {line}" for line in changed_settings(earlier, run.config)]
-    jump = learning_rate_jump(earlier, run.config, resumed.progress.step, run.order.samples_per_epoch)
+    notes = [f"since {resumed.checkpoint.name}, {line}" for line in changed_settings(earlier, config)]
+    jump = learning_rate_jump(earlier, config, resumed.progress.step, order.samples_per_epoch)
     return notes if jump is None else [*notes, jump]
 
 
@@ -384,13 +385,13 @@ def _amount(number: int) -> str:
     return f"{number:,}"
 
 
-def _callbacks(run: Run) -> list[Callback]:
-    logging = run.config.logging
+def _callbacks(config: RunConfig) -> tuple[list[Callback], Checkpoints]:
     sinks: list[Sink] = [MetricsFile(), Console()]
-    if logging.tensorboard:
+    if config.logging.tensorboard:
         sinks.append(TensorBoard())
-    if logging.wandb != "off":
-        sinks.append(WandB(logging.wandb))
-    validation = LastValidation()
-    metrics = Metrics([*sinks, validation])
-    return [Divergence(metrics), metrics, Evaluation(metrics), Checkpoints(metrics, validation)]
+    if config.logging.wandb != "off":
+        sinks.append(WandB(config.logging.wandb))
+    metrics = Metrics(sinks)
+    divergence, evaluation = Divergence(metrics), Evaluation(metrics)
+    checkpoints = Checkpoints(metrics, evaluation, divergence)
+    return [divergence, metrics, evaluation, checkpoints], checkpoints

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,11 +43,13 @@ class Whereabouts:
         stage: in words that follow "rank 3 is".
         step: optimizer steps done; -1 before the first.
         waits: whether it has done its own part of the stage and waits for others.
+        since_s: since when, by this process's ``time.monotonic``.
     """
 
     stage: str
     step: int = -1
     waits: bool = False
+    since_s: float = field(default_factory=time.monotonic, compare=False)
 
     def __str__(self) -> str:
         stage = self.stage
@@ -82,7 +84,9 @@ class Watchdog:
         self._asks: threading.Thread | None = None
         self._world_size = 1
         self._posted = self._gave_up = False
-        self._where, self._since_s = Whereabouts("starting"), time.monotonic()
+        self.where = Whereabouts("starting")
+        """What this process does now. The loop sets it, and the thread that watches reads it."""
+        self._counts_from_s = 0.0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -98,7 +102,7 @@ class Watchdog:
 
     def limit(self, limit_s: float, key: str) -> None:
         """Watch with another limit from now on; arguments as for ``start``."""
-        self._since_s = time.monotonic()
+        self._counts_from_s = time.monotonic()
         self._limit_s, self._limit_key = limit_s, key
 
     def join_board(self, board: Any, world_size: int) -> None:
@@ -127,12 +131,11 @@ class Watchdog:
 
     def enter(self, stage: str, step: int = -1) -> None:
         """Tell what comes next, as ``Whereabouts`` has it."""
-        self._where, self._since_s = Whereabouts(stage, step), time.monotonic()
+        self.where = Whereabouts(stage, step)
 
     def wait(self, waits: bool) -> None:
         """Tell that this process now waits for others, or that they have come."""
-        where = self._where
-        self._where, self._since_s = Whereabouts(where.stage, where.step, waits), time.monotonic()
+        self.where = Whereabouts(self.where.stage, self.where.step, waits)
 
     def _watch(self) -> None:
         looked_s = time.monotonic()
@@ -149,9 +152,9 @@ class Watchdog:
                 return
             now_s = time.monotonic()
             if now_s - looked_s > 2 * every_s + 1:  # this thread did not run either
-                self._since_s = now_s
+                self._counts_from_s = now_s
             looked_s = now_s
-            waited_s = now_s - self._since_s
+            waited_s = now_s - max(self.where.since_s, self._counts_from_s)
             if limit_s and limit_s == self._limit_s:
                 if waited_s > limit_s:
                     self._give_up(waited_s)
@@ -163,7 +166,7 @@ class Watchdog:
         """Put on the board where this rank is, or take it off."""
         if self._board is None or not (long or self._posted):
             return
-        text = json.dumps(asdict(self._where) if long else None)
+        text = json.dumps(asdict(self.where) if long else None)
         if self._briefly(lambda: self._board.set(f"whereabouts/{self._rank}", text) or True):
             self._posted = long
 
@@ -171,7 +174,7 @@ class Watchdog:
         self._gave_up = True
         # First of all: whatever comes next may block, even a print.
         threading.Thread(target=self._leave_anyway, name="watchdog's end", daemon=True).start()
-        where = self._where
+        where = self.where
         told = f"rank {self._rank} is {where}, for {waited_s:.0f} s ({self._limit_key})"
         stacks = None if self._folder is None else self._folder / f"rank_{self._rank:05d}.txt"
         say(f"{told}; stacks of its threads go to {stacks or 'stderr'}")
@@ -192,7 +195,7 @@ class Watchdog:
             return [
                 "rank 0, which knows where the others are, does not answer: look at it first, and whether this machine reaches it"
             ]
-        return suspects({**found, self._rank: self._where}, self._world_size)
+        return suspects({**found, self._rank: self.where}, self._world_size)
 
     def _briefly(self, work: Callable[[], Result]) -> Result | None:
         """What ``work`` gives within ``BOARD_S``; None where it fails, or hangs, as with a rank 0 that stands still."""

@@ -10,7 +10,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from megatron_lpa.parallel.launcher import another_port, launcher, tell_launcher
 from megatron_lpa.pretrain import main
-from megatron_lpa.train.signals import stopped_line
+from megatron_lpa.train.stopping import stopped_line
 
 OF = {
     "torchrun": {"TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "29500"},

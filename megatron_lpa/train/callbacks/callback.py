@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_lpa.checkpoint.progress import Decisions
+from megatron_lpa.checkpoint.resume import Resumed
 from megatron_lpa.engine.stepping import StepResult
 from megatron_lpa.records import Record
 from megatron_lpa.train.state import Run
@@ -31,7 +33,16 @@ SAID = "said"
 
 
 class RollBack(Exception):
-    """Raised by a callback, on all ranks alike: the run is to go back to its newest checkpoint. The text says why."""
+    """Raised by a callback, on all ranks alike: the run is to go back to its newest checkpoint.
+
+    Args:
+        reason: why, for the user.
+        decisions: what the run knows of the steps before.
+    """
+
+    def __init__(self, reason: str, decisions: Decisions) -> None:
+        super().__init__(reason)
+        self.decisions = decisions
 
 
 class Callback:
@@ -40,11 +51,16 @@ class Callback:
     ``after_step`` may raise ``RollBack``; callbacks after this one then do not see the step.
     """
 
+    every: int = 1
+    """``after_step`` is called after each step that this divides, and after the last; with 0 never. It may change during
+    a run, on all ranks alike.
+    """
+
     def on_start(self, run: Run) -> None:
         """Before the first step, after a checkpoint was loaded."""
 
     def after_step(self, run: Run, report: StepReport) -> None:
-        """After each optimizer step; ``run.progress`` already counts it."""
+        """After optimizer steps, as ``every`` says; ``run.progress`` already counts this one."""
 
     def on_event(self, run: Run, message: str) -> None:
         """Something happened that belongs into the record of the run."""
@@ -52,14 +68,14 @@ class Callback:
     def before_rollback(self, run: Run) -> None:
         """Before the state of a checkpoint replaces the present one."""
 
-    def after_rollback(self, run: Run) -> None:
-        """After it; ``run.progress`` is the checkpoint's."""
+    def after_rollback(self, run: Run, resumed: Resumed) -> None:
+        """After it; ``resumed`` is what the run goes on from, and ``run.progress`` its."""
 
     def before_failure(self, run: Run) -> None:
         """Between two steps, when a problem that all ranks agreed on is about to end the run."""
 
     def on_finish(self, run: Run) -> None:
-        """After the last step, or, with ``run.stopped_by`` above 0, after a signal."""
+        """After the last step, or, with ``run.stopping.stopped_by`` above 0, after a signal."""
 
     def close(self, run: Run) -> None:
         """Last of all, also after an error; no collectives here."""

@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import sys
 
 from megatron_lpa.checkpoint.manifest import note_validation
 from megatron_lpa.checkpoint.progress import due_at
+from megatron_lpa.checkpoint.resume import Resumed
 from megatron_lpa.checkpoint.saving import CheckpointNotWritten, PendingCheckpoint, begin_save
 from megatron_lpa.checkpoint.store import retention_of
 from megatron_lpa.engine.engine_state import EngineState
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import largest_of_all, together
-from megatron_lpa.records import Record
-from megatron_lpa.train.callbacks.callback import SAID, Callback, RollBack, Sink, StepReport
+from megatron_lpa.train.callbacks.callback import SAID, Callback, RollBack, StepReport
+from megatron_lpa.train.callbacks.divergence import Divergence
+from megatron_lpa.train.callbacks.evaluation import Evaluation
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.rollback import DIVERGED
 from megatron_lpa.train.state import Run
-
-
-class LastValidation(Sink):
-    """Remembers the last validation loss on rank 0, for the manifest of a checkpoint of the same step."""
-
-    def __init__(self) -> None:
-        self._step = -1
-        self._loss: float | None = None
-
-    def write(self, record: Record) -> None:
-        """Take note of validation records."""
-        if record["kind"] == "valid":
-            self._step, self._loss = record["step"], record["loss"]
-
-    def rewind(self, run: Run) -> None:
-        """Forget it: the weights of its step are going to be others."""
-        self._step = -1
-
-    def loss_at(self, step: int) -> float | None:
-        """The loss of validation after ``step`` steps, if it ran then and was finite."""
-        return self._loss if self._step == step else None
 
 
 class Checkpoints(Callback):
@@ -45,22 +25,32 @@ class Checkpoints(Callback):
 
     At most one is on its way. It is completed at the first step at which all processes have written theirs,
     before the next one is begun, or at the end.
+
+    Args:
+        metrics: takes records, and knows losses that are in none yet.
+        evaluation: knows the validation loss of a step.
+        divergence: knows what decides whether the run goes back.
     """
 
-    def __init__(self, metrics: Metrics, validation: LastValidation) -> None:
+    def __init__(self, metrics: Metrics, evaluation: Evaluation, divergence: Divergence) -> None:
         self.metrics = metrics
-        self._validation = validation
+        self.saved_step = -1
+        """Step of the run's newest checkpoint; -1 when there is none."""
+        self._evaluation, self._divergence = evaluation, divergence
         self._saving: PendingCheckpoint | None = None
 
     def on_start(self, run: Run) -> None:
         """Record what was noticed while resuming; a validation made up for counts for the checkpoint of its step."""
-        for note in run.resume_notes:
-            self._record(run, note)
+        self.every = run.config.train.checkpoint_interval
+        if run.resumed is not None:
+            self.saved_step = run.resumed.progress.step
+            for note in run.resumed.notes:
+                self._record(run, note)
         together(lambda: self._note_validation(run), run.engine.groups)
 
     def _note_validation(self, run: Run) -> None:
-        loss = self._validation.loss_at(run.saved_step)
-        if run.is_main and run.resumed is not None and loss is not None and math.isfinite(loss):
+        loss = self._evaluation.validation_loss(self.saved_step)
+        if run.is_main and run.resumed is not None and loss is not None:
             try:
                 note_validation(run.resumed.checkpoint, loss)
             except OSError as error:
@@ -69,7 +59,7 @@ class Checkpoints(Callback):
                 )
 
     def after_step(self, run: Run, report: StepReport) -> None:
-        """Save at the interval.
+        """Save at the interval, and complete what is on its way.
 
         Raises:
             RollBack: on all ranks, when the state is not finite. Nothing is saved, so that a diverged model never
@@ -135,10 +125,10 @@ class Checkpoints(Callback):
         try:
             self._start(run, overlap=False)
         except RollBack as problem:
-            if run.stopped_by and run.saved_step >= 0:
+            if run.stopping.stopped_by and self.saved_step >= 0:
                 self._record(
                     run,
-                    f"nothing is saved: {problem}; the next start goes on from step {run.saved_step}, and goes back when "
+                    f"nothing is saved: {problem}; the next start goes on from step {self.saved_step}, and goes back when "
                     "it comes to a checkpoint like this",
                 )
                 return
@@ -152,12 +142,16 @@ class Checkpoints(Callback):
             except CheckpointNotWritten as error:
                 self._record(run, f"checkpoint failed: {error}")
 
+    def after_rollback(self, run: Run, resumed: Resumed) -> None:
+        """What the run went back to is its newest checkpoint now."""
+        self.saved_step = resumed.progress.step
+
     def _start(self, run: Run, overlap: bool) -> None:
-        if run.saved_step == run.progress.step or run.has_lost_folder():
+        if self.saved_step == run.progress.step or run.has_lost_folder():
             return
         state = EngineState(run.engine)
         if largest_of_all(not state.is_finite(), state.groups):
-            raise RollBack("the weights or AdamW's moments are not finite")
+            raise RollBack("the weights or AdamW's moments are not finite", self._divergence.decisions)
         run.enter("writing a checkpoint")
         train, step = run.config.train, run.progress.step
         self._saving = begin_save(
@@ -166,26 +160,29 @@ class Checkpoints(Callback):
             run.progress,
             run.order,
             retention_of(train),
-            self._validation.loss_at(step),
+            self._evaluation.validation_loss(step),
             overlap,
-            run.decisions,
+            self._divergence.decisions,
             self.metrics.unrecorded(run),
             {
                 "valid": run.splits.valid is not None and train.eval_interval > 0,
                 "test": run.splits.test is not None,
             },
         )
-        if not overlap:
+        if overlap:
+            self.every = 1  # looks after each step whether all have written theirs
+        else:
             self._complete(run)
 
     def _complete(self, run: Run) -> None:
         saving, self._saving = self._saving, None
         assert saving is not None
+        self.every = run.config.train.checkpoint_interval
         if run.has_lost_folder():  # another run may be writing there
             return
         run.enter("writing a checkpoint")
         path = saving.complete()
-        run.saved_step = saving.progress.step
+        self.saved_step = saving.progress.step
         self._record(run, f"checkpoint {path}", blocked_s=round(saving.blocked_s, 3))
 
     def _record(self, run: Run, message: str, **details: float | str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from megatron_lpa.checkpoint.progress import AT_START
+from megatron_lpa.checkpoint.resume import Resumed
 from megatron_lpa.parallel.agreement import gather_numbers
 from megatron_lpa.train.callbacks.callback import Callback, RollBack, StepReport
 from megatron_lpa.train.callbacks.metrics import Metrics
@@ -15,22 +17,28 @@ class Divergence(Callback):
     """Counts skipped steps and watches the loss. First in the order, so that no other sees a step that goes.
 
     The engine skips a step on all ranks alike when the global norm of the gradient is not finite. What is known of the
-    steps before is in ``run.decisions`` and nowhere else: a checkpoint of this very step holds it.
+    steps before is in ``decisions`` and nowhere else: a checkpoint of this very step holds it.
     """
 
     def __init__(self, metrics: Metrics) -> None:
+        self.decisions = AT_START
+        """What decides whether the run goes back; as of ``run.progress``, like everything that a checkpoint holds."""
         self._metrics = metrics
         self._skipped = 0
 
     def on_start(self, run: Run) -> None:
         """Take note of how many steps an earlier start skipped, and forget losses that are of no use any more."""
-        self._skipped = run.engine.skipped_steps
-        if not run.config.train.loss_spike:  # a later start may ask for it, when these are of long ago
-            run.decisions = dataclasses.replace(run.decisions, losses=())
+        self._go_on_from(run, run.resumed)
 
-    def after_rollback(self, run: Run) -> None:
-        """Go on as after a start: ``run.decisions`` is what counts after going back."""
-        self.on_start(run)
+    def after_rollback(self, run: Run, resumed: Resumed) -> None:
+        """Go on as after a start."""
+        self._go_on_from(run, resumed)
+
+    def _go_on_from(self, run: Run, resumed: Resumed | None) -> None:
+        self._skipped = run.engine.skipped_steps
+        self.decisions = (resumed.decisions if resumed else None) or AT_START
+        if not run.config.train.loss_spike:  # a later start may ask for it, when these are of long ago
+            self.decisions = dataclasses.replace(self.decisions, losses=())
 
     def after_step(self, run: Run, report: StepReport) -> None:
         """Look at one step.
@@ -41,22 +49,32 @@ class Divergence(Callback):
         train, skipped = run.config.train, run.engine.skipped_steps
         if skipped > self._skipped:
             self._skipped = skipped
-            run.decisions = run.decisions.after_skipped_step()
+            self.decisions = self.decisions.after_skipped_step()
             self._tell_skipped(run)
-            in_a_row = run.decisions.skipped_in_a_row
+            in_a_row = self.decisions.skipped_in_a_row
             if train.max_skipped_steps and in_a_row >= train.max_skipped_steps:
-                raise RollBack(f"the gradient was not finite in {in_a_row} steps in a row")
+                raise RollBack(f"the gradient was not finite in {in_a_row} steps in a row", self.decisions)
             return
         loss = _agreed_loss(run, report) if train.loss_spike else None
         if loss is not None:
-            _compare(run, loss)
-        run.decisions = run.decisions.after_step(loss)
+            self._compare(train.loss_spike, loss)
+        if loss is not None or self.decisions.skipped_in_a_row:
+            self.decisions = self.decisions.after_step(loss)
+
+    def _compare(self, limit: float, loss: float) -> None:
+        mean = self.decisions.mean_loss()
+        if mean is not None and loss > mean + limit:
+            raise RollBack(
+                f"the loss is {loss:.4f}, more than train.loss_spike={limit:g} above the {mean:.4f} of the last "
+                f"{len(self.decisions.losses)} steps",
+                self.decisions,
+            )
 
     def _tell_skipped(self, run: Run) -> None:
         end = run.progress.position
         message = (
             f"the gradient is not finite: the step changed nothing, and samples {end - run.config.train.global_batch_size:,} "
-            f"to {end - 1:,} of the order are passed over ({run.decisions.skipped_in_a_row} in a row, {self._skipped} in all)"
+            f"to {end - 1:,} of the order are passed over ({self.decisions.skipped_in_a_row} in a row, {self._skipped} in all)"
         )
         self._metrics.on_event(run, f"step {run.progress.step}: {message}")
 
@@ -70,12 +88,3 @@ def _agreed_loss(run: Run, report: StepReport) -> float:
     own = float(run.engine.mean_over_replicas(report.result.loss))
     losses = gather_numbers(own, run.engine.groups)
     return max(losses) if all(map(math.isfinite, losses)) else math.inf
-
-
-def _compare(run: Run, loss: float) -> None:
-    limit, mean = run.config.train.loss_spike, run.decisions.mean_loss()
-    if mean is not None and loss > mean + limit:
-        raise RollBack(
-            f"the loss is {loss:.4f}, more than train.loss_spike={limit:g} above the {mean:.4f} of the last "
-            f"{len(run.decisions.losses)} steps"
-        )

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from megatron_lpa.checkpoint.progress import NOTHING_UNRECORDED, Unrecorded
+from megatron_lpa.checkpoint.resume import Resumed
 from megatron_lpa.errors import TryAgain, UserError, shown
 from megatron_lpa.parallel.agreement import gather_numbers, largest_of_all, together
 from megatron_lpa.planning.accounting import flops_per_token_training
@@ -19,9 +20,6 @@ from megatron_lpa.records import Record
 from megatron_lpa.train.callbacks.callback import SAID, Callback, Sink, StepReport
 from megatron_lpa.train.hardware import peak_flops_per_second, peak_memory_bytes
 from megatron_lpa.train.state import Run
-
-LOOK_EVERY_S = 1.0
-"""After the lock of the run folder, between two steps."""
 
 
 class Metrics(Callback):
@@ -36,12 +34,16 @@ class Metrics(Callback):
         self._as_text: set[tuple[str, str]] = set()
         self._losses: list[torch.Tensor] = []
         self._unrecorded = NOTHING_UNRECORDED
+        self._untold: tuple[str, ...] = ()
         self._timed_steps = 0
         self._step_s = self._data_wait_s = 0.0
 
     def on_start(self, run: Run) -> None:
         """Open all sinks, once each has seen what an earlier start left; go on with the interval of the stop."""
-        self._unrecorded = run.unrecorded
+        if run.resumed is not None:
+            self._unrecorded = run.resumed.unrecorded
+        # Not told before the first step: a start that trains no step has changed nothing.
+        self._untold = run.changes
 
         def open_sinks() -> int:
             for hook in ("look", "open"):
@@ -57,15 +59,13 @@ class Metrics(Callback):
         together(open_sinks, run.engine.groups)
 
     def after_step(self, run: Run, report: StepReport) -> None:
-        """Collect, and emit at the end of an interval; and see whether the run folder is still this run's.
+        """Collect, and emit at the end of an interval.
 
         The loss is the mean over the steps that have a finite one; the others changed nothing.
         """
-        if run.is_main and run.lock is not None:
-            run.problem = run.problem or run.lock.lost(LOOK_EVERY_S)
-        for change in run.changes:  # not before: a start that trains no step has changed nothing
+        for change in self._untold:
             self.emit(run, {"kind": "event", "message": change, SAID: "note"})
-        run.changes = ()
+        self._untold = ()
         self._losses.append(report.result.loss)
         self._timed_steps += 1
         self._step_s += report.step_s
@@ -76,7 +76,7 @@ class Metrics(Callback):
         waiting = time.perf_counter()
         loss = self.unrecorded(run).mean()
         self._step_s += time.perf_counter() - waiting  # for work that the steps only launched on a GPU
-        waits_s, run.waited_s = gather_numbers(run.waited_s, run.engine.groups), 0.0
+        waits_s = gather_numbers(run.stopping.take_waited_s(), run.engine.groups)
         tokens = steps * run.config.train.global_batch_size * run.config.model.sequence_length
         rate = tokens / self._step_s
         flops = rate * flops_per_token_training(run.config.model) / run.engine.groups.world_size
@@ -128,10 +128,10 @@ class Metrics(Callback):
             print(f"warning: {message}", file=sys.stderr, flush=True)
         self.emit(run, {"kind": "event", "message": message, SAID: "warning"})
 
-    def after_rollback(self, run: Run) -> None:
+    def after_rollback(self, run: Run, resumed: Resumed) -> None:
         """Forget the steps since the last record, and let sinks drop what will come again."""
         self._forget()
-        self._unrecorded = run.unrecorded
+        self._unrecorded = resumed.unrecorded
         if not run.is_main:
             return
         for sink in list(self.sinks):
@@ -155,7 +155,7 @@ class Metrics(Callback):
             record, as_text = finished(record, run.progress.step, time.time())
         except CannotRecord as problem:
             message = f"a callback's record of the kind {kind} cannot be written: {problem}"
-            run.problem = run.problem or UserError(message)
+            run.stopping.report(UserError(message))
             return
         for key in as_text:
             if (kind, key) not in self._as_text:
@@ -173,7 +173,7 @@ class Metrics(Callback):
         if sink.required:
             if not isinstance(error, UserError):
                 error = TryAgain(f"{run.folder}: metrics cannot be written: {error}")
-            run.problem = run.problem or error
+            run.stopping.report(error)
             return
         self.sinks.remove(sink)
         name, reason = type(sink).__name__, f"{type(error).__name__}: {error}"

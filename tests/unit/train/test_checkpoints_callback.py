@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,10 @@ from megatron_lpa.engine.joining import collective_timeout
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.callbacks import checkpoints as module
-from megatron_lpa.train.callbacks.checkpoints import Checkpoints, LastValidation
+from megatron_lpa.train.callbacks import evaluation as evaluation_module
+from megatron_lpa.train.callbacks.checkpoints import Checkpoints
+from megatron_lpa.train.callbacks.evaluation import Evaluation, EvaluationResult
+from megatron_lpa.train.schedule import is_due
 
 
 class FakeSaving:
@@ -45,17 +49,20 @@ def trained(
     monkeypatch.setattr(FakeSaving, "written", [])
     train = TrainConfig(checkpoint_interval=3, on_checkpoint_failure=on_failure)  # type: ignore[arg-type]
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(train=train), steps=steps, saved_step=-1, is_main=True, checkpoints=Path("x"), order=None, stopped_by=0, decisions=AT_START, splits=SimpleNamespace(valid=None, test=None),
+        config=SimpleNamespace(train=train), steps=steps, resumed=None, is_main=True, checkpoints=Path("x"), order=None, stopping=SimpleNamespace(stopped_by=0), splits=SimpleNamespace(valid=None, test=None),
         engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(), enter=lambda stage: None,
     )  # fmt: skip
     run.has_lost_folder = lambda: run.progress.step >= lost_at
     callback = Checkpoints(
         SimpleNamespace(emit=lambda *_: None, unrecorded=lambda run: NOTHING_UNRECORDED),
-        SimpleNamespace(loss_at=lambda step: None),
+        SimpleNamespace(validation_loss=lambda step: None),
+        SimpleNamespace(decisions=AT_START),
     )  # type: ignore[arg-type]
+    callback.on_start(run)
     for step in range(1, steps + 1):
         run.progress = Progress(step=step)
-        callback.after_step(run, SimpleNamespace())  # type: ignore[arg-type]
+        if is_due(callback.every, step, steps):
+            callback.after_step(run, SimpleNamespace())  # type: ignore[arg-type]
     callback.on_finish(run)
     return FakeSaving.written
 
@@ -98,22 +105,34 @@ def test_a_stop_with_a_state_that_is_not_finite_leaves_going_back_to_the_next_st
     monkeypatch.setattr(EngineState, "is_finite", lambda state: False)
     told: list[str] = []
     run: Any = SimpleNamespace(
-        engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(step=6), saved_step=4, stopped_by=15,
+        engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(step=6), stopping=SimpleNamespace(stopped_by=15),
         has_lost_folder=lambda: False,
     )  # fmt: skip
     metrics: Any = SimpleNamespace(emit=lambda run, record: told.append(record["message"]))
-    callback = Checkpoints(metrics, LastValidation())
+    callback = Checkpoints(metrics, Evaluation(metrics), SimpleNamespace(decisions=AT_START))  # type: ignore[arg-type]
+    callback.saved_step = 4
     callback.on_finish(run)
     assert len(told) == 1 and "nothing is saved" in told[0] and "from step 4" in told[0]
-    for changed in ({"stopped_by": 0}, {"saved_step": -1}):  # complete, or without anything to go back to
+    for stopped_by, saved_step in ((0, 4), (15, -1)):  # complete, or without anything to go back to
+        run.stopping.stopped_by, callback.saved_step = stopped_by, saved_step
         with pytest.raises(UserError, match="training has diverged"):
-            callback.on_finish(SimpleNamespace(**{**vars(run), **changed}))
+            callback.on_finish(run)
 
 
-def test_the_validation_of_weights_that_are_gone_is_not_that_of_a_checkpoint() -> None:
-    validation = LastValidation()
-    validation.write({"kind": "valid", "step": 8, "loss": 3.0})
-    assert validation.loss_at(8) == 3.0
-    run: Any = SimpleNamespace(progress=Progress(step=4))
-    validation.rewind(run)
-    assert validation.loss_at(8) is None
+@pytest.mark.parametrize("loss", [3.0, math.nan, math.inf])
+def test_a_checkpoint_has_the_validation_of_its_own_weights_if_it_is_finite(
+    monkeypatch: pytest.MonkeyPatch, loss: float
+) -> None:
+    monkeypatch.setattr(evaluation_module, "evaluate_split", lambda *_: EvaluationResult(8, loss, 64))
+    records: list[dict[str, Any]] = []
+    metrics: Any = SimpleNamespace(emit=lambda run, record: records.append(record))
+    evaluation, train = Evaluation(metrics), TrainConfig(eval_interval=8)
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(train=train), progress=Progress(step=8), splits=SimpleNamespace(valid=object())
+    )
+    evaluation.after_step(run, SimpleNamespace())  # type: ignore[arg-type]
+    assert len(records) == 1 and records[0]["step"] == 8
+    assert evaluation.validation_loss(8) == (loss if math.isfinite(loss) else None)
+    assert evaluation.validation_loss(9) is None
+    evaluation.after_rollback(run, SimpleNamespace())  # type: ignore[arg-type]
+    assert evaluation.validation_loss(8) is None  # the weights of that step are gone

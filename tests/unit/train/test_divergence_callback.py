@@ -38,14 +38,17 @@ class Stepping:
             skipped_steps=0, groups=ParallelGroups.single(), mean_over_replicas=lambda loss: loss
         )
         config = SimpleNamespace(train=TrainConfig(**train))
-        self.run: Any = SimpleNamespace(config=config, engine=engine, progress=Progress(), decisions=AT_START)
+        self.run: Any = SimpleNamespace(config=config, engine=engine, progress=Progress(), resumed=None)
+        self.decisions = AT_START
         self.start()
 
     def start(self) -> None:
         """A new process: all that it has is what the manifest holds."""
-        self.run.decisions = decisions_from_json(json.loads(json.dumps(asdict(self.run.decisions))))
+        kept = decisions_from_json(json.loads(json.dumps(asdict(self.decisions))))
+        self.run.resumed = SimpleNamespace(decisions=kept)
         self.callback = Divergence(SimpleNamespace(on_event=lambda *_: None))  # type: ignore[arg-type]
         self.callback.on_start(self.run)
+        self.decisions = self.callback.decisions
 
     def step(self, loss: float | None) -> str:
         """Why the run goes back because of this step, or nothing."""
@@ -56,8 +59,11 @@ class Stepping:
         try:
             self.callback.after_step(self.run, report)
         except RollBack as request:
-            self.run.decisions = self.run.decisions.after_going_back(self.run.decisions)
+            back = request.decisions.after_going_back(request.decisions)
+            self.callback.after_rollback(self.run, SimpleNamespace(decisions=back))  # type: ignore[arg-type]
             return str(request)
+        finally:
+            self.decisions = self.callback.decisions
         return ""
 
 
@@ -91,8 +97,8 @@ def test_a_stop_between_any_two_steps_changes_no_decision(seed: int) -> None:
         reason = undisturbed.step(loss)
         assert stopped.step(loss) == reason
         assert bool(reason) == bad
-        assert stopped.run.decisions == undisturbed.run.decisions
-    assert undisturbed.run.decisions.rollbacks > 3
+        assert stopped.decisions == undisturbed.decisions
+    assert undisturbed.decisions.rollbacks > 3
 
 
 def test_all_ranks_decide_by_one_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +108,7 @@ def test_all_ranks_decide_by_one_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     stepping = Stepping(loss_spike=1.0)
     for _ in range(FEWEST_STEPS):
         assert not stepping.step(3.0)
-    assert stepping.run.decisions.losses == (others,) * FEWEST_STEPS
+    assert stepping.decisions.losses == (others,) * FEWEST_STEPS
     monkeypatch.setattr(module, "gather_numbers", lambda own, groups: [own, math.nan])
     assert "the loss is inf" in stepping.step(3.0)  # a jump on one is one on all
 
@@ -111,7 +117,7 @@ def test_losses_that_are_not_finite_are_none_to_compare_with() -> None:
     stepping = Stepping(loss_spike=1.0)
     for loss in (math.inf, math.nan, *[3.0] * FEWEST_STEPS):
         assert not stepping.step(loss)
-    assert stepping.run.decisions.losses == (3.0,) * FEWEST_STEPS
+    assert stepping.decisions.losses == (3.0,) * FEWEST_STEPS
     assert not stepping.step(3.5) and stepping.step(4.5)
 
 
@@ -121,8 +127,8 @@ def test_losses_of_long_ago_are_forgotten_by_a_run_that_does_not_ask_for_them() 
         stepping.step(9.0)
     stepping.run.config.train = replace(stepping.run.config.train, loss_spike=0.0)
     stepping.start()
-    assert stepping.run.decisions.losses == ()
-    assert not stepping.step(3.0) and stepping.run.decisions.losses == ()
+    assert stepping.decisions.losses == ()
+    assert not stepping.step(3.0) and stepping.decisions.losses == ()
 
 
 def test_after_going_back_the_checkpoints_losses_are_compared_with() -> None:

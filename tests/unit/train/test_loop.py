@@ -14,6 +14,7 @@ from megatron_lpa.errors import AgreedProblem
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train import loop
 from megatron_lpa.train.callbacks.callback import Callback
+from megatron_lpa.train.watchdog import Watchdog
 
 
 class Told(Callback):
@@ -45,10 +46,9 @@ def test_callbacks_are_told_before_a_problem_ends_the_run(
         return SimpleNamespace()
 
     monkeypatch.setattr(loop, "train_one_step", step)
-    monkeypatch.setattr(loop, "recall", lambda run: None)
     run: Any = SimpleNamespace(
         config=SimpleNamespace(train=TrainConfig(step_timeout_s=0.0)), folder=tmp_path, steps=3, progress=Progress(),
-        engine=SimpleNamespace(groups=ParallelGroups.single()), enter=lambda stage: None, watchdog=None,
+        engine=SimpleNamespace(groups=ParallelGroups.single()), enter=lambda stage: None, watchdog=Watchdog(),
     )  # fmt: skip
     first, second = Told(where), Told()
     with pytest.raises(AgreedProblem, match="rank 1: "):

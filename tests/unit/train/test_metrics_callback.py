@@ -13,23 +13,24 @@ import pytest
 from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.metrics_file import read_metrics
-from megatron_lpa.train.callbacks.checkpoints import LastValidation
+from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.train.callbacks.console import Console
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.callbacks.sinks import MetricsFile
 from megatron_lpa.train.callbacks.tensorboard import TensorBoard
+from megatron_lpa.train.stopping import Stopping, StopRequest
 
 
 def run_of(folder: Path) -> Any:
     return SimpleNamespace(
-        folder=folder, progress=Progress(step=4), lock=None, is_main=True, problem=None, steps=8,
+        folder=folder, progress=Progress(step=4), lock=None, is_main=True, steps=8, stopping=Stopping(ParallelGroups.single(), StopRequest()),
         config=SimpleNamespace(logging=SimpleNamespace(progress_bar="off")), engine=SimpleNamespace(groups=None),
     )  # fmt: skip
 
 
 @pytest.fixture
 def opened(tmp_path: Path) -> tuple[Metrics, Any]:
-    metrics, run = Metrics([MetricsFile(), Console(), TensorBoard(), LastValidation()]), run_of(tmp_path)
+    metrics, run = Metrics([MetricsFile(), Console(), TensorBoard()]), run_of(tmp_path)
     for sink in metrics.sinks:
         sink.look(run)
         sink.open(run)
@@ -44,7 +45,7 @@ def test_records_of_a_kind_of_ones_own_go_everywhere(
         metrics.emit(run, {"kind": "probe", "value": value})
     metrics.emit(run, {"kind": "probe", "value": [10**400, "\udcff", True]})
     metrics.close(run)
-    assert len(metrics.sinks) == 4 and run.problem is None
+    assert len(metrics.sinks) == 3 and run.stopping.problem is None
     said = capsys.readouterr()
     assert "step 4/8 probe: value=1\n" in said.out and said.out.count("probe:") == 5
     assert said.err.count("is written as text") == 1 and "value of records of the kind 'probe'" in said.err
@@ -55,21 +56,21 @@ def test_records_of_a_kind_of_ones_own_go_everywhere(
 def test_a_record_that_no_tool_would_read_ends_the_run_in_order(opened: tuple[Metrics, Any]) -> None:
     metrics, run = opened
     metrics.emit(run, {"kind": "train", "my_figure": 1.0})
-    assert type(run.problem) is UserError and run.problem.exit_code == 78
-    assert "a callback's record of the kind 'train' cannot be written: this train record has no tokens" in str(run.problem)  # fmt: skip
+    problem = run.stopping.problem
+    assert type(problem) is UserError and problem.exit_code == 78
+    assert "a callback's record of the kind 'train' cannot be written: this train record has no tokens" in str(problem)  # fmt: skip
     metrics.emit(run, {"kind": "event", "message": "the end"})
     metrics.on_finish(run)
     metrics.close(run)
     assert [record["message"] for record in read_metrics(run.folder)] == ["the end"]
-    assert len(metrics.sinks) == 4
+    assert len(metrics.sinks) == 3
 
 
-def test_a_validation_that_is_not_finite_is_no_best_one(opened: tuple[Metrics, Any]) -> None:
+def test_a_loss_that_is_not_finite_is_written_in_words(opened: tuple[Metrics, Any]) -> None:
     metrics, run = opened
     figures = {"kind": "valid", "tokens": 8, "loss": math.nan, "perplexity": math.inf, "tokens_evaluated": 9}
     metrics.emit(run, figures)
     metrics.close(run)
-    assert metrics.sinks[-1].loss_at(4) is None  # type: ignore[attr-defined]
     (line,) = (run.folder / "metrics.jsonl").read_text().splitlines()
     found = json.loads(line, parse_constant=pytest.fail)
     assert (found["loss"], found["perplexity"]) == (None, None)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from megatron_lpa.train.signals import STOPPING, StopRequest
+from megatron_lpa.train.stopping import STOPPING, StopRequest
 
 
 @pytest.fixture(autouse=True)
