@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import functools
 import glob
 import io
+import logging
 import os
 import re
 import select
@@ -20,14 +22,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TextIO, cast
 
-from megatron_lpa.errors import EXIT_FAILED, UserError, shown
+from megatron_lpa.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNREAD, UserError, shown
 from megatron_lpa.files import exists, is_dir
+
+logger = logging.getLogger(__name__)
 
 CONSOLE = "megatron-lpa"
 """The console command, whose sub-commands are those of ``tools/``."""
-
-CLOSED = 128 + signal.SIGPIPE
-"""Exit code of a tool whose reader has gone, as a shell has it."""
 
 _NOBODY_READS = (errno.EPIPE, errno.EIO)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -37,12 +38,66 @@ _RUN_FILES = ("config.yaml", "metrics.jsonl", "checkpoints", "manifest.json")
 """Any of these makes a folder one of a run, or of a checkpoint."""
 
 
+class _Lines(logging.Handler):
+    """A line on stderr per record: ``warning: ...``, ``error: ...``, and others as they are.
+
+    That is stderr at the time, which ``outlive_readers`` replaces. An error of writing is its caller's, as of ``print``.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write it at once."""
+        beginning = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        print(f"{beginning}{record.getMessage()}", file=sys.stderr, flush=True)
+
+
+def log_to_stderr() -> None:
+    """For commands: what this package logs, from notes and progress up, goes to stderr, and nowhere else.
+
+    Who imports the package sets up logging as for any other one.
+    """
+    package = logging.getLogger("megatron_lpa")
+    package.handlers[:] = [_Lines()]
+    package.setLevel(logging.INFO)
+    package.propagate = False
+
+
+Main = Callable[[Sequence[str]], int]
+
+
+def command(interrupted: str = "interrupted") -> Callable[[Main], Main]:
+    """Makes a function of options to an exit code the ``main`` of a command.
+
+    What the user can mend is a line, and the exit code of its class (``errors.py``); Ctrl-C is a line and 130.
+
+    Args:
+        interrupted: that line.
+    """
+
+    def made(main: Main) -> Main:
+        @functools.wraps(main)
+        def ended(argv: Sequence[str]) -> int:
+            log_to_stderr()
+            try:
+                return main(argv)
+            except UserError as error:
+                logger.error(error)
+                return error.exit_code
+            except KeyboardInterrupt:
+                logger.info(interrupted)
+                return EXIT_INTERRUPTED
+
+        return ended
+
+    return made
+
+
 def run_tool(main: Callable[[], int]) -> int:
     """The exit code of a command: that of ``main``, or of how it was ended.
 
-    141 where nobody reads what it prints any more, 130 for Ctrl-C, 1 with one line where its output cannot be written.
+    What the package logs goes to stderr. 141 where nobody reads what it prints any more, 130 for Ctrl-C, 1 with one line where its output cannot be written.
     What a terminal or a file cannot show is written as an escape.
     """
+    log_to_stderr()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -56,15 +111,15 @@ def run_tool(main: Callable[[], int]) -> int:
                     stream.flush()
     except OSError as error:
         if error.errno in _NOBODY_READS and _silence_unread():
-            return CLOSED
+            return EXIT_UNREAD
         if error.filename is not None or error.errno not in _NO_ROOM:
             raise
         _silence(sys.stdout)
-        print(f"error: what this command prints cannot be written ({error.strerror})", file=sys.stderr)
+        logger.error(f"what this command prints cannot be written ({error.strerror})")
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        logger.info("interrupted")
+        return EXIT_INTERRUPTED
 
 
 def tool_parser(text: str | None, *, allow_abbrev: bool = False, **options: Any) -> argparse.ArgumentParser:

@@ -1,7 +1,11 @@
-"""Exceptions that mean "the user can mend this", and the exit codes that a launcher reads."""
+"""Exceptions that mean "the user can mend this", and the exit codes of all commands, which launchers read.
+
+0 is done, 128 + n ended by signal n, and the others are the constants here.
+"""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 MOST_SHOWN = 80
@@ -13,11 +17,23 @@ MOST_COMPARED = 120
 EXIT_FAILED = 1
 """An error that may be gone at the next attempt, or that nobody foresaw."""
 
+EXIT_USAGE = 2
+"""What ``argparse`` ends with: options that a command does not have."""
+
+EXIT_INCOMPLETE = 3
+"""Done, but bad records of the input were left out, as was asked for, or what was to be left out is not there."""
+
 EXIT_HANG = 75
 """``EX_TEMPFAIL`` of sysexits.h: some process did not answer; trying again may help."""
 
 EXIT_REFUSED = 78
 """``EX_CONFIG`` of sysexits.h: until somebody changes something, the same command ends the same way."""
+
+EXIT_UNREAD = 128 + signal.SIGPIPE
+"""Nobody reads the output any more; as a shell has it."""
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+"""Ctrl-C."""
 
 
 class UserError(ValueError):

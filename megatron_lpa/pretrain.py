@@ -3,15 +3,15 @@
 Also ``megatron-lpa pretrain`` for one process, and ``torchrun -m`` for several.
 
 Exit codes: 0 complete, 1 an error that may be gone at the next attempt, 75 a hang that the watchdog ended, 78 an
-error that stays until somebody changes something, 128 + n stopped by signal n.
+error that stays until somebody changes something, 128 + n stopped by signal n (``errors.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
-import signal
 import socket
 import sys
 import time
@@ -19,14 +19,16 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_lpa.command_line import outlive_full_disks, outlive_readers, run_tool
+from megatron_lpa.command_line import log_to_stderr, outlive_full_disks, outlive_readers, run_tool
 from megatron_lpa.config import TrainConfig, fitted_to_world, load_config, validate_config
 from megatron_lpa.engine.ds_config import check_zero_file
-from megatron_lpa.errors import EXIT_FAILED, EXIT_REFUSED, RankError, UserError
+from megatron_lpa.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, RankError, UserError
 from megatron_lpa.parallel.launcher import tell_launcher
 from megatron_lpa.parallel.place import place_from_environment
 from megatron_lpa.train.stopping import StopRequest
 from megatron_lpa.train.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 AGAIN = "the same command would end like this again; change what the message names first"
 
@@ -39,6 +41,7 @@ ALONE_S = 2.0
 
 def main(argv: Sequence[str]) -> int:
     """Train as the command line says; the process's exit code."""
+    log_to_stderr()
     # Where a rank is lost, PyTorch's store writes a page of C++ frames before our line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     stop = StopRequest()  # first, so that a launcher that ends during the start is missed
@@ -52,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         outlive_full_disks()
         for warning in notes + validate_config(config, world_size):
             if os.environ.get("RANK", "0") == "0":
-                print(f"warning: {warning}", file=sys.stderr, flush=True)
+                logger.warning(warning)
         check_zero_file(config, world_size)
         watchdog.limit(config.train.start_timeout_s, "train.start_timeout_s")
         watchdog.enter("loading libraries")
@@ -67,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         if not _number("LOCAL_RANK", 0):
             print("stopped by SIGINT before training began; the same command starts again", flush=True)
-        return 128 + signal.SIGINT
+        return EXIT_INTERRUPTED
     except Exception as error:
         watchdog.finish()
         traceback.print_exc()
@@ -94,11 +97,11 @@ def _tell(error: UserError) -> None:
             return
     if rank and not isinstance(error, RankError) and not error.known_to_all:
         message = f"rank {rank} ({socket.gethostname()}): {message}"
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    logger.error(message)
     tell_launcher(f"error: {message}")
     if error.exit_code == EXIT_REFUSED:
         # For slurm/common.sh as well: srun ends the other processes, and then gives theirs instead of this code.
-        print(f"exit code {EXIT_REFUSED}: {AGAIN}", file=sys.stderr, flush=True)
+        logger.info(f"exit code {EXIT_REFUSED}: {AGAIN}")
 
 
 def leave(code: int) -> NoReturn:

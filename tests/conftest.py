@@ -13,6 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from support.world import World
 
+from megatron_lpa.command_line import log_to_stderr
+
+log_to_stderr()  # as in a command
+
 # A shell without job control starts what goes to the background with SIGINT ignored, which processes inherit: those that
 # tests interrupt would not notice.
 signal.signal(signal.SIGINT, signal.default_int_handler)

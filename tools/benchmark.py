@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is not an installed package
@@ -23,8 +24,7 @@ from benchmarks import (
     step_profile,
     train_step,
 )
-from megatron_lpa.command_line import run_tool
-from megatron_lpa.errors import UserError
+from megatron_lpa.command_line import command, run_tool
 
 COMMANDS = {
     "preprocess": preprocess,
@@ -42,31 +42,25 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+@command()
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(metavar="SUB-COMMAND", required=True)
     for name, module in COMMANDS.items():
-        command = commands.add_parser(
+        sub_command = commands.add_parser(
             name,
             help=module.HELP,
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        module.add_arguments(sub_command)
+        sub_command.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    arguments.run(arguments)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

@@ -28,17 +28,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # fault_injection/ is not an installed package
 
 from fault_injection.campaign import Options, conclude, run_campaign
 from fault_injection.record import merged
-from megatron_lpa.command_line import run_tool
-from megatron_lpa.errors import UserError
+from megatron_lpa.command_line import command, run_tool
 
 
-def main(argv: list[str] | None = None) -> int:
+@command()
+def main(argv: Sequence[str]) -> int:
     """0, or 1 when a promise was broken."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -92,14 +93,10 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _merge(files: list[Path], output: Path | None) -> int:
-    try:
-        record = merged(files)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    record = merged(files)
     conclude(record, output)
     return 1 if record["violations"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))

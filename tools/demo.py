@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,15 +26,18 @@ import torch
 from demo_commands import Commands, Stopped, say
 
 from megatron_lpa.checkpoint.manifest import complete_checkpoints, step_of
-from megatron_lpa.command_line import run_tool
+from megatron_lpa.command_line import command, run_tool
 from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.metrics_file import METRICS, Record, read_metrics, records_of
 from megatron_lpa.files import write_whole
 
+logger = logging.getLogger("megatron_lpa.tools.demo")
+
 MODELS = ("transformer", "lpa")
 SPLITS = ("train", "valid", "test")
 PROMPTS = ("The people of the United States", "In the last year, our country")
+STOPPED = "stopped; the same command goes on from here"
 PARTS = ("text", "tokenizer", "data", "runs", "report")
 LARGEST_DIFFERENCE = 2e-3
 """Of losses, in nats per token, between layouts. They add the same numbers in another order."""
@@ -83,7 +86,10 @@ def write_texts(folder: Path) -> None:
     for number, path in enumerate(speeches):
         split = {7: "valid", 19: "test"}.get(number % 25, "train")
         lines[split].append(json.dumps({"text": path.read_text(encoding="utf-8")}) + "\n")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --folder") from error
     for split in SPLITS:
         write_whole(folder / f"{split}.jsonl", "".join(lines[split]))
         say(f"  {folder / split}.jsonl: {len(lines[split])} speeches")
@@ -260,8 +266,9 @@ def start_over(folder: Path) -> None:
             say(f"deleted {folder / part}")
 
 
+@command(STOPPED)
 def main(argv: Sequence[str]) -> int:
-    """Run the demo; 0, 1 with a message for what the user can mend, 128 + n after signal n."""
+    """Run the demo; 0, or 128 + n after signal n."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -274,12 +281,9 @@ def main(argv: Sequence[str]) -> int:
         if arguments.start_over:
             start_over(folder)
         run_demo(folder, commands)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (Stopped, KeyboardInterrupt) as stopped:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 128 + (stopped.signum if isinstance(stopped, Stopped) else signal.SIGINT)
+    except Stopped as stopped:
+        logger.info(STOPPED)
+        return 128 + stopped.signum
     return 0
 
 

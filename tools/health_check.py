@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
@@ -28,7 +29,7 @@ from typing import Any
 import megatron_lpa
 from megatron_lpa.checkpoint.manifest import complete_checkpoints
 from megatron_lpa.checkpoint.store import retention_of
-from megatron_lpa.command_line import run_tool
+from megatron_lpa.command_line import command, run_tool
 from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.config.run import DataConfig
 from megatron_lpa.data.storage.dataset_manifest import manifest_path, read_manifest
@@ -38,6 +39,8 @@ from megatron_lpa.errors import UserError, shown
 from megatron_lpa.files import files_below, is_dir, status, tree_digest
 from megatron_lpa.planning.accounting import count_parameters
 from megatron_lpa.run_folder import CHECKPOINTS, SNAPSHOT
+
+logger = logging.getLogger("megatron_lpa.tools.health_check")
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "triton")
 MAX_SKEW_S = 30.0
@@ -214,7 +217,7 @@ def judge(lines: Iterable[str], nodes: Sequence[str]) -> list[str]:
             key = _not_as_written(report)
             strange = shown(report[key]) if key else ""
         except RecursionError:
-            print(f"line {number}: {shown(line)}: nested too deeply for a report", file=sys.stderr)
+            logger.info(f"line {number}: {shown(line)}: nested too deeply for a report")
             continue
         except (ValueError, TypeError, KeyError):
             print(line, end="", file=sys.stderr)  # a library's own words
@@ -262,6 +265,7 @@ def _differences(facts: dict[str, dict[str, str]]) -> Iterator[str]:
             yield f"{name} differs: {described}"
 
 
+@command()
 def main(argv: Sequence[str]) -> int:
     """0, or 1 when a node cannot train."""
     parser = argparse.ArgumentParser(
@@ -280,7 +284,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"unknown options: {' '.join(options)}")
     problems = judge(sys.stdin, arguments.nodes)
     for problem in problems:
-        print(f"error: {problem}", file=sys.stderr)
+        logger.error(problem)
     if not problems:
         print(f"all {len(arguments.nodes)} nodes can train", flush=True)
     return 1 if problems else 0

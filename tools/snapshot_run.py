@@ -17,6 +17,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import platform
 import re
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa import __version__
-from megatron_lpa.command_line import run_tool
+from megatron_lpa.command_line import command, run_tool
 from megatron_lpa.config import RunConfig, fitted_to_world, load_config, validate_config
 from megatron_lpa.config.redaction import Redaction, is_secret_name
 from megatron_lpa.config.yaml_io import format_yaml
@@ -50,6 +51,8 @@ from megatron_lpa.files import (
     write_whole,
 )
 from megatron_lpa.run_folder import LOGS, SNAPSHOT, open_own, refuse_links
+
+logger = logging.getLogger("megatron_lpa.tools.snapshot_run")
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = {
@@ -327,19 +330,16 @@ def prepare(argv: Sequence[str]) -> Path:
         kind = UserError if error.errno in LASTING else TryAgain
         raise kind(f"{run}: cannot be written: {error}; choose another logging.run_dir") from error
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        logger.info(f"note: {note}")
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        logger.warning(warning)
     return run
 
 
+@command()
 def main(argv: Sequence[str]) -> int:
-    """0; with a message 78 for what somebody has to mend, and 1 for what may be gone at the next attempt."""
-    try:
-        print(prepare(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    """0, and the run folder printed."""
+    print(prepare(argv))
     return 0
 
 

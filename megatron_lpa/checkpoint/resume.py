@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from megatron_lpa.config.compare import completed, differences, listed
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import gather_messages, together
 from megatron_lpa.parallel.groups import ParallelGroups
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _keep_house(loaded: Path, skipped: Sequence[tuple[Path, str]], retention: Re
             set_aside(path, reason)
         except (OSError, UserError) as error:
             renamed = False
-            print(f"warning: {path} cannot be renamed: {error}", file=sys.stderr, flush=True)
+            logger.warning(f"{path} cannot be renamed: {error}")
     if renamed:  # else the damaged one would count as the newest, and the intact one could go
         prune(loaded.parent, retention)
 

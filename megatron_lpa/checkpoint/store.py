@@ -15,10 +15,10 @@ damaged from outside. What is on its way in or out has a name of its own:
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import stat
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from megatron_lpa.checkpoint.progress import due_at
 from megatron_lpa.config import TrainConfig
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.files import exists, fsync_folder, is_link, new_file, patiently, refuse_link, status
+
+logger = logging.getLogger(__name__)
 
 NOTE = "DAMAGED.txt"
 REPLACED = r"\.step_.*\.replaced"
@@ -106,7 +108,7 @@ def _own(path: Path) -> None:
 
 
 def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    logger.warning(message)
 
 
 def fsync_tree(folder: Path) -> None:

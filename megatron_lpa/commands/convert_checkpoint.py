@@ -6,21 +6,23 @@
 
 A run continues from its checkpoints in any layout: resuming needs no conversion. The source is compared with its
 hashes before anything is written; the output appears whole or not at all, and never replaces anything. One process, no
-GPU, no DeepSpeed. Exit code 0, 1 with a message, or 130, 143 and 129 after Ctrl-C, SIGTERM and a closed
-terminal.
+GPU, no DeepSpeed. Exit code 0, 78 or 1 with a message, or 130, 143 and 129 after Ctrl-C, SIGTERM and a
+closed terminal.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lpa.command_line import end_politely, tool_parser
+from megatron_lpa.command_line import command, end_politely, tool_parser
 from megatron_lpa.config.run import EARLIER_LAYOUTS
 from megatron_lpa.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -67,7 +69,7 @@ def converted(arguments: argparse.Namespace) -> str:
     started = time.perf_counter()
     source = find_source(arguments.source, arguments.step)
     for note in source.notes:
-        print(f"warning: {note}", file=sys.stderr)
+        logger.warning(note)
     if arguments.to == "universal":
         written = write_universal(source, arguments.output, arguments.lowdim_layout)
         what = "DeepSpeed's universal checkpoint"
@@ -86,17 +88,11 @@ def converted(arguments: argparse.Namespace) -> str:
     )
 
 
+@command("interrupted; nothing was left behind")
 def main(argv: Sequence[str]) -> int:
-    """Convert; 0, or 1 with a message for what the user can mend."""
+    """Convert; 0."""
     arguments = parse_arguments(argv)
     # A polite kill unwinds the stack, which removes what is unfinished.
     end_politely()
-    try:
-        print(converted(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was left behind", file=sys.stderr)
-        return 130
+    print(converted(arguments))
     return 0

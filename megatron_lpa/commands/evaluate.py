@@ -21,17 +21,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lpa.command_line import run_folders, take_runs, tool_parser
+from megatron_lpa.command_line import command, run_folders, take_runs, tool_parser
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.held_out import DatasetTokens, check_tokenizer, split_streams, training_warnings
 from megatron_lpa.evaluate.perplexity import TextLoss, TokenStream, ids_of_texts, measure, sum_of
 from megatron_lpa.evaluate.trained import TrainedRun, load_run, required_tokenizer
 from megatron_lpa.record_values import finite
+
+logger = logging.getLogger(__name__)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -107,7 +109,7 @@ def streams_of(run: TrainedRun, arguments: argparse.Namespace) -> Sequence[Token
         return [ids_of_texts(arguments.text, required_tokenizer(run), arguments.json_key, enough)]
     dataset = IndexedDataset(arguments.data)
     for warning in (*check_tokenizer(run, arguments.data), *training_warnings(run, arguments.data)):
-        print(f"warning: {warning}", file=sys.stderr)
+        logger.warning(warning)
     return [DatasetTokens(dataset)]
 
 
@@ -146,8 +148,9 @@ def describe(numbers: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
+@command()
 def main(argv: Sequence[str]) -> int:
-    """Measure and print; 0, or 1 with a message for what the user can mend."""
+    """Measure and print; 0."""
     arguments = parse_arguments(argv)
     folders, found, failed = [], [], None
     try:
@@ -161,5 +164,5 @@ def main(argv: Sequence[str]) -> int:
     if arguments.json and found:  # also where a later run cannot be measured
         print(json.dumps(finite(found if len(folders) > 1 else found[0]), indent=2), flush=True)
     if failed is not None:
-        print(f"error: {failed}", file=sys.stderr)
-    return 0 if failed is None else 1
+        raise failed
+    return 0

@@ -9,15 +9,17 @@ Without a prompt a new document is started. The same seed gives the same text.
 from __future__ import annotations
 
 import argparse
+import logging
 import re
-import sys
 from collections.abc import Sequence
 
-from megatron_lpa.command_line import run_folders, take_runs, tool_parser
+from megatron_lpa.command_line import command, run_folders, take_runs, tool_parser
 from megatron_lpa.errors import UserError, named
 from megatron_lpa.evaluate.generation import Sampling, generate_text
 from megatron_lpa.evaluate.trained import load_run, required_tokenizer
 from megatron_lpa.files import read_text
+
+logger = logging.getLogger(__name__)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -56,33 +58,30 @@ def prompts_of(arguments: argparse.Namespace) -> list[str]:
     return prompts or [""]
 
 
+@command()
 def main(argv: Sequence[str]) -> int:
-    """Print every sample; 0, or 1 with a message for what the user can mend."""
+    """Print every sample; 0."""
     arguments = parse_arguments(argv)
-    try:
-        if arguments.num_samples < 1:
-            raise UserError(f"--num-samples is {arguments.num_samples}; give 1 or more")
-        sampling = Sampling(
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            top_k=arguments.top_k,
-            top_p=arguments.top_p,
-            seed=arguments.seed,
-        )
-        prompts = prompts_of(arguments)
-        folders = run_folders(arguments.run)
-        several = len(folders) * len(prompts) * arguments.num_samples > 1
-        for folder in folders:
-            run = load_run(folder, arguments.step, arguments.tokenizer)
-            tokenizer = required_tokenizer(run)
-            for prompt in prompts:
-                texts = generate_text(run.decoder, tokenizer, prompt, sampling, arguments.num_samples)
-                for number, text in enumerate(texts):
-                    if several:
-                        which = f"{folder}: " if len(folders) > 1 else ""
-                        print(f"--- {which}{prompt[:40]!r}, seed {arguments.seed + number}")
-                    print(text, flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if arguments.num_samples < 1:
+        raise UserError(f"--num-samples is {arguments.num_samples}; give 1 or more")
+    sampling = Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    prompts = prompts_of(arguments)
+    folders = run_folders(arguments.run)
+    several = len(folders) * len(prompts) * arguments.num_samples > 1
+    for folder in folders:
+        run = load_run(folder, arguments.step, arguments.tokenizer)
+        tokenizer = required_tokenizer(run)
+        for prompt in prompts:
+            texts = generate_text(run.decoder, tokenizer, prompt, sampling, arguments.num_samples)
+            for number, text in enumerate(texts):
+                if several:
+                    which = f"{folder}: " if len(folders) > 1 else ""
+                    print(f"--- {which}{prompt[:40]!r}, seed {arguments.seed + number}")
+                print(text, flush=True)
     return 0

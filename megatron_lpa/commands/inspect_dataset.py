@@ -4,28 +4,31 @@
     python tools/inspect_dataset.py data/corpus_text_document --document -1 --tokenizer data/tokenizer
     python tools/inspect_dataset.py data/corpus_text_document --verify
 
-The exit code is 1 when --verify finds anything wrong.
+The exit code is 78 when --verify finds anything wrong.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
-import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.command_line import tool_parser
-from megatron_lpa.errors import UserError
+from megatron_lpa.command_line import command, tool_parser
+from megatron_lpa.errors import EXIT_REFUSED, TryAgain, UserError
 from megatron_lpa.evaluate.curves import save_png
+from megatron_lpa.files import LASTING
 from megatron_lpa.inspection.document_view import DocumentView, view_document
 from megatron_lpa.inspection.rendering import length_figure, summary_json, summary_text
 from megatron_lpa.inspection.statistics import summarize
 from megatron_lpa.inspection.verification import Verification, verify
+
+logger = logging.getLogger(__name__)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -87,12 +90,12 @@ def inspect(arguments: argparse.Namespace) -> int:
     except UserError as error:
         if not broken:
             raise
-        print(f"error: {error}", file=sys.stderr)  # what was found is printed all the same
+        logger.error(error)  # what was found is printed all the same
     if found is not None:
         content["verification"] = asdict(found)
         blocks.append(verification_text(found))
     print(json.dumps(content, indent=2, ensure_ascii=True) if arguments.json else "\n\n".join(blocks))
-    return 1 if broken else 0
+    return EXIT_REFUSED if broken else 0
 
 
 def _describe(arguments: argparse.Namespace, content: dict[str, Any], blocks: list[str]) -> None:
@@ -107,19 +110,17 @@ def _describe(arguments: argparse.Namespace, content: dict[str, Any], blocks: li
         content["document"] = asdict(view)
         blocks.append(document_text(view))
         if view.note:
-            print(f"note: {view.note}", file=sys.stderr)
+            logger.info(f"note: {view.note}")
 
 
+@command()
 def main(argv: Sequence[str]) -> int:
-    """Inspect; 0, or 1 with a message for what the user can mend or what --verify found."""
+    """Inspect; 0, or 78 for what --verify found."""
     arguments = parse_arguments(argv)
     try:
         return inspect(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
         if error.filename is None:  # of what reads this tool
             raise
-        print(f"error: {arguments.prefix}: cannot be read ({error.strerror or error})", file=sys.stderr)
-        return 1
+        kind = UserError if error.errno in LASTING else TryAgain
+        raise kind(f"{arguments.prefix}: cannot be read ({error.strerror or error})") from error

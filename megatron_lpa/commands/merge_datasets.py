@@ -11,13 +11,15 @@ quotes is sorted naturally (2 before 10); one that the shell expands is not.
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from collections.abc import Sequence
 
-from megatron_lpa.command_line import end_politely, tool_parser
+from megatron_lpa.command_line import command, end_politely, tool_parser
 from megatron_lpa.data.storage.indexed import IndexedDataset
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import EXIT_INCOMPLETE
 from megatron_lpa.preparation.merge import merge
+
+logger = logging.getLogger(__name__)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -52,35 +54,27 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command("interrupted; only a finished merge has an .idx")
 def main(argv: Sequence[str]) -> int:
-    """Merge; 0, 3 if the inputs lack bad records, or 1 with a message for what the user can mend."""
+    """Merge; 0, or 3 if the inputs lack bad records."""
     arguments = parse_arguments(argv)
     # A polite kill unwinds the stack, which removes unfinished files.
     end_politely()
-    try:
-        manifest = merge(
-            arguments.input,
-            arguments.output_prefix,
-            overwrite=arguments.overwrite,
-            verify=not arguments.no_verify,
-            expect=arguments.expect,
-            allow_missing_manifests=arguments.allow_missing_manifests,
-            allow_same_sources=arguments.allow_same_sources,
-        )
-        merged = IndexedDataset(arguments.output_prefix, check=False)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; only a finished merge has an .idx", file=sys.stderr)
-        return 130
+    manifest = merge(
+        arguments.input,
+        arguments.output_prefix,
+        overwrite=arguments.overwrite,
+        verify=not arguments.no_verify,
+        expect=arguments.expect,
+        allow_missing_manifests=arguments.allow_missing_manifests,
+        allow_same_sources=arguments.allow_same_sources,
+    )
+    merged = IndexedDataset(arguments.output_prefix, check=False)
     print(
         f"{arguments.output_prefix}: {merged.num_documents} documents, {merged.num_tokens} tokens "
         f"({merged.dtype.name})" + ("" if manifest else "; no manifest, as not all inputs have one")
     )
     if manifest is not None and manifest.rejected_documents:
-        print(
-            f"warning: {manifest.rejected_documents} bad records were left out of the inputs", file=sys.stderr
-        )
-        return 3
+        logger.warning(f"{manifest.rejected_documents} bad records were left out of the inputs")
+        return EXIT_INCOMPLETE
     return 0

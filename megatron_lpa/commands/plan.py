@@ -11,14 +11,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
 import re
-import sys
 from collections.abc import Sequence
 
-from megatron_lpa.command_line import tool_parser
+from megatron_lpa.command_line import command, tool_parser
 from megatron_lpa.config import fitted_to_world, load_config, validate_config
 from megatron_lpa.errors import UserError
 from megatron_lpa.planning import accounting, memory
+
+logger = logging.getLogger(__name__)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -132,15 +134,12 @@ def readable(key: str, value: object) -> str:
     return f"{value:,}"
 
 
+@command()
 def main(argv: Sequence[str]) -> int:
-    """Print the plan; 0 on success, 1 with a message for what the user can mend."""
-    try:
-        numbers, warnings, as_json = plan(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    """Print the plan; 0."""
+    numbers, warnings, as_json = plan(argv)
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        logger.warning(warning)
     if as_json:
         print(json.dumps(numbers, indent=2))
     else:

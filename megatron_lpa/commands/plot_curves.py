@@ -9,14 +9,16 @@ Lines are training losses, markers validation losses. Time is that of the traini
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lpa.command_line import labels_of, run_folders, take_runs, tool_parser
+from megatron_lpa.command_line import command, labels_of, run_folders, take_runs, tool_parser
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.comparable import warn_of_tokenizers
 from megatron_lpa.evaluate.curves import figure_of, read_curve, save_png
+
+logger = logging.getLogger(__name__)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -47,17 +49,14 @@ def plot(arguments: argparse.Namespace) -> Path:
         raise UserError(f"--output {output}: only PNG is written; give a name that ends in .png")
     curves = [read_curve(folder, label) for folder, label in zip(folders, labels, strict=True)]
     if warning := warn_of_tokenizers(labels, folders):
-        print(f"warning: {warning}", file=sys.stderr)
+        logger.warning(warning)
     save_png(figure_of(curves, arguments.x, arguments.smooth, arguments.title), output)
     return output
 
 
+@command()
 def main(argv: Sequence[str]) -> int:
-    """Plot; 0, or 1 with a message for what the user can mend."""
+    """Plot; 0."""
     arguments = parse_arguments(argv)
-    try:
-        print(plot(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(plot(arguments))
     return 0

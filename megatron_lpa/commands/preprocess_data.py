@@ -7,19 +7,21 @@ but bad records were left out (``--on-bad-line skip``), or a subset to keep or d
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lpa.command_line import end_politely, tool_parser
-from megatron_lpa.errors import UserError
+from megatron_lpa.command_line import command, end_politely, tool_parser
+from megatron_lpa.errors import EXIT_INCOMPLETE, UserError
 from megatron_lpa.files import exists, is_dir
 from megatron_lpa.preparation.documents import PILE_SUBSET
 from megatron_lpa.preparation.preprocess import missing_subsets, preprocess
 from megatron_lpa.preparation.preprocess_config import PreprocessConfig, reject_path
 from megatron_lpa.preparation.shards import merge_if_last
+
+logger = logging.getLogger(__name__)
 
 _SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "Llama2Tokenizer")
 
@@ -144,43 +146,37 @@ def chosen_tokenizer(arguments: argparse.Namespace) -> str:
     return arguments.tokenizer_model
 
 
+@command("interrupted; the same call goes on where this one was")
 def main(argv: Sequence[str]) -> int:
-    """Tokenize; 0, 3 if records were left out, or 1 with a message for what the user can mend."""
+    """Tokenize; 0, or 3 if records were left out."""
     arguments = parse_arguments(argv)
     # A polite kill unwinds the stack, which records what was done and ends the workers.
     end_politely()
-    try:
-        config = PreprocessConfig(
-            output_prefix=arguments.output_prefix,
-            tokenizer=chosen_tokenizer(arguments),
-            inputs=tuple(arguments.input),
-            dataset=arguments.dataset,
-            dataset_config=arguments.dataset_config,
-            dataset_split=arguments.dataset_split,
-            json_keys=tuple(arguments.json_keys),
-            append_eod=arguments.append_eod,
-            engine=arguments.engine,
-            subset_key=arguments.subset_key,
-            keep_subsets=tuple(arguments.keep_subsets),
-            drop_subsets=tuple(arguments.drop_subsets),
-            on_bad_line=arguments.on_bad_line,
-            shard=arguments.shard,
-            workers=arguments.workers,
-            log_interval=arguments.log_interval,
-            commit_interval_s=arguments.commit_interval,
-            overwrite=arguments.overwrite,
-            restart=arguments.restart,
-        )
-        if arguments.merge and config.shard is None:
-            raise UserError("--merge joins shards; give --shard too, or leave it out")
-        manifests = preprocess(config)
-        merged = merge_if_last(config) if arguments.merge else {}
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same call goes on where this one was", file=sys.stderr)
-        return 130
+    config = PreprocessConfig(
+        output_prefix=arguments.output_prefix,
+        tokenizer=chosen_tokenizer(arguments),
+        inputs=tuple(arguments.input),
+        dataset=arguments.dataset,
+        dataset_config=arguments.dataset_config,
+        dataset_split=arguments.dataset_split,
+        json_keys=tuple(arguments.json_keys),
+        append_eod=arguments.append_eod,
+        engine=arguments.engine,
+        subset_key=arguments.subset_key,
+        keep_subsets=tuple(arguments.keep_subsets),
+        drop_subsets=tuple(arguments.drop_subsets),
+        on_bad_line=arguments.on_bad_line,
+        shard=arguments.shard,
+        workers=arguments.workers,
+        log_interval=arguments.log_interval,
+        commit_interval_s=arguments.commit_interval,
+        overwrite=arguments.overwrite,
+        restart=arguments.restart,
+    )
+    if arguments.merge and config.shard is None:
+        raise UserError("--merge joins shards; give --shard too, or leave it out")
+    manifests = preprocess(config)
+    merged = merge_if_last(config) if arguments.merge else {}
     if isinstance(merged, dict):
         manifests |= merged
     for prefix, manifest in manifests.items():
@@ -196,5 +192,5 @@ def main(argv: Sequence[str]) -> int:
         where = reject_path(
             config.output_prefix if config.shard is None else f"{config.output_prefix}.shard-*"
         )
-        print(f"warning: {rejected} bad records left out; see {where}", file=sys.stderr)
-    return 3 if rejected or (config.shard is None and missing_subsets(config, manifests)) else 0
+        logger.warning(f"{rejected} bad records left out; see {where}")
+    return EXIT_INCOMPLETE if rejected or (config.shard is None and missing_subsets(config, manifests)) else 0

@@ -8,11 +8,11 @@ Writes report.md and loss.png into --output (default: the first run's folder) an
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_lpa.command_line import labels_of, run_folders, take_runs, tool_parser
+from megatron_lpa.command_line import command, labels_of, run_folders, take_runs, tool_parser
 from megatron_lpa.data.storage.partial_file import explained_write_errors
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.curves import figure_of, read_curve, save_png
@@ -20,6 +20,8 @@ from megatron_lpa.evaluate.generation import Sampling, generate_text
 from megatron_lpa.evaluate.run_report import report_text, summarize
 from megatron_lpa.evaluate.trained import load_run, required_tokenizer
 from megatron_lpa.files import write_whole
+
+logger = logging.getLogger(__name__)
 
 PLOT = "loss.png"
 
@@ -68,14 +70,11 @@ def write_report(arguments: argparse.Namespace) -> tuple[Path, str]:
     return output / "report.md", text
 
 
+@command()
 def main(argv: Sequence[str]) -> int:
-    """Write and print the report; 0, or 1 with a message for what the user can mend."""
+    """Write and print the report; 0."""
     arguments = parse_arguments(argv)
-    try:
-        path, text = write_report(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    path, text = write_report(arguments)
     print(text)
     print(f"written to {path} and {path.with_name(PLOT)}")
     return 0

@@ -13,7 +13,7 @@ worst code counts.
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,13 +27,15 @@ from megatron_lpa.checkpoint.manifest import (
     verify_files,
 )
 from megatron_lpa.checkpoint.store import REPLACED, damaged_folders
-from megatron_lpa.command_line import run_folders, tool_parser
+from megatron_lpa.command_line import command, run_folders, tool_parser
 from megatron_lpa.errors import EXIT_FAILED, UserError
 from megatron_lpa.evaluate.trained import read_config
 from megatron_lpa.files import exists
 from megatron_lpa.records import NoRecord, NoStep, read_lines
 from megatron_lpa.run_folder import CHECKPOINTS, METRICS, shown
 from megatron_lpa.train.schedule import total_steps
+
+logger = logging.getLogger(__name__)
 
 
 def status(folder: Path, verify: bool = False) -> tuple[bool, str]:
@@ -130,6 +132,7 @@ def _recorded(path: Path, step: int) -> tuple[set[str], str]:
     return recorded, f" (note: {path}: line {damaged[0]}{more}: damaged)"
 
 
+@command()
 def main(argv: Sequence[str]) -> int:
     """0 for a complete run, 1 for one that is not, 78 with a message for what the user can mend."""
     parser = tool_parser(__doc__)
@@ -139,16 +142,11 @@ def main(argv: Sequence[str]) -> int:
     )
     given = parser.parse_args(argv)
     codes = []
-    try:
-        folders = run_folders([given.run], "FOLDER")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    for folder in folders:
+    for folder in run_folders([given.run], "FOLDER"):
         try:
             complete, words = status(folder, given.verify)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            logger.error(error)
             codes.append(error.exit_code)
             continue
         print(words, flush=True)

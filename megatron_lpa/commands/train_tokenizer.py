@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from collections.abc import Sequence
 
-from megatron_lpa.command_line import tool_parser
-from megatron_lpa.errors import UserError
+from megatron_lpa.command_line import command, tool_parser
 from megatron_lpa.preparation.bpe import train_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -26,18 +27,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command()
 def main(argv: Sequence[str]) -> int:
-    """Train; 0, or 1 with a message for what the user can mend."""
+    """Train; 0."""
     arguments = parse_arguments(argv)
-    try:
-        size = train_tokenizer(arguments.input, arguments.vocab_size, arguments.output, arguments.json_key)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    size = train_tokenizer(arguments.input, arguments.vocab_size, arguments.output, arguments.json_key)
     print(f"{arguments.output}: {size} tokens")
     if size < arguments.vocab_size:
-        print(
-            f"note: the text gave only {size} of {arguments.vocab_size} tokens; set model.vocab_size to it",
-            file=sys.stderr,
+        logger.info(
+            f"note: the text gave only {size} of {arguments.vocab_size} tokens; set model.vocab_size to it"
         )
     return 0

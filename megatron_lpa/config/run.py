@@ -146,6 +146,8 @@ class TrainConfig:
         step_timeout_s: seconds that a process may be in one stage of a step (reading data, computing, writing a
             checkpoint, ...); then it tells where it is, writes the stacks of its threads and ends the run
             with exit code 75. 0 waits for ever.
+        lock_wait_s: seconds to wait for a run folder that another run seems to write; empty: 120, and 600 after a requeue
+            by SLURM.
         max_rollbacks: how often a run may go back, over all its starts; the next time it ends with an error.
         checkpoint_overlap: write checkpoints beside training, from a copy in the CPU's memory; false stops
             training while they are written and needs no copy.
@@ -178,6 +180,7 @@ class TrainConfig:
     max_rollbacks: int = 3
     start_timeout_s: float = 900.0
     step_timeout_s: float = 1800.0
+    lock_wait_s: float | None = None
     checkpoint_overlap: bool = True
     on_checkpoint_failure: Literal["continue", "stop"] = "continue"
     resume: Literal["auto", "never", "must"] = "auto"

@@ -188,6 +188,9 @@ def _check_train(train: TrainConfig) -> None:
             raise UserError(
                 f"train.{name} is {seconds}, less than a second; give seconds, or 0 to wait for ever"
             )
+    if train.lock_wait_s is not None:
+        at_most("train.lock_wait_s", train.lock_wait_s, MOST_TIMEOUT_S)
+        at_least("train.lock_wait_s", train.lock_wait_s, 0)
     check_path("train.deepspeed_config", train.deepspeed_config)
     for name in (
         "seed",

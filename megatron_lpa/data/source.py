@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +17,15 @@ from megatron_lpa.data.order import DocumentOrder
 from megatron_lpa.data.packing import check_document_count, read_document_sizes, sample_starts
 from megatron_lpa.data.storage.indexed import IndexedDataset
 
+logger = logging.getLogger(__name__)
+
 _QUICK_DOCUMENTS = 1 << 20  # the files of so many are checked in milliseconds, so nothing about it is kept
 _SLOW_DOCUMENTS = 10_000_000
 
 
 def report_to_stderr(sentence: str) -> None:
     """Prints a sentence about work that takes its time."""
-    print(f"note: {sentence}", file=sys.stderr, flush=True)
+    logger.info(f"note: {sentence}")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +19,8 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.files import LASTING, patiently
+
+logger = logging.getLogger(__name__)
 
 STALE_S = 600.0
 """No operator takes that long to compile, so nobody holds a lock of this age."""
@@ -185,4 +187,4 @@ def _is_shared(path: Path) -> bool:
 
 
 def _tell(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    logger.info(f"note: {text}")

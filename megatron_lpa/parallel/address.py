@@ -7,13 +7,17 @@ prints a free port of this machine: the given one if it is free. ``slurm/common.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import socket
 import sys
 from collections.abc import Sequence
 
+from megatron_lpa.command_line import command
 from megatron_lpa.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 PORTS = range(10_000, 30_000)
 """What is chosen from: below the ports that systems hand out by themselves, and those of most services."""
@@ -95,21 +99,15 @@ def why_unknown(host: str, port: int) -> str:
     return ""
 
 
+@command()
 def main(argv: Sequence[str]) -> int:
-    """Print a free port; 0, or 78 where none can be given."""
+    """Print a free port; 0."""
+    port = _port_of(argv[0]) if argv else free_port()
     try:
-        port = _port_of(argv[0]) if argv else free_port()
-        try:
-            listener_at(port, local=False).close()
-        except OSError as error:
-            print(
-                f"note: port {port} cannot be used on {socket.gethostname()}: {error.strerror}",
-                file=sys.stderr,
-            )
-            port = free_port()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        listener_at(port, local=False).close()
+    except OSError as error:
+        logger.info(f"note: port {port} cannot be used on {socket.gethostname()}: {error.strerror}")
+        port = free_port()
     print(port)
     return 0
 

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
 from typing import Any, TypeVar
 
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import TryAgain
 
 MAX_PENDING_BYTES = 1 << 26
 Item = TypeVar("Item")
@@ -98,7 +98,8 @@ def ordered_map(
         size_bytes: how large an item is.
 
     Raises:
-        UserError: a worker raised it, or a worker died.
+        UserError: a worker raised it.
+        TryAgain: a worker died.
     """
     assert workers >= 1
     pool = ProcessPoolExecutor(
@@ -122,7 +123,7 @@ def ordered_map(
         while pending:
             yield pending.popleft()[0].result()
     except BrokenProcessPool as error:
-        raise UserError(
+        raise TryAgain(
             "a worker process died, most likely for want of memory; use fewer --workers or more memory"
         ) from error
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import sys
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple
@@ -48,6 +48,8 @@ from megatron_lpa.preparation.progress_lines import ProgressLines
 from megatron_lpa.preparation.readers import CHUNK_BYTES, Chunk, SourceReader
 from megatron_lpa.preparation.sources import Source, file_sources, shard_of
 
+logger = logging.getLogger(__name__)
+
 _MAX_SUBSETS = 10_000
 _TASK_CHUNKS = 64  # at most, where files are small
 
@@ -71,7 +73,7 @@ def preprocess(config: PreprocessConfig) -> dict[str, Manifest]:
     sources = all_sources if config.shard is None else shard_of(all_sources, *config.shard)
     tokenizer = load_tokenizer(config.tokenizer, config.engine)
     if tokenizer.fallback_reason:
-        print(f"note: the fast tokenizer is not used: {tokenizer.fallback_reason}", file=sys.stderr)
+        logger.info(f"note: the fast tokenizer is not used: {tokenizer.fallback_reason}")
     if config.append_eod and tokenizer.eod_id is None:
         raise UserError(
             f"tokenizer {config.tokenizer!r} has no end-of-document token, so --append-eod cannot work; "
@@ -294,11 +296,7 @@ def _introduce_resume(state: State, sources: list[Source]) -> None:
         if state.all_read or state.position.source == len(sources)
         else f"at record {state.position.records + 1} of {sources[state.position.source].name}"
     )
-    print(
-        f"going on after {state.counts[0].documents} documents of an unfinished run ({at})",
-        file=sys.stderr,
-        flush=True,
-    )
+    logger.info(f"going on after {state.counts[0].documents} documents of an unfinished run ({at})")
 
 
 def _check_found_something(config: PreprocessConfig, state: State) -> None:
@@ -322,13 +320,12 @@ def missing_subsets(config: PreprocessConfig, manifests: dict[str, Manifest]) ->
         name for manifest in manifests.values() for name in (*manifest.subsets, *manifest.dropped_subsets)
     }
     if not seen and config.subset_key != PILE_SUBSET:
-        print(
-            f"warning: no record names its subset under {config.subset_key!r} (--subset-key); is it spelled so?",
-            file=sys.stderr,
+        logger.warning(
+            f"no record names its subset under {config.subset_key!r} (--subset-key); is it spelled so?"
         )
     missing = [name for name in (*config.keep_subsets, *config.drop_subsets) if name not in seen]
     for name in missing:
-        print(f"warning: no record was of subset {name!r}; is it spelled so?", file=sys.stderr)
+        logger.warning(f"no record was of subset {name!r}; is it spelled so?")
     return missing
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 
 from megatron_lpa.preparation.ledger import State
+
+logger = logging.getLogger(__name__)
 
 
 class ProgressLines:
@@ -27,9 +29,7 @@ class ProgressLines:
         counts = state.counts[0]
         started, documents, bytes_text = self._start
         seconds = max(time.monotonic() - started, 1e-9)
-        print(
+        logger.info(
             f"{counts.documents} documents, {(counts.documents - documents) / seconds:.0f} documents/s, "
-            f"{(counts.bytes_text - bytes_text) / seconds / 1e6:.2f} MB/s",
-            file=sys.stderr,
-            flush=True,
+            f"{(counts.bytes_text - bytes_text) / seconds / 1e6:.2f} MB/s"
         )

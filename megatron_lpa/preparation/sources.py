@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,8 @@ from megatron_lpa.data.storage.dataset_manifest import why_unfit
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import exists, from_disk, is_dir, is_file, kind_of, status
 from megatron_lpa.preparation.patterns import files_matching
+
+logger = logging.getLogger(__name__)
 
 LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 SUFFIXES = (*LINES, ".parquet", ".txt")
@@ -186,10 +188,9 @@ def _texts_of_folder(folder: Path) -> Iterator[Path]:
             if is_file(path):
                 yield path
     if passed_over:
-        print(
+        logger.info(
             f"note: {len(passed_over)} files in {folder} are no text by their endings and are passed over, "
-            f"such as {passed_over[0].name}",
-            file=sys.stderr,
+            f"such as {passed_over[0].name}"
         )
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import math
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,13 +22,14 @@ from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.files import LASTING, patiently
 from megatron_lpa.run_folder import LOCK, open_own, shown
 
+logger = logging.getLogger(__name__)
+
 WAIT_S = 120.0
 """For a lock that is taken. File servers keep that of a machine that was lost for about 90 s."""
 
 WAIT_AFTER_REQUEUE_S = 600.0
 """The same when SLURM has started the job again: nobody else is meant to have the lock, and nobody sits and waits."""
 
-WAIT_VARIABLE = "RUN_LOCK_WAIT_S"
 LOOK_EVERY_S = 1.0
 """After the lock, between two steps and while another run has it."""
 _MOST_NAME_BYTES = 500
@@ -98,11 +99,10 @@ class RunLock:
             if taken and _is_at(file, self._path):
                 file, self._file = self._file, file
                 _sign(self._file)
-                print(
-                    f"warning: {self._path}: was removed or replaced while the run was writing here; it is made again. "
-                    "It keeps a second run out: leave it where it is",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+                logger.warning(
+                    f"{self._path}: was removed or replaced while the run was writing here; it is made again. "
+                    "It keeps a second run out: leave it where it is"
+                )
                 return None
             if taken:  # replaced once more meanwhile
                 return None
@@ -143,12 +143,15 @@ class RunLock:
         self.close()
 
 
-def lock_run(folder: Path, most_s: float = math.inf, made: Sequence[Path] = ()) -> RunLock:
+def lock_run(
+    folder: Path, wait_s: float | None = None, most_s: float = math.inf, made: Sequence[Path] = ()
+) -> RunLock:
     """Keep other runs out of ``folder``, waiting a while for one that may be about to end.
 
     Args:
         folder: the run folder.
-        most_s: seconds to wait, if less than ``wait_s()``.
+        wait_s: seconds to wait for a lock that is taken; None for ``WAIT_S``, or ``WAIT_AFTER_REQUEUE_S``.
+        most_s: seconds to wait, if less than that.
         made: folders that this run has made, the run folder first, each followed by the one that it is in.
 
     On a file system without locks it warns and goes on: two runs would not be noticed, but there would be none at all
@@ -159,7 +162,9 @@ def lock_run(folder: Path, most_s: float = math.inf, made: Sequence[Path] = ()) 
         TryAgain: another run still has it after that time, or the file cannot be made or locked.
     """
     path = folder / LOCK
-    limit_s, since_s = min(wait_s(), most_s), time.monotonic()
+    if wait_s is None:
+        wait_s = WAIT_AFTER_REQUEUE_S if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else WAIT_S
+    limit_s, since_s = min(wait_s, most_s), time.monotonic()
     told, strange = False, 0
     while True:
         file = _opened(path)
@@ -188,11 +193,10 @@ def lock_run(folder: Path, most_s: float = math.inf, made: Sequence[Path] = ()) 
                 f"{folder}: another run is writing here ({holder}); choose another logging.name, or stop that run"
             )
         if not told:
-            print(
+            logger.info(
                 f"note: {folder}: another run is writing here ({holder}). Waiting up to {limit_s:.0f} s for it to end; "
-                "the lock of a machine that was lost takes a while to go. Ctrl-C gives up",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                "the lock of a machine that was lost takes a while to go. Ctrl-C gives up"
+            )
             told = True
         time.sleep(min(LOOK_EVERY_S, limit_s))
 
@@ -216,10 +220,9 @@ def _claim(folder: Path, file: BinaryIO, known: bool) -> tuple[RunLock | None, s
         os.unlink(path)
         return None, None
     if not locked:
-        print(
-            f"warning: {path}: this file system has no locks, so two runs that write {folder} at a time would not be noticed",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        logger.warning(
+            f"{path}: this file system has no locks, so two runs that write {folder} at a time would not be noticed"
+        )
     _sign(file)
     return RunLock(folder, file, locked, known), None
 
@@ -291,20 +294,6 @@ def _holder(file: BinaryIO) -> str:
         if name:
             return name if name.isprintable() else repr(name)
     return "unknown"
-
-
-def wait_s() -> float:
-    """Seconds to wait for a lock that is taken; ``RUN_LOCK_WAIT_S`` where the environment has it.
-
-    Raises:
-        UserError: the variable is no number of seconds.
-    """
-    if (asked := os.environ.get(WAIT_VARIABLE)) is not None:
-        try:
-            return max(0.0, float(asked))
-        except ValueError:
-            raise UserError(f"{WAIT_VARIABLE} is {asked!r}; it is a number of seconds") from None
-    return WAIT_AFTER_REQUEUE_S if int(os.environ.get("SLURM_RESTART_COUNT") or 0) else WAIT_S
 
 
 def _myself() -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import socket
-import sys
 from pathlib import Path
 
 from megatron_lpa.checkpoint.manifest import checkpoint_folders
@@ -50,11 +50,13 @@ from megatron_lpa.train.complete import refuse_other_end, why_nothing_to_do
 from megatron_lpa.train.data import check_own_tokenizer, check_tokenizer, open_data
 from megatron_lpa.train.loop import train
 from megatron_lpa.train.rollback import check_passed_over, recall
-from megatron_lpa.train.run_lock import RunLock, lock_run, wait_s
+from megatron_lpa.train.run_lock import RunLock, lock_run
 from megatron_lpa.train.schedule import total_steps
 from megatron_lpa.train.state import Run
 from megatron_lpa.train.stopping import Stopping, StopRequest, stopped_line
 from megatron_lpa.train.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
 
 BEFORE_LIMIT = 0.9
 """Of ``train.start_timeout_s``, for waits at the start that have words of their own when they end."""
@@ -96,7 +98,7 @@ def run_training(config: RunConfig, watchdog: Watchdog | None = None, stop: Stop
 
 
 def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr, flush=True)
+    logger.info(f"note: {line}")
 
 
 def _train_together(config: RunConfig, meeting: Meeting, watchdog: Watchdog, stop: StopRequest) -> int:
@@ -305,7 +307,6 @@ def _check_start(folder: Path, config: RunConfig, splits: Splits, groups: Parall
         if has_checkpoints(folder / CHECKPOINTS):
             check_own_tokenizer(tokenizer, folder / TOKENIZER, config)
     check_passed_over(folder / CHECKPOINTS)
-    wait_s()  # the environment may ask for what is no time
 
 
 def _own_folder(folder: Path, config: RunConfig, groups: ParallelGroups) -> RunLock | None:
@@ -327,7 +328,8 @@ def _own_folder(folder: Path, config: RunConfig, groups: ParallelGroups) -> RunL
         raise UserError(
             f"{folder}: cannot be written ({error.strerror}); choose another logging.run_dir"
         ) from error
-    lock = lock_run(folder, BEFORE_LIMIT * config.train.start_timeout_s or math.inf, missing)
+    most_s = BEFORE_LIMIT * config.train.start_timeout_s or math.inf
+    lock = lock_run(folder, config.train.lock_wait_s, most_s, missing)
     try:
         _check_resume(config, folder)  # another run may have been writing here until now
     except BaseException:

@@ -246,6 +246,7 @@ class Watchdog:
 
 def say(line: str) -> None:
     """A line on stderr."""
+    # Not logged: the process may hang inside a handler, whose lock this thread would then wait for.
     print(f"error: {line}", file=sys.stderr, flush=True)
 
 

@@ -179,8 +179,7 @@ def test_two_runs_never_write_one_folder(folder, monkeypatch):
     deadline = time.monotonic() + 60
     while not (folder / "runs" / "shared" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    monkeypatch.setenv("RUN_LOCK_WAIT_S", "0.5")
-    second = launch([*SMALL, *DATA, *more], 1, folder)
+    second = launch([*SMALL, *DATA, *more, "--train.lock_wait_s", "0.5"], 1, folder)
     first.processes[0].terminate()
     assert second.codes == [1]
     assert len(second.errors) == 1

@@ -123,8 +123,7 @@ def test_a_lock_and_records_that_are_removed_come_back(folder: Path, monkeypatch
     first, run = long_run(folder, "removed", 1)
     (run / ".lock").unlink()
     (run / "metrics.jsonl").unlink()
-    monkeypatch.setenv("RUN_LOCK_WAIT_S", "0")
-    second = launch(arguments("removed"), 1, folder)
+    second = launch(arguments("removed", "--train.lock_wait_s", "0"), 1, folder)
     assert second.codes == [1] and "another run is writing here" in second.errors[0]
     first.processes[0].terminate()
     finished = first.wait()

@@ -219,7 +219,7 @@ def test_a_job_that_always_fails_is_not_started_for_ever(site: Site) -> None:
     run.mkdir(parents=True)
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        job = site.submit("locked run", RUN_LOCK_WAIT_S="1")
+        job = site.submit("locked run", "lpa_3b", "--train.lock_wait_s", "1")
         ended, output = site.ended(job)
     assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", 4, 1), output
     for start in range(2):

@@ -50,8 +50,10 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    from megatron_lpa.command_line import log_to_stderr
     from megatron_lpa.engine.joining import start_distributed, stop_distributed
 
+    log_to_stderr()
     start_distributed(1)
     while (message := pipe.recv()) is not None:
         case, arguments = message

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
+
+logger = logging.getLogger(__name__)
 
 
 class ByteProgress:
@@ -26,9 +28,7 @@ class ByteProgress:
         if now - self._last >= self._interval_s:
             self._last = now
             rate = self._done_bytes / (now - self._start)
-            print(
+            logger.info(
                 f"{self._what}: {self._done_bytes / 1e9:.1f} of {self._total_bytes / 1e9:.1f} GB, "
-                f"{rate / 1e6:.0f} MB/s",
-                file=sys.stderr,
-                flush=True,
+                f"{rate / 1e6:.0f} MB/s"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 
 from megatron_lpa.checkpoint.manifest import note_validation
 from megatron_lpa.checkpoint.progress import due_at
@@ -18,6 +18,8 @@ from megatron_lpa.train.callbacks.evaluation import Evaluation
 from megatron_lpa.train.callbacks.metrics import Metrics
 from megatron_lpa.train.rollback import DIVERGED
 from megatron_lpa.train.state import Run
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpoints(Callback):
@@ -98,7 +100,7 @@ class Checkpoints(Callback):
             "(train.on_checkpoint_failure=stop ends the run instead)"
         )
         if run.is_main:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            logger.warning(warning)
         self._record(run, f"checkpoint failed: {warning}", **{SAID: "warning"})
 
     def before_failure(self, run: Run) -> None:

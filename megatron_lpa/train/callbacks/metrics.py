@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +20,8 @@ from megatron_lpa.records import Record
 from megatron_lpa.train.callbacks.callback import SAID, Callback, Sink, StepReport
 from megatron_lpa.train.hardware import peak_flops_per_second, peak_memory_bytes
 from megatron_lpa.train.state import Run
+
+logger = logging.getLogger(__name__)
 
 
 class Metrics(Callback):
@@ -125,7 +127,7 @@ class Metrics(Callback):
     def on_event(self, run: Run, message: str) -> None:
         """Record it, and say it where warnings go."""
         if run.is_main:
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            logger.warning(message)
         self.emit(run, {"kind": "event", "message": message, SAID: "warning"})
 
     def after_rollback(self, run: Run, resumed: Resumed) -> None:
@@ -161,7 +163,7 @@ class Metrics(Callback):
             if (kind, key) not in self._as_text:
                 self._as_text.add((kind, key))
                 words = "JSON has nothing for it, and it is written as text"
-                print(f"warning: {key} of records of the kind {kind}: {words}", file=sys.stderr, flush=True)
+                logger.warning(f"{key} of records of the kind {kind}: {words}")
         for sink in list(self.sinks):
             try:
                 sink.write(record)
@@ -177,7 +179,7 @@ class Metrics(Callback):
             return
         self.sinks.remove(sink)
         name, reason = type(sink).__name__, f"{type(error).__name__}: {error}"
-        print(f"warning: {name} is switched off: {reason}", file=sys.stderr, flush=True)
+        logger.warning(f"{name} is switched off: {reason}")
 
     def on_finish(self, run: Run) -> None:
         """Bring out what could not be written before; what still cannot be is a problem now."""

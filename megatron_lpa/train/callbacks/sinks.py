@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import stat
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +20,8 @@ from megatron_lpa.run_folder import DAMAGED_METRICS, METRICS, open_own
 from megatron_lpa.train.callbacks.callback import Sink
 from megatron_lpa.train.run_lock import RunLock
 from megatron_lpa.train.state import Run
+
+logger = logging.getLogger(__name__)
 
 MOST_WAITING = 10_000
 """Records that wait in memory for a disk that is full: a few megabytes."""
@@ -242,7 +244,7 @@ class MetricsFile(Sink):
 
 
 def _say(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    logger.warning(message)
 
 
 def _is_regular(path: Path) -> bool:

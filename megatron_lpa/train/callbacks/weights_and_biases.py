@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import socket
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from megatron_lpa.run_folder import SUPERSEDED, WANDB, WANDB_ID
 from megatron_lpa.train.callbacks.callback import Sink
 from megatron_lpa.train.callbacks.views import any_record, history, numbers
 from megatron_lpa.train.state import Run
+
+logger = logging.getLogger(__name__)
 
 NO_WANDB = (
     "logging.wandb needs the package wandb: pip install 'megatron_lpa[wandb]', or set logging.wandb=off"
@@ -146,7 +148,7 @@ class WandB(Sink):
     def _tell(self, former: str, reason: str) -> None:
         assert self._identity is not None
         words = f"a new run at W&B, {self._identity.id} instead of {former}: {reason}"
-        print(f"note: {words}", file=sys.stderr, flush=True)
+        logger.info(f"note: {words}")
 
     def _keep(self, folder: Path) -> None:
         assert self._identity is not None
@@ -207,7 +209,7 @@ class WandB(Sink):
             self._run.tags = (*(self._run.tags or ()), TAG)
             self._run.finish()
         except Exception as error:  # somebody may have deleted it at W&B
-            print(f"warning: W&B: the run before could not be tagged ({error})", file=sys.stderr, flush=True)
+            logger.warning(f"W&B: the run before could not be tagged ({error})")
 
     def _set_aside(self, folder: Path, wandb_id: str) -> None:
         """Put offline folders of a W&B run where ``wandb sync`` finds only those that it is given by name."""

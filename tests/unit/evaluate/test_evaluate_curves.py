@@ -77,7 +77,7 @@ def test_the_tool_writes_a_png(tmp_path: Path, capsys: pytest.CaptureFixture[str
     output = tmp_path / "new" / "x.png"
     assert plot_curves.main(["--run", run, "--run", run, "--labels", "a", "b", "--output", str(output)]) == 0
     assert output.read_bytes().startswith(b"\x89PNG\r\n")
-    assert plot_curves.main(["--run", run, "--labels", "a", "b", "--output", str(output)]) == 1
+    assert plot_curves.main(["--run", run, "--labels", "a", "b", "--output", str(output)]) == 78
     assert "2 names for 1 runs" in capsys.readouterr().err
 
 

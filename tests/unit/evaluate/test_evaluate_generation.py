@@ -153,7 +153,7 @@ def test_an_empty_prompt_starts_a_document(decoder: Decoder, tokenizer: Tokenize
     ],
 )
 def test_impossible_options_are_errors(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate.main(["--run", "unread", option, value]) == 1
+    assert generate.main(["--run", "unread", option, value]) == 78
     assert f"error: {option} is {float(value) if option in ('--top-p', '--temperature') else value};" in (
         capsys.readouterr().err
     )
@@ -197,7 +197,7 @@ def test_a_prompt_file_that_is_none(
     elif kind == "long":
         with path.open("wb") as file:
             file.truncate(files.MOST_TEXT_BYTES + 1)
-    assert generate.main(["--run", "unread", "--prompt-file", str(path)]) == 1
+    assert generate.main(["--run", "unread", "--prompt-file", str(path)]) == 78
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --prompt-file {path}") and words in line
 

@@ -112,11 +112,11 @@ def test_splits_that_there_are_not(
 ) -> None:
     run = save_run(tmp_path / "runs" / "a", data=DataConfig(train_prefix=prefixes[0]))
     code, _, err = run_tool(capsys, "--run", run, "--split", "test")
-    assert code == 1 and "has no test split" in err and "--data" in err
+    assert code == 78 and "has no test split" in err and "--data" in err
     data = DataConfig(prefix=prefixes[0], split="100,0,0")
     run = save_run(tmp_path / "runs" / "b", data=data)
     code, _, err = run_tool(capsys, "--run", run, "--split", "valid")
-    assert code == 1 and "has no valid split: no validation split: its share of" in err
+    assert code == 78 and "has no valid split: no validation split: its share of" in err
 
 
 def test_a_split_of_other_data_than_was_trained_on_is_refused(
@@ -129,7 +129,7 @@ def test_a_split_of_other_data_than_was_trained_on_is_refused(
         shutil.copy(f"{prefixes[1]}{suffix}", f"{prefixes[0]}{suffix}")
     code, _, err = run_tool(capsys, "--run", run, "--split", "valid")
     assert (
-        code == 1
+        code == 78
         and f"data.contents was {facts['contents']}, is " in err
         and "held-out documents cannot" in err
     )
@@ -153,7 +153,7 @@ def test_data_of_another_tokenizer_is_refused(
     ]
     for run, options in runs:
         code, out, err = run_tool(capsys, "--run", run, "--data", other, *options)
-        assert (code, out) == (1, "") and "other.json: made with the tokenizer tok (1111111111111111)" in err
+        assert (code, out) == (78, "") and "other.json: made with the tokenizer tok (1111111111111111)" in err
         assert tokenizer.fingerprint[:16] in err
         assert run_tool(capsys, "--run", run, "--data", prefixes[1], *options)[::2] == (0, "")
         code, _, err = run_tool(capsys, "--run", run, "--data", bare, *options)

@@ -146,5 +146,5 @@ def test_the_tool_on_text_and_on_data(
     bare = save_run(tmp_path / "runs" / "b", tokenizer=None)
     assert evaluate.main(["--run", str(bare), "--data", dataset.prefix]) == 0
     assert "per word and byte   not measured" in capsys.readouterr().out
-    assert evaluate.main(["--run", str(bare), "--text", str(text_file)]) == 1
+    assert evaluate.main(["--run", str(bare), "--text", str(text_file)]) == 78
     assert "error: " in capsys.readouterr().err

@@ -112,5 +112,5 @@ def test_the_tool_writes_report_and_plot(
     assert "![Loss by tokens and by training time](loss.png)" in text
     assert text.count("    The name") == 2
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["loss.png", "report.md"]
-    assert report.main(["--run", str(tmp_path)]) == 1
+    assert report.main(["--run", str(tmp_path)]) == 78
     assert "config.yaml: no such file" in capsys.readouterr().err

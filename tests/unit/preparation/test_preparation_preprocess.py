@@ -111,7 +111,7 @@ def test_a_bad_line_far_into_the_input_fails_cleanly(
         *("--input", tmp_path / "bad.jsonl", "--tokenizer", bpe_folder, "--workers", workers),
         *("--output-prefix", tmp_path / "out" / "x"),
     )
-    assert result.returncode == 1
+    assert result.returncode == 78
     assert (
         result.stderr.strip()
         .splitlines()[-1]
@@ -127,7 +127,7 @@ def test_existing_output_is_kept_unless_told(corpus: Path, bpe_folder: Path, tmp
     assert run_tool("--input", corpus, *arguments).returncode == 0
     before = outputs(tmp_path, "x_*")
     refused = run_tool("--input", tmp_path / "small.jsonl", *arguments)
-    assert refused.returncode == 1
+    assert refused.returncode == 78
     assert "exists; choose another --output-prefix or pass --overwrite" in refused.stderr
     assert outputs(tmp_path, "x_*") == before
     assert run_tool("--input", tmp_path / "small.jsonl", *arguments, "--overwrite").returncode == 0
@@ -200,7 +200,7 @@ def test_options_that_cannot_work_are_refused_before_any_work(
         ),
     ):
         result = run_tool("--input", corpus, "--output-prefix", tmp_path / "out/x", *arguments)
-        assert result.returncode == 1 and message in result.stderr, result.stderr
+        assert result.returncode == 78 and message in result.stderr, result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -227,7 +227,7 @@ def test_a_tokenizer_can_be_trained_and_used_from_the_command_line(corpus: Path,
     assert (trained.returncode, trained.stdout) == (0, "tok: 300 tokens\n"), trained.stderr
     result = run_tool("--input", corpus, "--tokenizer", "tok", "--output-prefix", "x", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 1
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 78
 
 
 def test_workers_do_not_pay_for_torch() -> None:

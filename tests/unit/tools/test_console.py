@@ -70,7 +70,7 @@ def test_a_commands_help_speaks_of_the_command(
 def test_the_module_is_the_command_too() -> None:
     command = [sys.executable, "-m", "megatron_lpa", "plan", "--preset", "tiny/lpa", "--gpus", "0"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("error: ")
+    assert (done.returncode, done.stdout) == (78, "") and done.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize("name", sorted(TOOLS - OF_A_CHECKOUT))

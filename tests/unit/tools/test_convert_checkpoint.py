@@ -104,7 +104,7 @@ def test_errors_are_one_line(
     argv: list[str],
     message: str,
 ) -> None:
-    assert convert_checkpoint.main([str(run), "--output", str(tmp_path / NAME), *argv]) == 1
+    assert convert_checkpoint.main([str(run), "--output", str(tmp_path / NAME), *argv]) == 78
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.startswith("error: ") and message in shown.err
     assert shown.err.count("\n") == 1

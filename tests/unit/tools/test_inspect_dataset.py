@@ -88,13 +88,13 @@ def test_damage_is_printed_and_the_exit_code_is_1(tmp_path: Path, capsys: pytest
     raw = bytearray(path.read_bytes())
     raw[101] = 255  # an id of 65280 and more
     path.write_bytes(raw)
-    assert inspect_dataset.main([str(prefix), "--verify"]) == 1
+    assert inspect_dataset.main([str(prefix), "--verify"]) == 78
     out = capsys.readouterr().out
     assert f"{path}: bytes 64 to 127: block 1 does not have the recorded SHA-256" in out
     assert f"{path}: bytes 100 to 101: token 50 of document " in out
     assert out.endswith("verified: 2 problems\n")
     path.write_bytes(raw[:-7])
-    assert inspect_dataset.main([str(prefix), "--verify", "--json"]) == 1
+    assert inspect_dataset.main([str(prefix), "--verify", "--json"]) == 78
     out, err = capsys.readouterr()
     assert err.startswith("error: ")
     problems = json.loads(out)["verification"]["problems"]
@@ -116,13 +116,13 @@ def test_mistakes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     prefix = write_dataset(tmp_path / "d", random_documents(0, 30))
-    assert inspect_dataset.main([str(prefix), *options]) == 1
+    assert inspect_dataset.main([str(prefix), *options]) == 78
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and message in err
-    assert inspect_dataset.main([str(tmp_path / "none"), *options]) == 1
+    assert inspect_dataset.main([str(tmp_path / "none"), *options]) == 78
 
 
 @pytest.mark.parametrize("options", [[], ["--verify"]])
 def test_no_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
-    assert inspect_dataset.main([str(tmp_path / "none"), *options]) == 1
+    assert inspect_dataset.main([str(tmp_path / "none"), *options]) == 78
     assert "none.idx: no such file; give the prefix" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def test_merges_and_says_what_there_is(tmp_path: Path, shards: Path) -> None:
     assert done.stdout == f"{out}: 80 documents, {tokens} tokens (uint16)\n"
     assert_merged(tmp_path)
     done = run("--input", *(shards / f"s.{i}" for i in range(4)), "--output-prefix", out)
-    assert done.returncode == 1
+    assert done.returncode == 78
     assert done.stderr.startswith("error: ") and "exists; choose another --output-prefix" in done.stderr
     (shards / "s.1.json").unlink()
     done = run(
@@ -106,7 +106,7 @@ def test_refusals_are_one_line(tmp_path: Path, shards: Path) -> None:
         ([], "s.2.bin: damaged: block 0"),
     ):
         done = run("--input", shards / "s.*.idx", "--output-prefix", out, *options)
-        assert (done.returncode, done.stdout) == (1, "")
+        assert (done.returncode, done.stdout) == (78, "")
         assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
         assert files(tmp_path / "out") == set()
     assert run("--input", shards / "s.*.idx", "--output-prefix", out, "--no-verify").returncode == 0

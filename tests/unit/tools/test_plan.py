@@ -82,10 +82,10 @@ def test_a_rank_too_large_is_a_warning_on_stderr(capsys: pytest.CaptureFixture[s
         ([], "exactly one of train.steps"),
     ],
 )
-def test_what_the_user_can_mend_exits_with_1(
+def test_what_the_user_can_mend_exits_with_78(
     capsys: pytest.CaptureFixture[str], argv: list[str], expected: str
 ) -> None:
-    assert plan.main(argv) == 1
+    assert plan.main(argv) == 78
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and expected in err
 

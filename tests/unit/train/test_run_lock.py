@@ -9,18 +9,19 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.train import run_lock
-from megatron_lpa.train.run_lock import WAIT_AFTER_REQUEUE_S, WAIT_S, lock_run, wait_s
+from megatron_lpa.train.run_lock import WAIT_AFTER_REQUEUE_S, WAIT_S, lock_run
 
 
 @pytest.fixture(autouse=True)
 def no_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "RUN_LOCK_WAIT_S"):
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(run_lock, "LOOK_EVERY_S", 0.01)
 
@@ -34,22 +35,20 @@ def failing(number: int) -> Any:
 
 def test_the_second_is_refused_and_told_who_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    with lock_run(tmp_path):
-        monkeypatch.setenv("RUN_LOCK_WAIT_S", "0")
-        with pytest.raises(TryAgain, match=rf"writing here \(process {os.getpid()} on .*, job 77\)"):
-            lock_run(tmp_path)
+    told = rf"writing here \(process {os.getpid()} on .*, job 77\)"
+    with lock_run(tmp_path), pytest.raises(TryAgain, match=told):
+        lock_run(tmp_path, 0)
     lock_run(tmp_path).close()
 
 
 def test_a_lock_that_goes_within_the_time_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RUN_LOCK_WAIT_S", "60")
     first = lock_run(tmp_path)
     release = threading.Timer(0.3, first.close)
     release.start()
     began_s = time.monotonic()
-    lock_run(tmp_path).close()
+    lock_run(tmp_path, 60).close()
     assert 0.2 < time.monotonic() - began_s < 30
     told = capsys.readouterr().err
     assert told.count("note: ") == 1 and "Waiting up to 60 s" in told and "Ctrl-C" in told
@@ -73,33 +72,40 @@ def test_another_failure_names_the_file(tmp_path: Path, monkeypatch: pytest.Monk
         lock_run(tmp_path / "missing")
 
 
-def test_how_long_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert wait_s() == WAIT_S
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert wait_s() == WAIT_AFTER_REQUEUE_S > WAIT_S
-    monkeypatch.setenv("RUN_LOCK_WAIT_S", "1.5")
-    assert wait_s() == 1.5
-    monkeypatch.setenv("RUN_LOCK_WAIT_S", "long")
-    with pytest.raises(UserError, match="RUN_LOCK_WAIT_S is 'long'"):
-        wait_s()
+def test_how_long_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited: list[float] = []
+    clock = SimpleNamespace(monotonic=lambda: sum(waited), sleep=lambda _: waited.append(50.0))
+    monkeypatch.setattr(run_lock, "time", clock)
+    assert WAIT_AFTER_REQUEUE_S > WAIT_S
+    with lock_run(tmp_path):
+        for arguments, restarts, expected in (
+            ((), "0", WAIT_S), ((), "1", WAIT_AFTER_REQUEUE_S), ((70.0,), "1", 70.0), ((None, 80.0), "1", 80.0), ((0.0,), "0", 0.0),
+        ):  # fmt: skip
+            monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+            waited.clear()
+            with pytest.raises(TryAgain):
+                lock_run(tmp_path, *arguments)
+            assert expected <= sum(waited) < expected + 50
+            assert (f"Waiting up to {expected:.0f} s" in capsys.readouterr().err) == (expected > 0)
 
 
 def test_a_lock_file_that_is_removed_is_made_and_locked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RUN_LOCK_WAIT_S", "0")
     with lock_run(tmp_path) as first:
         assert first.still_held()
         (tmp_path / ".lock").unlink()
         assert first.still_held()
         assert capsys.readouterr().err.count("warning: ") == 1
         with pytest.raises(TryAgain, match=rf"another run is writing here \(process {os.getpid()} on "):
-            lock_run(tmp_path)
+            lock_run(tmp_path, 0)
         (tmp_path / ".lock").unlink()
         (tmp_path / ".lock").write_text("of a copy\n")  # another file, which nobody has locked
         assert first.still_held()
         with pytest.raises(TryAgain, match="another run is writing here"):
-            lock_run(tmp_path)
+            lock_run(tmp_path, 0)
     lock_run(tmp_path).close()
 
 
@@ -131,9 +137,8 @@ def test_who_waits_for_a_file_that_is_removed_does_not_get_in_through_it(
         return real(file)
 
     monkeypatch.setattr(run_lock, "_taken", taken)
-    monkeypatch.setenv("RUN_LOCK_WAIT_S", "0")
     with pytest.raises(TryAgain, match="another run is writing here"):
-        lock_run(tmp_path)
+        lock_run(tmp_path, 0)
     assert first.still_held()
     first.close()
 
@@ -196,9 +201,8 @@ def test_a_lock_file_never_leads_outside(tmp_path: Path, monkeypatch: pytest.Mon
     os.link(outside, run / ".lock")
     with lock_run(run) as lock:
         assert lock.still_held() and not os.path.samefile(outside, run / ".lock")
-        monkeypatch.setenv("RUN_LOCK_WAIT_S", "0")
         with pytest.raises(TryAgain, match="another run is writing here"):
-            lock_run(run)
+            lock_run(run, 0)
     assert outside.read_text() == "of somebody else\n"
     (run / ".lock").unlink()
     os.mkfifo(run / ".lock")
@@ -210,11 +214,10 @@ def test_a_file_system_that_tells_no_file_from_another_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_lock.os.path, "samestat", lambda *_: False)
-    monkeypatch.setenv("RUN_LOCK_WAIT_S", "0")
     with lock_run(tmp_path) as lock:
         assert lock.still_held()
         with pytest.raises(TryAgain, match="another run is writing here"):
-            lock_run(tmp_path)
+            lock_run(tmp_path, 0)
 
 
 def test_a_start_that_comes_to_nothing_takes_back_what_it_made(tmp_path: Path) -> None:
