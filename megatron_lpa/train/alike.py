@@ -26,7 +26,7 @@ VARIABLES = (
     "CUBLASLT_WORKSPACE_SIZE", "NCCL_ALGO", "NCCL_PROTO", "TRITON_INTERPRET", "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE",
     "DS_ACCELERATOR", "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY",
 )  # fmt: skip
-"""Of the environment: what changes arithmetic, or how ranks add up."""
+"""Of the environment: what changes arithmetic, or how ranks add up. All are of libraries; none is ours."""
 
 CODE = ("*.py", "*.yaml", "*.json")
 
@@ -50,13 +50,8 @@ def start_facts(config: RunConfig) -> dict[str, Any]:
         "version of CUDA": torch.version.cuda,
         "hash of the code of megatron_lpa": tree_digest(Path(megatron_lpa.__file__).parent, CODE)[:16],
         "kind of device": "GPU" if torch.cuda.is_available() else "CPU",
-        **{f"environment variable {name}": os.environ.get(name) for name in _deciding_variables()},
+        **{f"environment variable {name}": os.environ.get(name) for name in sorted(VARIABLES)},
     }
-
-
-def _deciding_variables() -> list[str]:
-    ours = (name for name in os.environ if name.startswith("MEGATRON_LPA_"))
-    return sorted({*VARIABLES, *ours})
 
 
 def sample_order(config: RunConfig, splits: Splits) -> SampleOrder:
