@@ -122,6 +122,8 @@ def main(requests: socket.socket) -> list[str] | None:
     for name in (*IMPORTED, "fault_injection.launches"):
         importlib.import_module(name)
     sys.path.pop()
+    # Compiled in a fresh clone; and DeepSpeed keeps what it has loaded, so that no process here takes the compiler's lock.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op()
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
         raise RuntimeError(f"{threads} threads: forked processes would lack them")
