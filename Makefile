@@ -3,6 +3,7 @@
 PYTHON    ?= python3
 PIP_ARGS  ?=
 TEST_ARGS ?=
+WORKERS   ?= 2
 DEMO_ARGS ?=
 GPU_ARGS  ?=
 
@@ -17,16 +18,17 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check docs gpu-suite clean
+.PHONY: help install demo test test-quick check docs gpu-suite clean
 # Installations of one environment must not overlap, also under make -j.
 .NOTPARALLEL:
 
 help:  ## this list
 	@echo "usage: make TARGET"
 	@echo
-	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/\1:\2/p' Makefile | awk -F': *' '{ printf "  %-9s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/\1:\2/p' Makefile | awk -F': *' '{ printf "  %-10s %s\n", $$1, $$2 }'
 	@echo
 	@echo "  variables: PYTHON=python3.12  TEST_ARGS='-k tokenizer'  DEMO_ARGS='--help'"
+	@echo "             WORKERS=4, processes in which tests run"
 	@echo "             GPU_ARGS='--dry-run', which needs no GPU"
 	@echo "             PIP_ARGS='--extra-index-url URL', for example of a CPU build of torch"
 
@@ -36,7 +38,10 @@ demo: $(VENV)/.demo.stamp  ## from raw text to a trained, evaluated, talking mod
 	$(BIN)/python tools/demo.py $(DEMO_ARGS)
 
 test: $(VENV)/.test.stamp  ## all tests; TEST_ARGS goes to pytest
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(TEST_ARGS)
+
+test-quick: $(VENV)/.test.stamp  ## the tests that take less than a second or two, from all packages
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow' $(TEST_ARGS)
 
 check: $(VENV)/.test.stamp  ## lint, formatting, types, layers
 	$(BIN)/ruff check .
@@ -51,7 +56,7 @@ gpu-suite: $(VENV)/.test.stamp  ## a GPU's tests, tuning and benchmarks, in ten 
 	$(BIN)/python -m benchmarks.gpu_suite --record $(GPU_ARGS)
 
 clean:  ## remove .venv, caches, build and demo output (runs/ stays)
-	rm -rf $(VENV) build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist demo *.egg-info .torch_extensions .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment, in steps; a change of pyproject.toml or constraints.txt repeats those that it touches.

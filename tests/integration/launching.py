@@ -1,16 +1,14 @@
-"""Starting the real entry point as a user would, in several processes."""
+"""Starting the real entry point, in several processes."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from support.forked import Forked
 from support.world import free_port
 
 TIMEOUT_S = 180
@@ -47,13 +45,12 @@ class Launch:
         more: dict[int, list[str]] | None = None,
     ) -> None:
         port = free_port()
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[Forked] = []
         self.outputs: list[tuple[IO[str], IO[str]]] = []
         for rank in range(processes):
-            environment = os.environ | {
+            environment = {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             }  # fmt: skip
             # Files, not pipes: a full pipe would stop a process that nobody reads from yet.
             self.outputs.append((tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")))  # noqa: SIM115
@@ -61,9 +58,8 @@ class Launch:
             if faults is not None:
                 environment["FAULTS"] = json.dumps(faults)
                 entry = [str(Path(__file__).parent / "faulty_pretrain.py")]
-            command = [sys.executable, *entry, *arguments, *(more or {}).get(rank, [])]
-            out, err = self.outputs[-1]
-            self.processes.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=out, stderr=err))
+            words = [*entry, *arguments, *(more or {}).get(rank, [])]
+            self.processes.append(Forked(words, cwd, environment, *self.outputs[-1]))
 
     def wait(self) -> Finished:
         """Wait for all; a process that does not end in time is killed and fails the test."""

@@ -1,7 +1,7 @@
 """A world of processes that lives through a whole test session and runs many cases.
 
-Importing torch and DeepSpeed costs seconds per process, so processes start once per world size. A case is
-a module-level function ``case(*arguments)`` that every rank runs; it returns something picklable.
+Joining costs time, so processes start once per world size; see ``forked.py``. A case is a module-level function
+``case(*arguments)`` that every rank runs; it returns something picklable.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pickle
 import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as mp
-
 from megatron_lpa.parallel.groups import ParallelGroups, Traffic
+from support.forked import Forked
+
+TESTS = str(Path(__file__).resolve().parents[1])
 
 CASE_TIMEOUT_S = 240
 AFTER_FAILURE_S = 5
@@ -41,12 +46,18 @@ def groups_for(tp_size: int) -> ParallelGroups:
     return dataclasses.replace(_created(tp_size), traffic=Traffic())
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
-        CUDA_VISIBLE_DEVICES="",
-    )  # fmt: skip
+def _send(pipe: Connection, message: Any) -> None:
+    pipe.send_bytes(pickle.dumps(message))  # a connection's own pickling would share the memory of tensors
+
+
+def _received(pipe: Connection) -> Any:
+    return pickle.loads(pipe.recv_bytes())
+
+
+def serve() -> None:
+    """One process: takes cases from standard input, which is a connection."""
+    pipe = Connection(os.dup(0))
+    sys.path[:] = _received(pipe)
     import torch
 
     torch.set_num_threads(1)
@@ -55,12 +66,12 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
 
     log_to_stderr()
     start_distributed(1)
-    while (message := pipe.recv()) is not None:
+    while (message := _received(pipe)) is not None:
         case, arguments = message
         try:
-            pipe.send((True, case(*arguments)))
+            _send(pipe, (True, case(*arguments)))
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            _send(pipe, (False, traceback.format_exc()))
     stop_distributed()
 
 
@@ -68,18 +79,22 @@ class World:
     """``size`` processes joined over gloo."""
 
     def __init__(self, size: int) -> None:
-        context = mp.get_context("spawn")
         port = free_port()
         self.size = size
         self.closed = False
         self._pipes: list[Connection] = []
-        self._processes = []
+        self._processes: list[Forked] = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
+            ours, theirs = socket.socketpair()
+            environment = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port), "PYTHONPATH": os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")]),
+            }  # fmt: skip
+            words = ["-c", "from support.world import serve; serve()"]
+            with theirs:
+                self._processes.append(Forked(words, Path.cwd(), environment, 1, 2, theirs))
+            self._pipes.append(Connection(ours.detach()))
+            _send(self._pipes[-1], sys.path)
 
     def run(self, case: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What every rank returned, in order of rank. Fails with the tracebacks of all ranks that raised.
@@ -88,7 +103,7 @@ class World:
         world ends; the fixture starts another for the next test.
         """
         for pipe in self._pipes:
-            pipe.send((case, arguments))
+            _send(pipe, (case, arguments))
         results: dict[int, Any] = {}
         failed: list[str] = []
         deadline = time.monotonic() + CASE_TIMEOUT_S
@@ -96,7 +111,7 @@ class World:
             waiting = [self._pipes[rank] for rank in range(self.size) if rank not in results]
             for ready in wait(waiting, timeout=max(0.0, deadline - time.monotonic())):
                 rank = self._pipes.index(ready)
-                ok, results[rank] = ready.recv()
+                ok, results[rank] = _received(ready)
                 if not ok:
                     failed.append(f"rank {rank}:\n{results[rank]}")
                     deadline = min(deadline, time.monotonic() + AFTER_FAILURE_S)
@@ -109,10 +124,11 @@ class World:
     def close(self) -> None:
         self.closed = True
         for process, pipe in zip(self._processes, self._pipes, strict=True):
-            if process.is_alive():
+            if process.poll() is None:
                 with contextlib.suppress(OSError):
-                    pipe.send(None)
-        for process in self._processes:
-            process.join(3)
-            if process.is_alive():
-                process.kill()
+                    _send(pipe, None)
+        for process, pipe in zip(self._processes, self._pipes, strict=True):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(3)
+            process.kill()
+            pipe.close()
