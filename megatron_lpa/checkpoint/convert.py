@@ -105,7 +105,7 @@ def convert(
     precision = source.manifest["config"]["train"]["precision"]
     dtype = DTYPES[weights_dtype or PRECISIONS[precision].weights]
     needed = sum(p.elements for p in parameters) * (4 * len(source.kinds) + dtype.itemsize)
-    state = SourceState(source)
+    state = source.open_state()
     with new_folder(output, needed) as partial:
         files = [
             write_lazily(partial, f"state/rank_{rank:05d}.safetensors", list(pieces))

@@ -80,6 +80,14 @@ class Source:
         """What the state holds of every parameter."""
         return KINDS if self.optimizer_step else (MASTER,)
 
+    def open_state(self) -> SourceState:
+        """Its masters and moments.
+
+        Raises:
+            DamagedCheckpoint: unreadable files.
+        """
+        return SourceState(StateReader.open(self.checkpoint, self.manifest))
+
     def parameters(self, lowdim_layout: str) -> list[Parameter]:
         """All parameters in the model's order, split as ``lowdim_layout`` splits them.
 
@@ -105,15 +113,15 @@ class Source:
         return found
 
 
+@dataclass(frozen=True)
 class SourceState:
     """The state of a source, read one range at a time.
 
-    Raises:
-        DamagedCheckpoint: unreadable files.
+    Args:
+        reader: of its fragments.
     """
 
-    def __init__(self, source: Source) -> None:
-        self._reader = StateReader(source.checkpoint, source.manifest)
+    reader: StateReader
 
     def shard(
         self, parameter: Parameter, kind: str, tp_rank: int, tp_size: int, start: int, end: int
@@ -124,7 +132,7 @@ class SourceState:
             DamagedCheckpoint: an element is in no file.
         """
         box = shard_box(parameter.shape, parameter.tp_dim, tp_rank, tp_size)
-        return self._reader.read(parameter.name, kind, box, start, end - start)
+        return self.reader.read(parameter.name, kind, box, start, end - start)
 
     def whole(self, parameter: Parameter, kind: str) -> torch.Tensor:
         """``parameter.shape``, fp32 and with memory of its own.

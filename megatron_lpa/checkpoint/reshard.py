@@ -101,15 +101,11 @@ class _Piece:
 
 
 class StateReader:
-    """The fragments of a checkpoint's ``state/``, read where they are needed.
+    """The fragments of a checkpoint's ``state/``, read where they are needed; ``open`` makes it.
 
     Args:
         checkpoint: the folder.
-        manifest: its manifest, whose files have been compared with their hashes.
-
-    Raises:
-        DamagedCheckpoint: a file of something else.
-        TryAgain: the disk does not give one.
+        manifest: its manifest.
     """
 
     def __init__(self, checkpoint: Path, manifest: dict[str, Any]) -> None:
@@ -118,11 +114,22 @@ class StateReader:
         self._tp_size: int = manifest["layout"]["tensor_parallel_size"]
         self._files = TensorFiles()
         self._pieces: dict[tuple[str, str, str], list[_Piece]] = {}
+
+    @classmethod
+    def open(cls, checkpoint: Path, manifest: dict[str, Any]) -> StateReader:
+        """Look into the files, which have been compared with their hashes.
+
+        Raises:
+            DamagedCheckpoint: a file of something else.
+            TryAgain: the disk does not give one.
+        """
+        reader = cls(checkpoint, manifest)
         for name in sorted(manifest["files"]):
             if name.startswith("state/"):
-                self._index(checkpoint / name)
-        for pieces in self._pieces.values():
+                reader._index(checkpoint / name)
+        for pieces in reader._pieces.values():
             pieces.sort(key=lambda piece: piece.first)
+        return reader
 
     def _index(self, path: Path) -> None:
         for key, stored in self._files.header(path).items():

@@ -210,7 +210,7 @@ def _compared(
 
 def _restore(state: TrainingState, checkpoint: Path, manifest: dict[str, Any]) -> None:
     """Overwrite this rank's masters and moments. No collective."""
-    reader = StateReader(checkpoint, manifest)
+    reader = StateReader.open(checkpoint, manifest)
     step: int = manifest["state"]["optimizer_step"]
     state.set_optimizer_step(step)
     groups = state.groups

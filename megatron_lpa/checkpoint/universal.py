@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from megatron_lpa.checkpoint.convert import Converted
-from megatron_lpa.checkpoint.convert_source import Parameter, Source, SourceState
+from megatron_lpa.checkpoint.convert_source import Parameter, Source
 from megatron_lpa.checkpoint.manifest import layout_in, size_of
 from megatron_lpa.checkpoint.new_folder import new_folder
 from megatron_lpa.checkpoint.store import write_durably
@@ -81,7 +81,7 @@ def write_universal(source: Source, output: Path, lowdim_layout: str | None = No
 
 
 def _write_tensors(folder: Path, source: Source, parameters: list[Parameter]) -> dict[str, str]:
-    state = SourceState(source)
+    state = source.open_state()
     sums: dict[str, str] = {}
     for parameter in parameters:
         (folder / "zero" / parameter.name).mkdir(parents=True)

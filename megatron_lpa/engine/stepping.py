@@ -288,10 +288,6 @@ class Engine:
         """Steps that changed nothing because the global norm of the gradient was not finite; equal on all ranks."""
         return self.stepper.skipped_steps
 
-    @skipped_steps.setter
-    def skipped_steps(self, count: int) -> None:
-        self.stepper.skipped_steps = count
-
     def train_step(
         self, micro_batches: Sequence[torch.Tensor], first_samples: Sequence[int], lr: float
     ) -> StepResult:

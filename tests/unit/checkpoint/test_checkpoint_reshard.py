@@ -53,7 +53,7 @@ def saved_in(
         "state": {"parameters": {"a.w": {"shape": list(full.shape), "tp_dim": tp_dim}}},
         "layout": {"tensor_parallel_size": tp_size},
     }
-    return StateReader(folder, manifest)
+    return StateReader.open(folder, manifest)
 
 
 @pytest.mark.parametrize(("shape", "dims"), SHAPES, ids=str)
@@ -99,10 +99,10 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     }
     save_file({"not a fragment": torch.zeros(2)}, tmp_path / "state" / "rank_00000.safetensors")
     with pytest.raises(DamagedCheckpoint, match="not a file of fragments"):
-        StateReader(tmp_path, manifest)
+        StateReader.open(tmp_path, manifest)
     (tmp_path / "state" / "rank_00000.safetensors").write_bytes(b"\x80\x04cposix\nsystem\n")
     with pytest.raises(DamagedCheckpoint, match="not a safetensors file"):
-        StateReader(tmp_path, manifest)
+        StateReader.open(tmp_path, manifest)
 
 
 def test_written_tensors_are_what_safetensors_reads_and_the_hash_is_the_file_s(tmp_path):

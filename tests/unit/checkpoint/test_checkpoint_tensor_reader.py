@@ -286,10 +286,9 @@ def test_reads_that_give_less_go_on_and_few_files_stay_open(
     monkeypatch.setattr(os, "preadv", little)
     monkeypatch.setattr(tensor_reader, "MOST_OPEN", 3)
     source = find_source(tmp_path / NAME)
-    from megatron_lpa.checkpoint.convert_source import SourceState
 
     before = len(os.listdir("/proc/self/fd"))
-    reader = SourceState(source)
+    reader = source.open_state()
     for parameter in source.parameters("latent"):
         for kind in source.kinds:
             assert torch.equal(reader.whole(parameter, kind), state[parameter.name, kind])
