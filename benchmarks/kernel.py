@@ -6,9 +6,10 @@
 * tuned: what this run's or the shipped table says (auto);
 * dense: one square matrix per projection (nn.Linear).
 
-Each also with RMSNorm before and rotary embedding after. Decoding sizes run forward only, in a CUDA graph, with
-weights that are not in the L2 cache. Times are the device's, with the host ahead; what a call costs the host stands beside.
-The bound is what a perfect kernel would take at the two ceilings, which are measured in the same run.
+Each also with RMSNorm before and rotary embedding after. Decoding sizes run forward only, in a CUDA graph,
+with weights that are not in the L2 cache. Times are the device's, with the host ahead; what a call costs the
+host stands beside. The bound is what a perfect kernel would take at the two ceilings, which are measured in
+the same run.
 
 All shapes come first without torch.compile, which takes many seconds per function; then again under it.
 """
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernel_layers as layers
+from benchmarks import kernel_layers
 from benchmarks.kernel_cases import decode_norms
 from benchmarks.kernel_table import ceilings_line, table
 from benchmarks.kernel_timing import (
@@ -56,7 +57,8 @@ COMPILED = (
     (("with_norm_and_rotary", "separate"), ("plain", "separate"), ("with_norm_and_rotary", "tuned")),
     (("with_norm_and_rotary", "dense"), ("with_norm_and_rotary", "joined")),
 )
-"""What is measured under torch.compile: the first of all shapes, then the second. Matrix products alone it leaves as they are."""
+"""What is measured under torch.compile: the first of all shapes, then the second. Matrix products alone it
+leaves as they are."""
 
 Table = Mapping[Case, tuple[Measured, ...]]
 """A parsed tuning table."""
@@ -79,9 +81,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tiny shapes, to try the command; on a CPU where there is no GPU",
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--budget-ms", type=float, default=150.0, metavar="N", help="time per figure (default: 150)")  # fmt: skip
+    parser.add_argument(
+        "--budget-ms", type=float, default=150.0, metavar="N", help="time per figure (default: 150)"
+    )
     parser.add_argument("--shapes", type=int, metavar="N", help="only the first N training shapes")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to record the result, after each shape")  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="where to record the result, after each shape"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -92,7 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     setting = checked_setting(arguments.dry_run, arguments.budget_ms, arguments.dtype)
     ceilings = measure_ceilings(setting)
-    result: dict[str, Any] = {"benchmark": "kernel", **describe(setting), "ceilings": vars(ceilings), "shapes": []}  # fmt: skip
+    result: dict[str, Any] = {"benchmark": "kernel", **describe(setting), "ceilings": vars(ceilings)}
+    result["shapes"] = []
     print(ceilings_line(ceilings))
     for found in records(setting, ceilings, None, arguments.shapes):
         result["shapes"] = found
@@ -133,12 +140,13 @@ def records(
         known: earlier records, which are filled where something is missing.
         quick: training shapes only, before tuning: without ``tuned``, and nothing compiled.
     """
-    paper = (layers.DRY_PAPER if setting.dry else layers.PAPER)[:limit]
-    decode = layers.DRY_DECODE if setting.dry else layers.DECODE
+    paper = (kernel_layers.DRY_PAPER if setting.dry else kernel_layers.PAPER)[:limit]
+    decode = kernel_layers.DRY_DECODE if setting.dry else kernel_layers.DECODE
     shapes = paper if quick else (*paper[:2], *decode, *paper[2:])
     found = [record for record in known if shape_of(record) not in shapes]
     for shape in shapes:
-        record = next((r for r in known if shape_of(r) == shape), None) or empty_record(shape, setting, ceilings)  # fmt: skip
+        earlier = next((r for r in known if shape_of(r) == shape), None)
+        record = earlier or empty_record(shape, setting, ceilings)
         measured = measure_shape(record, shape, setting, tuned, left_s, ("tuned",) if quick else ())
         if record["plain"]:
             found.append(record)
@@ -152,7 +160,7 @@ def records(
             pending = [(key, name) for key, name in chosen if f"{name} compiled" not in record[key]]
             if not pending:
                 continue
-            layer = layers.make_layer(shape_of(record), setting)
+            layer = kernel_layers.make_layer(shape_of(record), setting)
             for key, name in pending:
                 if left_s() <= longest:
                     return
@@ -173,17 +181,17 @@ def errors(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def shape_of(record: Record) -> layers.Shape:
+def shape_of(record: Record) -> kernel_layers.Shape:
     """The shape that a record is about."""
-    return layers.Shape(record["tokens"], record["width"], record["rank"])
+    return kernel_layers.Shape(record["tokens"], record["width"], record["rank"])
 
 
-def empty_record(shape: layers.Shape, setting: Setting, ceilings: Ceilings) -> Record:
+def empty_record(shape: kernel_layers.Shape, setting: Setting, ceilings: Ceilings) -> Record:
     """A record without figures."""
-    few = shape.tokens <= FEW_TOKENS and shape not in layers.DRY_PAPER
+    few = shape.tokens <= FEW_TOKENS and shape not in kernel_layers.DRY_PAPER
     passes = (False,) if few else (False, True)
     bounds = {
-        pass_name(training): layers.bound_us(shape, ceilings, setting.dtype.itemsize, training)
+        pass_name(training): kernel_layers.bound_us(shape, ceilings, setting.dtype.itemsize, training)
         for training in passes
     }
     norms = decode_norms(shape) if few else (False, True)
@@ -200,22 +208,23 @@ def pass_name(training: bool) -> str:
 
 
 def variants(
-    setting: Setting, shape: layers.Shape, tuned: Table | None, normed: bool
-) -> dict[str, tuple[layers.Projections, bool]]:
+    setting: Setting, shape: kernel_layers.Shape, tuned: Table | None, normed: bool
+) -> dict[str, tuple[kernel_layers.Projections, bool]]:
     """Name, projections, and whether they are dense."""
-    chosen: dict[str, tuple[layers.Projections, bool]] = {
-        "separate": (layers.separate, False),
-        "dense": (layers.dense, True),
-        "joined": (layers.by_path("joined"), False),
-        "tuned": (layers.by_path("auto"), False),
+    chosen: dict[str, tuple[kernel_layers.Projections, bool]] = {
+        "separate": (kernel_layers.separate, False),
+        "dense": (kernel_layers.dense, True),
+        "joined": (kernel_layers.by_path("joined"), False),
+        "tuned": (kernel_layers.by_path("auto"), False),
     }
 
     def cases(training: bool) -> list[Case]:
         """Of q, k, v and of o."""
+        dtype, width, rank = setting.dtype, shape.width, shape.rank
         return [
-            Case(setting.dtype, shape.width, (shape.rank,) * pairs, (shape.width,) * pairs, around, training, around)
+            Case(dtype, width, (rank,) * pairs, (width,) * pairs, around, training, around)
             for pairs, around in ((3, normed), (1, False))
-        ]  # fmt: skip
+        ]
 
     if why_not_fused(cases(True)[0], setting.device.type) is None:
         index = 0 if setting.device.index is None else setting.device.index
@@ -225,26 +234,27 @@ def variants(
                 Plan("fused", *default_tiles((*case,), few, setting.device.type, index))
                 for case in cases(True)
             ]
-            chosen["fused"] = (layers.by_plans(qkv, o, qkv, o), False)
+            chosen["fused"] = (kernel_layers.by_plans(qkv, o, qkv, o), False)
     if tuned is not None:
         plans = [
             planned(tuned.get(case, ()), case, shape.tokens)
             for training in (True, False)
             for case in cases(training)
         ]
-        chosen["tuned"] = (layers.by_plans(*plans), False)
+        chosen["tuned"] = (kernel_layers.by_plans(*plans), False)
     return chosen
 
 
 def measure_shape(
     record: Record,
-    shape: layers.Shape,
+    shape: kernel_layers.Shape,
     setting: Setting,
     tuned: Table | None,
     left_s: LeftSeconds,
     without: Sequence[str] = (),
 ) -> int:
-    """Fills a record with every missing variant that is not compiled, as far as time allows, and says with how many."""
+    """Fills a record with every missing variant that is not compiled, as far as time allows, and says with
+    how many."""
     pending = [
         (key, normed, name, *variant)
         for key, normed in FORMS
@@ -254,11 +264,11 @@ def measure_shape(
     ]
     if not pending or left_s() <= 0:
         return 0
-    layer = layers.make_layer(shape, setting)
+    layer = kernel_layers.make_layer(shape, setting)
     for done, (key, normed, name, project, is_dense) in enumerate(pending):
         if left_s() <= 0:
             return done
-        function = layers.layer_function(project, layer, normed)
+        function = kernel_layers.layer_function(project, layer, normed)
         record[key][name] = guarded(
             functools.partial(all_passes, function, layer, is_dense, normed, setting, record)
         )
@@ -266,13 +276,13 @@ def measure_shape(
 
 
 def measure_compiled(
-    record: Record, layer: layers.Layer, key: str, name: str, setting: Setting, tuned: Table | None
+    record: Record, layer: kernel_layers.Layer, key: str, name: str, setting: Setting, tuned: Table | None
 ) -> None:
     """Adds one variant under torch.compile to a record."""
     normed = dict(FORMS)[key]
     project, is_dense = variants(setting, layer.shape, tuned, normed)[name]
     torch.compiler.reset()
-    function = layers.layer_function(project, layer, normed)
+    function = kernel_layers.layer_function(project, layer, normed)
     compiled = torch.compile(function, backend=setting.compile_backend)
     measure = functools.partial(all_passes, compiled, layer, is_dense, normed, setting, record)
     record[key][f"{name} compiled"] = guarded(measure)
@@ -280,7 +290,7 @@ def measure_compiled(
 
 def all_passes(
     function: Callable[..., Any],
-    layer: layers.Layer,
+    layer: kernel_layers.Layer,
     is_dense: bool,
     normed: bool,
     setting: Setting,
@@ -289,10 +299,10 @@ def all_passes(
     """Forward alone, in a graph where tokens are few, and forward with backward where they are not."""
     sets = len(layer.sets)
     time_forward = captured if record["kind"] == "decode" else queued
-    forward = layers.forward_call(function, layer, is_dense)
+    forward = kernel_layers.forward_call(function, layer, is_dense)
     figures = {"forward": time_forward(forward, sets, setting)(setting.budget_ms).record()}
     if "training" in record["bound_us"]:
-        call = layers.training_call(function, layer, is_dense, normed)
+        call = kernel_layers.training_call(function, layer, is_dense, normed)
         figures["training"] = queued(call, sets, setting)(setting.budget_ms).record()
     return figures
 

@@ -1,7 +1,9 @@
-"""What the tuner measures, the most telling first: every case that a preset's training meets, and the paper's shapes.
+"""What the tuner measures, the most telling first: every case that a preset's training meets, and the paper's
+shapes.
 
-A measured case counts for up to ``dispatch.NEAR`` times fewer or more tokens. So a preset's micro-batch and 16 times
-as many (the paper's global batch) leave no gap between them. A test holds the list against the presets.
+A measured case counts for up to ``dispatch.NEAR`` times fewer or more tokens. So a preset's micro-batch and
+16 times as many (the paper's global batch) leave no gap between them. A test holds the list against the
+presets.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ MICRO_BATCHES = (
     (Shape(6144, 1024, 256), False),  # s1_medium
     (Shape(16384, 4096, 512), False),  # 3b
 )
-"""Of the presets ``*/lpa``; whether RMSNorm comes before q, k and v, and rotary embedding after (setting 2)."""
+"""Of the presets ``*/lpa``; whether RMSNorm comes before q, k and v, and rotary embedding after (setting
+2)."""
 
 RANKS = tuple(Shape(6144, 1024, rank) for rank in (128, 64, 32))
 """Micro-batches of the paper's table 6: presets ``s1_medium/lpa_r*``."""
@@ -42,7 +45,8 @@ class Job(NamedTuple):
 
 
 def default_jobs(setting: Setting) -> list[Job]:
-    """Training in the presets, then at the paper's batches, forward alone at both, and decoding; each once."""
+    """Training in the presets, then at the paper's batches, forward alone at both, and decoding; each
+    once."""
     if setting.dry:
         return [
             *(job for shape in DRY_PAPER for training in (True, False) for job in jobs_of(shape, training)),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernel_layers as layers
+from benchmarks import kernel_layers
 from benchmarks.kernel_cases import Job
 from benchmarks.kernel_timing import Setting
 from megatron_lpa.kernels.tiles import FEW_TOKENS, Tile, candidates, why_not
@@ -25,7 +25,9 @@ SMALL_TOKENS = 256
 Work = tuple[Setting, Job, Plan]
 
 
-def fitting(setting: Setting, shape: layers.Shape, latents: int, count: int, rotary: bool = False) -> list[str]:  # fmt: skip
+def fitting(
+    setting: Setting, shape: kernel_layers.Shape, latents: int, count: int, rotary: bool = False
+) -> list[str]:
     """The first candidates that fit the device and can win.
 
     Args:
@@ -47,24 +49,26 @@ def fitting(setting: Setting, shape: layers.Shape, latents: int, count: int, rot
 
 
 def small_tokens(tokens: int) -> int:
-    """So few tokens that Triton makes the same kernel for them: it makes one for 1, one for multiples of 16, one for
-    all others. Positions of the rotary embedding are an argument, too."""
+    """So few tokens that Triton makes the same kernel for them: it makes one for 1, one for multiples of 16,
+    one for all others. Positions of the rotary embedding are an argument, too."""
     if tokens <= SMALL_TOKENS:
         return tokens
-    return SMALL_TOKENS if math.gcd(tokens, layers.SEQUENCE) % 16 == 0 else SMALL_TOKENS + 1
+    return SMALL_TOKENS if math.gcd(tokens, kernel_layers.SEQUENCE) % 16 == 0 else SMALL_TOKENS + 1
 
 
 def work_of(setting: Setting, jobs: Sequence[Job], tiles: int) -> list[Work]:
     """Each kernel once, in the order of the jobs.
 
-    A kernel is compiled for a rank, a form and tiles, not for widths (all are multiples of every block of columns).
-    Only what will be timed: without a backward pass there are no latents to keep, which is a kernel of its own.
+    A kernel is compiled for a rank, a form and tiles, not for widths (all are multiples of every block of
+    columns). Only what will be timed: without a backward pass there are no latents to keep, which is a
+    kernel of its own.
     """
     found: dict[tuple[Any, ...], Work] = {}
     for job in jobs:
         shape = job.shape
-        small = job._replace(shape=layers.Shape(small_tokens(shape.tokens), shape.width, shape.rank))
-        kind = (shape.rank, job.pairs, job.norm, job.training, min(16, math.gcd(shape.tokens, 16)), shape.tokens == 1)  # fmt: skip
+        small = job._replace(shape=kernel_layers.Shape(small_tokens(shape.tokens), shape.width, shape.rank))
+        alignment = min(16, math.gcd(shape.tokens, 16))
+        kind = (shape.rank, job.pairs, job.norm, job.training, alignment, shape.tokens == 1)
         plans = [Plan("fused", text) for text in fitting(setting, shape, 1, tiles, job.norm)]
         if job.training:
             plans += [Plan("fused", "", text) for text in fitting(setting, shape, job.pairs, tiles)]
@@ -113,15 +117,17 @@ def compile_one(work: Work, elementwise: str = "eager") -> None:
 
     Args:
         work: setting, job at few tokens, plan.
-        elementwise: norms and rotations that are no part of the kernel. By default not compiled: every process
-            would spend ten seconds on them.
+        elementwise: norms and rotations that are no part of the kernel. By default not compiled: every
+            process would spend ten seconds on them.
     """
     setting, job, plan = work
     with contextlib.suppress(Exception), torch.set_grad_enabled(job.training):
-        layer = layers.make_layer(job.shape, dataclasses.replace(setting, dry=True))  # one set of inputs
+        layer = kernel_layers.make_layer(
+            job.shape, dataclasses.replace(setting, dry=True)
+        )  # one set of inputs
         inputs = layer.sets[0]
         chosen = inputs.pairs[: job.pairs]
-        z = layers.project_by_plan(plan, inputs.x, chosen, layer.around(job.norm), elementwise)
+        z = kernel_layers.project_by_plan(plan, inputs.x, chosen, layer.around(job.norm), elementwise)
         if job.training:
             torch.autograd.grad(z, [inputs.x], inputs.upstream[: job.pairs])
 
@@ -130,5 +136,5 @@ def compile_elementwise(setting: Setting, jobs: Sequence[Job]) -> None:
     """Norms and rotations as models compile them, once per width, in this process."""
     widths = {job.shape.width: job for job in reversed(jobs) if job.norm and job.training}
     for job in widths.values():
-        small = job._replace(shape=layers.Shape(SMALL_TOKENS, job.shape.width, job.shape.rank))
+        small = job._replace(shape=kernel_layers.Shape(SMALL_TOKENS, job.shape.width, job.shape.rank))
         compile_one((setting, small, Plan("eager")), "auto")

@@ -1,4 +1,5 @@
-"""The projections of one attention layer in every way that is compared, their inputs, and their lower bounds."""
+"""The projections of one attention layer in every way that is compared, their inputs, and their lower
+bounds."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ PAPER = tuple(
 )  # fmt: skip
 """Tokens of the paper's global batches (of four sequences at width 4096), the most telling ones first."""
 
-DECODE = tuple(Shape(tokens, width, rank) for width, rank in ((1024, 128), (4096, 512)) for tokens in (1, 16, 64))  # fmt: skip
+DECODE = tuple(
+    Shape(tokens, width, rank) for width, rank in ((1024, 128), (4096, 512)) for tokens in (1, 16, 64)
+)
 DRY_PAPER = (Shape(18, 32, 8),)
 DRY_DECODE = (Shape(1, 32, 8),)
 
@@ -62,7 +65,8 @@ Around = tuple["Norm | None", "Rotary | None"]
 
 @dataclass
 class Inputs:
-    """One set: x of q, k, v; y of o; the upstream gradients; the weights of q, k, v, o, low-dimensional and dense."""
+    """One set: x of q, k, v; y of o; the upstream gradients; the weights of q, k, v, o, low-dimensional and
+    dense."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -73,8 +77,9 @@ class Inputs:
 
 @dataclass
 class Layer:
-    """Sets to rotate among. Training sets share their weights, which a micro-batch reads from memory once whatever
-    was before; decoding sets have their own, as a decoding step has been through all other layers since."""
+    """Sets to rotate among. Training sets share their weights, which a micro-batch reads from memory once
+    whatever was before; decoding sets have their own, as a decoding step has been through all other layers
+    since."""
 
     shape: Shape
     norm: Norm
@@ -137,7 +142,9 @@ Projections = Callable[[torch.Tensor, Sequence[Any], Around], Sequence[torch.Ten
 
 def separate(x: torch.Tensor, pairs: Sequence[Pair], around: Around) -> list[torch.Tensor]:
     """Two matrix products per pair, as public code has it."""
-    return _plainly(x, around, [lambda u, p=p: functional.linear(functional.linear(u, p.w_a), p.w_b) for p in pairs])  # fmt: skip
+    return _plainly(
+        x, around, [lambda u, p=p: functional.linear(functional.linear(u, p.w_a), p.w_b) for p in pairs]
+    )
 
 
 def dense(x: torch.Tensor, weights: Sequence[torch.Tensor], around: Around) -> list[torch.Tensor]:
@@ -163,7 +170,8 @@ def by_path(path: str) -> Projections:
 
 
 def by_plans(qkv: Plan, o: Plan, qkv_forward: Plan, o_forward: Plan) -> Projections:
-    """Ours by given plans: ``qkv`` for several pairs, ``o`` for one; the latter two without a backward pass."""
+    """Ours by given plans: ``qkv`` for several pairs, ``o`` for one; the latter two without a backward
+    pass."""
 
     def project(x: torch.Tensor, pairs: Sequence[Pair], around: Around) -> Sequence[torch.Tensor]:
         if torch.is_grad_enabled():
@@ -182,7 +190,8 @@ def project_by_plan(
 
 
 def layer_function(project: Projections, layer: Layer, normed: bool) -> Callable[..., Any]:
-    """(x, y, weights) -> q, k, v, o; with ``normed`` a norm before q, k, v, and rotary embedding of q and k after."""
+    """(x, y, weights) -> q, k, v, o; with ``normed`` a norm before q, k, v, and rotary embedding of q and k
+    after."""
     around = layer.around(normed)
 
     def run(x: torch.Tensor, y: torch.Tensor, weights: Sequence[Any]) -> tuple[torch.Tensor, ...]:
@@ -203,7 +212,9 @@ def forward_call(run: Callable[..., Any], layer: Layer, is_dense: bool) -> Calla
     return call
 
 
-def training_call(run: Callable[..., Any], layer: Layer, is_dense: bool, normed: bool) -> Callable[[int], Any]:  # fmt: skip
+def training_call(
+    run: Callable[..., Any], layer: Layer, is_dense: bool, normed: bool
+) -> Callable[[int], Any]:
     """Forward and backward, with gradients of inputs and weights."""
 
     def call(number: int) -> Any:

@@ -11,11 +11,13 @@ BASELINES = ("separate", "separate compiled")
 
 
 def ceilings_line(ceilings: Ceilings) -> str:
-    return f"ceilings: {ceilings.flops / 1e12:.4g} TFLOP/s matrix product, {ceilings.bytes / 1e12:.4g} TB/s copy"  # fmt: skip
+    flops, moved = ceilings.flops / 1e12, ceilings.bytes / 1e12
+    return f"ceilings: {flops:.4g} TFLOP/s matrix product, {moved:.4g} TB/s copy"
 
 
 def table(record: dict[str, Any]) -> str:
-    """Times of the device and the host, how many times faster than each baseline, and the share of the bound."""
+    """Times of the device and the host, how many times faster than each baseline, and the share of the
+    bound."""
     lines = [f"{record['tokens']} tokens, d {record['width']}, r {record['rank']}"]
     for key in ("plain", "with_norm_and_rotary"):
         if not record.get(key):
@@ -37,7 +39,8 @@ def table(record: dict[str, Any]) -> str:
                 )
                 lines.append(
                     f"    {name:<30}{times['device_us']:>11.1f}{times['host_us']:>10.1f}{ratios}"
-                    f"{bound / times['device_us']:>12.0%}{'' if times.get('host_ahead', True) else ' (host not ahead)'}"
+                    f"{bound / times['device_us']:>12.0%}"
+                    f"{'' if times.get('host_ahead', True) else ' (host not ahead)'}"
                 )
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 """Times on a device and on the host, and the two ceilings that every time is compared with.
 
-A call costs the device some time, and the host some time to launch. In a large model the host is far ahead, and a step
-takes what the device takes; in a small one a step takes what the host takes. So both are measured, apart: device times
-between events, with the host ahead, and host times with the device asleep.
+A call costs the device some time, and the host some time to launch. In a large model the host is far ahead,
+and a step takes what the device takes; in a small one a step takes what the host takes. So both are measured,
+apart: device times between events, with the host ahead, and host times with the device asleep.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ROTATED_BYTES = 256 * 2**20
 MAX_SETS = 16
 
 BATCH = 8
-"""Calls that are queued at once. A call is up to about 70 launches, and a queue holds about 1,000 of them: in a full
-one the host waits for the device."""
+"""Calls that are queued at once. A call is up to about 70 launches, and a queue holds about 1,000 of them: in
+a full one the host waits for the device."""
 
 CYCLES_PER_SECOND = 2e9
 """No less than a GPU's clock: a sleep of so many cycles takes a second or more."""
@@ -106,8 +106,8 @@ def queued(call: Callable[[int], Any], sets: int, setting: Setting) -> Measure:
 
 
 def captured(call: Callable[[int], Any], sets: int, setting: Setting) -> Measure:
-    """Like ``queued`` with the calls of all sets in one CUDA graph, which is captured once: the device time of one
-    call as in a captured decoding loop. The host's time is that of launching it without a graph."""
+    """Like ``queued`` with the calls of all sets in one CUDA graph, which is captured once: the device time
+    of one call as in a captured decoding loop. The host's time is that of launching it without a graph."""
     if setting.device.type != "cuda":
         return queued(call, sets, setting)
     stream = torch.cuda.Stream()
@@ -145,7 +145,8 @@ class _Queue:
         self.sleep_s = min(LONGEST_SLEEP_S, 2 * BATCH * (time.perf_counter() - start))
 
     def measure(self, budget_ms: float) -> Times:
-        """Batches until the time is spent; those that the host was not ahead of count only if there are no others."""
+        """Batches until the time is spent; those that the host was not ahead of count only if there are no
+        others."""
         batches: list[tuple[list[float], float]] = []
         late: list[tuple[list[float], float]] = []
         end = time.perf_counter() + budget_ms / 1e3
@@ -164,7 +165,8 @@ class _Queue:
         )
 
     def batch(self) -> tuple[list[float], float, bool]:
-        """Device times and the mean host time of ``BATCH`` calls, and whether all were queued before the first began."""
+        """Device times and the mean host time of ``BATCH`` calls, and whether all were queued before the
+        first began."""
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(BATCH)]
         torch.cuda.synchronize()
         torch.cuda._sleep(int(self.sleep_s * CYCLES_PER_SECOND))
@@ -193,7 +195,8 @@ class Ceilings:
 
 
 def measure_ceilings(setting: Setting) -> Ceilings:
-    """A matrix product of 8192 cubed and a copy of 2 GiB, on random numbers: zeros run faster than real data."""
+    """A matrix product of 8192 cubed and a copy of 2 GiB, on random numbers: zeros run faster than real
+    data."""
     size, count = (64, 2**16) if setting.dry else (8192, 2**30)
     a, b = (torch.randn(size, size, device=setting.device, dtype=setting.dtype) for _ in range(2))
     budget_ms = 4 * setting.budget_ms  # everything is compared with these two
@@ -210,7 +213,8 @@ def device_name(setting: Setting) -> str:
 
 
 def setting_of(dry: bool, budget_ms: float, dtype: str = "bfloat16") -> Setting:
-    """The GPU where there is one; a dry run computes in fp32, on the CPU where there is none. Products sum as in training."""
+    """The GPU where there is one; a dry run computes in fp32, on the CPU where there is none. Products sum as
+    in training."""
     keep_partial_sums_in_fp32()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Setting(device, torch.float32 if dry else getattr(torch, dtype), budget_ms, dry)

@@ -1,12 +1,13 @@
 """Finds the fastest path and tiles for each case and writes them into a tuning table.
 
-For every case (``benchmarks/kernel_cases.py``): separate products, joined products, and the kernel with the candidate
-tiles that fit, forward and for the gradient of x each on its own. All are timed once, then the fastest few and separate
-products again, in turns. A path enters the table only if it beats separate products by more than the margin; a case where
-none does is written down as eager, so that the table shows what was measured. Cases of other shapes and of other devices stay.
+For every case (``benchmarks/kernel_cases.py``): separate products, joined products, and the kernel with the
+candidate tiles that fit, forward and for the gradient of x each on its own. All are timed once, then the
+fastest few and separate products again, in turns. A path enters the table only if it beats separate products
+by more than the margin; a case where none does is written down as eager, so that the table shows what was
+measured. Cases of other shapes and of other devices stay.
 
-What decides is the device's time with the host ahead, which is what a large model's step pays. The host's time to launch
-each plan stands beside it.
+What decides is the device's time with the host ahead, which is what a large model's step pays. The host's
+time to launch each plan stands beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernel_layers as layers
+from benchmarks import kernel_layers
 from benchmarks.kernel import checked_setting
 from benchmarks.kernel_cases import Job, default_jobs, jobs_of
 from benchmarks.kernel_compile import compile_ahead, fitting
@@ -44,13 +45,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="tiny shapes, to try the command without a GPU"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--budget-ms", type=float, default=50.0, metavar="N", help="time per figure (default: 50)")  # fmt: skip
-    parser.add_argument("--tiles", type=int, default=8, metavar="N", help="candidates per kernel and shape (default: 8)")  # fmt: skip
+    parser.add_argument(
+        "--budget-ms", type=float, default=50.0, metavar="N", help="time per figure (default: 50)"
+    )
+    parser.add_argument(
+        "--tiles", type=int, default=8, metavar="N", help="candidates per kernel and shape (default: 8)"
+    )
     parser.add_argument("--cases", type=int, metavar="N", help="only the first N cases")
     parser.add_argument(
-        "--shape", nargs=3, type=int, action="append", metavar=("TOKENS", "D", "R"), help="this shape instead; can be given again"
-    )  # fmt: skip
-    parser.add_argument("--table", type=Path, metavar="FILE.json", help="table to extend (default: the shipped one of this device)")  # fmt: skip
+        "--shape",
+        nargs=3,
+        type=int,
+        action="append",
+        metavar=("TOKENS", "D", "R"),
+        help="this shape instead; can be given again",
+    )
+    parser.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE.json",
+        help="table to extend (default: the shipped one of this device)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -60,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: there is no GPU and this is no dry run, or the table cannot be written.
     """
     setting = checked_setting(arguments.dry_run, arguments.budget_ms, arguments.dtype)
-    shapes = [layers.Shape(*numbers) for numbers in arguments.shape or []]
+    shapes = [kernel_layers.Shape(*numbers) for numbers in arguments.shape or []]
     jobs = [job for shape in shapes for training in (True, False) for job in jobs_of(shape, training)]
     jobs = (jobs or default_jobs(setting))[: arguments.cases]
     path = arguments.table
@@ -100,7 +115,7 @@ def tune(
     setting: Setting, job: Job, tiles: int, out_of_time: Callable[[], bool] = never
 ) -> dict[str, Any] | None:
     """The line for one case: every plan's times, and the plan that wins; None if time ran out."""
-    layer = layers.make_layer(job.shape, setting)
+    layer = kernel_layers.make_layer(job.shape, setting)
     measures: dict[Plan, Measure] = {}
     times: dict[Plan, Times] = {}
     failures: dict[str, str] = {}
@@ -141,12 +156,14 @@ def search(setting: Setting, job: Job, tiles: int, attempt: Callable[[Plan], flo
     best = min(forward, key=lambda tile: forward[tile], default="")
     if not job.training:
         return
-    backward = {tile: attempt(Plan("fused", best, tile)) for tile in fitting(setting, job.shape, job.pairs, tiles)}  # fmt: skip
+    backward = {
+        tile: attempt(Plan("fused", best, tile)) for tile in fitting(setting, job.shape, job.pairs, tiles)
+    }
     if backward and best:
         attempt(Plan("fused", "", min(backward, key=lambda tile: backward[tile])))
 
 
-def prepared(setting: Setting, layer: layers.Layer, job: Job, plan: Plan) -> Measure:
+def prepared(setting: Setting, layer: kernel_layers.Layer, job: Job, plan: Plan) -> Measure:
     """One plan, warmed up: forward or with backward; few tokens without backward in a CUDA graph."""
     around = layer.around(job.norm)
 
@@ -154,7 +171,7 @@ def prepared(setting: Setting, layer: layers.Layer, job: Job, plan: Plan) -> Mea
         inputs = layer.sets[number]
         chosen = inputs.pairs[: job.pairs]
         with torch.set_grad_enabled(job.training):
-            z = layers.project_by_plan(plan, inputs.x, chosen, around)
+            z = kernel_layers.project_by_plan(plan, inputs.x, chosen, around)
             if not job.training:
                 return z
             leaves = [t for pair in chosen for t in pair if t is not None]
@@ -192,7 +209,9 @@ def line_of(
     setting: Setting, job: Job, plan: Plan, times: dict[Plan, Times], failures: dict[str, str]
 ) -> dict[str, Any]:
     """A line of the table."""
-    names = {" ".join(filter(None, p)): t for p, t in sorted(times.items(), key=lambda item: item[1].device_us)}  # fmt: skip
+    names = {
+        " ".join(filter(None, p)): t for p, t in sorted(times.items(), key=lambda item: item[1].device_us)
+    }
     late = [name for name, t in names.items() if not t.host_ahead]
     return {
         **about(setting, job),
@@ -236,7 +255,8 @@ def merged_table(path: Path, lines: list[dict[str, Any]], setting: Setting) -> d
     return {
         "device": f"sm_{major}{minor}",
         "status": "dry run" if setting.dry else "measured",
-        "note": "Medians in microseconds of every plan tried, of the device and of the host; docs/kernels.md says how they are made and used.",
+        "note": "Medians in microseconds of every plan tried, of the device and of the host; "
+        "docs/kernels.md says how they are made and used.",
         "machine": machine,
         "cases": sorted(kept + lines, key=lambda line: json.dumps(key(line))),
     }
@@ -245,8 +265,8 @@ def merged_table(path: Path, lines: list[dict[str, Any]], setting: Setting) -> d
 def key(line: dict[str, Any]) -> tuple[Any, ...]:
     """What a line is about."""
     return (
-        line.get("device", ""), line["dtype"], line["d_in"], tuple(line["ranks"]), tuple(line["widths"]), line["norm"],
-        line.get("rotary", False), line["training"], line["tokens"],
+        line.get("device", ""), line["dtype"], line["d_in"], tuple(line["ranks"]), tuple(line["widths"]),
+        line["norm"], line.get("rotary", False), line["training"], line["tokens"],
     )  # fmt: skip
 
 
@@ -256,5 +276,6 @@ def summary(line: dict[str, Any]) -> str:
     return (
         f"{line['tokens']} tokens, d {line['d_in']}, r {line['ranks'][0]}, {len(line['ranks'])} pairs"
         f"{', norm and rotary' if line['norm'] else ''}{', training' if line['training'] else ''}: {chosen} "
-        f"{times[chosen]:.1f} us (host {host[chosen]:.1f}), eager {times['eager']:.1f} us (host {host['eager']:.1f})"
+        f"{times[chosen]:.1f} us (host {host[chosen]:.1f}), "
+        f"eager {times['eager']:.1f} us (host {host['eager']:.1f})"
     )

@@ -1,4 +1,5 @@
-"""The parts of the GPU suite (``benchmarks/gpu_suite.py``). Each measures what the result does not have yet."""
+"""The parts of the GPU suite (``benchmarks/gpu_suite.py``). Each measures what the result does not have
+yet."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ from benchmarks.suite_state import OutOfTime, SuiteState
 from megatron_lpa.ops import dispatch
 
 BUILD = ROOT / "build" / "gpu_suite"
-"""Traces of the bare loop: few files can be brought back from a machine, and its table stays in the result."""
+"""Traces of the bare loop: few files can be brought back from a machine, and its table stays in the
+result."""
 
 QUICK_SHAPES = 4
 """Training shapes of the first look at projections."""

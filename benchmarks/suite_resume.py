@@ -1,4 +1,5 @@
-"""Results of the GPU suite that a later call goes on with: what they are measured by, and which figures stay."""
+"""Results of the GPU suite that a later call goes on with: what they are measured by, and which figures
+stay."""
 
 from __future__ import annotations
 
@@ -78,7 +79,9 @@ def finished_figures(earlier: dict[str, Any]) -> dict[str, Any]:
             kept[key] = step | {
                 "contenders": [r for r in step["contenders"] if has_all_rounds(r, step["rounds"])]
             }
-    kept["profile"] = {name: found for name, found in earlier.get("profile", {}).items() if "error" not in found}  # fmt: skip
+    kept["profile"] = {
+        name: found for name, found in earlier.get("profile", {}).items() if "error" not in found
+    }
     kept["kernel"] = [without_errors(record) for record in earlier.get("kernel", [])]
     if "evaluate_step" in earlier:
         step = earlier["evaluate_step"]

@@ -1,4 +1,5 @@
-"""Runs the GPU's tests within a time limit, and counts what was passed also where the limit cut them short."""
+"""Runs the GPU's tests within a time limit, and counts what was passed also where the limit cut them
+short."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ NEED_NO_GPU = ("test_kernel_benchmarks.py", "test_tiles.py", "test_under_interpr
 
 KEPT_OUTPUT = 6000
 
-# "[ 12%]" stands on the line of a finished test, with and without pytest-xdist, and not in the summary at the end.
+# "[ 12%]" stands on the line of a finished test, with and without pytest-xdist, and not in the summary at the
+# end.
 OUTCOME = re.compile(
     r"^(?:\[gw\d+\] \[ *\d+%\] (\w+) \S+|\S+::.* (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*\[ *\d+%\])",
     re.MULTILINE,
@@ -58,10 +60,11 @@ def run_tests(files: Sequence[str], log: Path, limit_s: float, options: Sequence
         options: further ones of pytest.
 
     Returns:
-        ``exit_code``, None where the limit was reached; ``counts`` of what was finished; ``passed``, whether all was
-        run and nothing failed; the ``output``'s end.
+        ``exit_code``, None where the limit was reached; ``counts`` of what was finished; ``passed``, whether
+        all was run and nothing failed; the ``output``'s end.
     """
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider", *files, *options]  # fmt: skip
+    usual = ["-v", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *usual, *files, *options]
     if importlib.util.find_spec("xdist") is not None:
         command += [
             "-n",
@@ -91,7 +94,8 @@ def run_tests(files: Sequence[str], log: Path, limit_s: float, options: Sequence
 
 
 def wait_until_gone(group: int, limit_s: float = 5.0) -> None:
-    """Until no process of a killed group is left, as each may still hold the GPU; what is measured next wants it alone."""
+    """Until no process of a killed group is left, as each may still hold the GPU; what is measured next wants
+    it alone."""
     end = time.monotonic() + limit_s
     with contextlib.suppress(ProcessLookupError):
         while time.monotonic() < end:

@@ -15,16 +15,16 @@ from megatron_lpa.kernels.tiles import ASYNCHRONOUS_ROWS, MAX_PAIRS, Tile, padde
 
 
 class Rotary(NamedTuple):
-    """Tables of a rotary embedding, (S, E) each in fp32, the second half of E repeating the first. Row m of x is at
-    position m % S."""
+    """Tables of a rotary embedding, (S, E) each in fp32, the second half of E repeating the first. Row m of x
+    is at position m % S."""
 
     cos: torch.Tensor
     sin: torch.Tensor
 
 
 class NormInputs(NamedTuple):
-    """What the gradient through an RMSNorm needs: ``x`` (M, d_in), ``latent`` (M, P * r), ``bias_a`` (P * r,) or
-    None, and ``rstd`` (M,), which is 1/rms in fp32."""
+    """What the gradient through an RMSNorm needs: ``x`` (M, d_in), ``latent`` (M, P * r), ``bias_a`` (P * r,)
+    or None, and ``rstd`` (M,), which is 1/rms in fp32."""
 
     x: torch.Tensor
     latent: torch.Tensor
@@ -131,9 +131,10 @@ def input_gradient(
     x, latent, bias_a, rstd = (dx, dx, None, dx) if norm is None else norm
     with _device_of(dx):
         input_gradient_kernel[(triton.cdiv(tokens, tile.block_m) * tile.split_n,)](
-            *_three(dz), *_three(w_b), w_a, dx, latent_grad, x, latent, dx if bias_a is None else bias_a.contiguous(), rstd,
-            tokens, d_in, rank, *_three(widths), *_three([g.stride(0) for g in dz]), *_three([g.stride(1) for g in dz]),
-            *x.stride(), *w_a.stride(), *w_b[0].stride(),
+            *_three(dz), *_three(w_b), w_a, dx, latent_grad, x, latent,
+            dx if bias_a is None else bias_a.contiguous(), rstd, tokens, d_in, rank, *_three(widths),
+            *_three([g.stride(0) for g in dz]), *_three([g.stride(1) for g in dz]), *x.stride(),
+            *w_a.stride(), *w_b[0].stride(),
             **_cut(tile, rank, d_in, widths, dx, backward=True), PAIRS=pairs,
             BIAS_A=bias_a is not None, NORM=norm is not None,
         )  # fmt: skip

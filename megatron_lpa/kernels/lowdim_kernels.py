@@ -1,16 +1,22 @@
-"""Triton kernels of the low-dimensional product: two matrix products with the latent between them kept on chip.
+"""Triton kernels of the low-dimensional product: two matrix products with the latent between them kept on
+chip.
 
-``forward_kernel``: ``z_p = (x W_Ap^T + b_Ap) W_Bp^T + b_Bp`` for up to three pairs that read one x, optionally with
-RMSNorm before and rotary embedding of the first two after. ``input_gradient_kernel``: ``dX = sum_p (dZ_p W_Bp) W_Ap``.
-``inverse_rms_kernel``: 1/rms of x's rows, which large tiles of the forward kernel are given. A program owns a tile of
-rows: it sums the latent (rows x r) in fp32, rounds it to the inputs' dtype as two separate products would, and
-multiplies on from registers. Weights are addressed by strides, so neither direction copies one. Every output element is
+``forward_kernel``: ``z_p = (x W_Ap^T + b_Ap) W_Bp^T + b_Bp`` for up to three pairs that read one x,
+optionally with RMSNorm before and rotary embedding of the first two after. ``input_gradient_kernel``: ``dX =
+sum_p (dZ_p W_Bp) W_Ap``.
+``inverse_rms_kernel``: 1/rms of x's rows, which large tiles of the forward kernel are given. A program owns a
+tile of
+rows: it sums the latent (rows x r) in fp32, rounds it to the inputs' dtype as two separate products would,
+    and
+multiplies on from registers. Weights are addressed by strides, so neither direction copies one. Every output
+element is
 written by one program in a fixed order of sums: repeated runs give equal bits.
 
-Pairs are the fastest index of the forward's grid: programs that read the same rows of x run side by side, so x
-comes from device memory once and from the L2 cache for the other pairs.
+Pairs are the fastest index of the forward's grid: programs that read the same rows of x run side by side, so
+x comes from device memory once and from the L2 cache for the other pairs.
 
-This module needs Triton; ``megatron_lpa/kernels/launch.py`` calls it. Letters: M tokens, r rank, j an index along r.
+This module needs Triton; ``megatron_lpa/kernels/launch.py`` calls it. Letters: M tokens, r rank, j an index
+along r.
 """
 
 # mypy: disable-error-code="import-untyped,import-not-found"
@@ -33,7 +39,8 @@ def _pick(pair: tl.tensor, of0: tl.tensor, of1: tl.tensor, of2: tl.tensor, PAIRS
 
 @triton.jit
 def _dot(a: tl.tensor, b: tl.tensor, sums: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
-    """``a @ b + sums`` in fp32. Triton's interpreter multiplies the bit patterns of bf16, hence ``widened``."""
+    """``a @ b + sums`` in fp32. Triton's interpreter multiplies the bit patterns of bf16, hence
+    ``widened``."""
     if PRECISION == "widened":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
     else:  # noqa: RET505 (Triton compiles one branch)
@@ -49,10 +56,11 @@ def _sum_latent(
 ) -> tl.tensor:  # fmt: skip
     """fp32 sums over the depth: (BLOCK_M, BLOCK_R) of ``x @ w``, and (BLOCK_M,) of x^2 if ``SQUARES``.
 
-    ``SQUARES`` is for products that are not asynchronous: tiles below Hopper's 64 rows. An asynchronous one would take x
-    from shared memory while the squares read it there, and Triton (3.6 and 3.7) gives x one slot too few for that: the next
-    copy lands in what is still being multiplied. With x in registers instead, every product waits for the one before.
-    ``tests/kernels/test_tiles.py`` looks for both in what is compiled.
+    ``SQUARES`` is for products that are not asynchronous: tiles below Hopper's 64 rows. An asynchronous one
+    would take x from shared memory while the squares read it there, and Triton (3.6 and 3.7) gives x one slot
+    too few for that: the next copy lands in what is still being multiplied. With x in registers instead,
+    every product waits for the one before. ``tests/kernels/test_tiles.py`` looks for both in what is
+    compiled.
     """
     k = tl.arange(0, BLOCK_K)
     j = tl.arange(0, BLOCK_R)
@@ -93,14 +101,15 @@ def _second_factor(
 
 @triton.jit
 def _rotated_columns(
-    kept: tl.tensor, rows: tl.tensor, there: tl.tensor, split: tl.tensor, turns: tl.tensor, cos: tl.tensor, sin: tl.tensor,
-    table_row: tl.tensor, positions: tl.tensor, w_b: tl.tensor, b_rank: tl.tensor, b_width: tl.tensor, bias_b: tl.tensor, z: tl.tensor,
-    rank: tl.tensor, d_out: tl.tensor,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_N: tl.constexpr, EVEN_R: tl.constexpr,
-    EVEN_N: tl.constexpr, BIAS_B: tl.constexpr, HALF_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+    kept: tl.tensor, rows: tl.tensor, there: tl.tensor, split: tl.tensor, turns: tl.tensor, cos: tl.tensor,
+    sin: tl.tensor, table_row: tl.tensor, positions: tl.tensor, w_b: tl.tensor, b_rank: tl.tensor,
+    b_width: tl.tensor, bias_b: tl.tensor, z: tl.tensor, rank: tl.tensor, d_out: tl.tensor,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_N: tl.constexpr,
+    EVEN_R: tl.constexpr, EVEN_N: tl.constexpr, BIAS_B: tl.constexpr, HALF_HEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The second product with rotary embedding: columns e and e + HALF_HEAD of each head at a time, half a block of
-    each. Where ``turns`` is false they are stored as they are."""
+    """The second product with rotary embedding: columns e and e + HALF_HEAD of each head at a time, half a
+    block of each. Where ``turns`` is false they are stored as they are."""
     HALF_N: tl.constexpr = BLOCK_N // 2
     j = tl.arange(0, BLOCK_R)
     at_position = (rows % positions)[:, None] * table_row
@@ -132,8 +141,8 @@ def _rotated_columns(
 
 @triton.jit
 def inverse_rms_kernel(
-    x: tl.tensor, rstd: tl.tensor, eps: tl.tensor, tokens: tl.tensor, d_in: tl.tensor, x_row: tl.tensor, x_column: tl.tensor,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    x: tl.tensor, rstd: tl.tensor, eps: tl.tensor, tokens: tl.tensor, d_in: tl.tensor, x_row: tl.tensor,
+    x_column: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ) -> None:  # fmt: skip
     """Writes ``1 / sqrt(mean(x^2) + eps)`` of each row, (M,) in fp32."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -155,19 +164,21 @@ def forward_kernel(
     w_b0: tl.tensor, w_b1: tl.tensor, w_b2: tl.tensor,
     bias_b0: tl.tensor, bias_b1: tl.tensor, bias_b2: tl.tensor,
     z0: tl.tensor, z1: tl.tensor, z2: tl.tensor, latent: tl.tensor, rstd: tl.tensor, eps: tl.tensor,
-    tokens: tl.tensor, d_in: tl.tensor, rank: tl.tensor, d_out0: tl.tensor, d_out1: tl.tensor, d_out2: tl.tensor,
-    x_row: tl.tensor, x_column: tl.tensor, a_rank: tl.tensor, a_depth: tl.tensor, b_width: tl.tensor, b_rank: tl.tensor,
-    cos: tl.tensor, sin: tl.tensor, table_row: tl.tensor, positions: tl.tensor,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAIRS: tl.constexpr, SPLIT_N: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, EVEN_N: tl.constexpr,
-    BIAS_A: tl.constexpr, BIAS_B: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr, SQUARES: tl.constexpr,
-    HALF_HEAD: tl.constexpr, PRECISION: tl.constexpr,
+    tokens: tl.tensor, d_in: tl.tensor, rank: tl.tensor, d_out0: tl.tensor, d_out1: tl.tensor,
+    d_out2: tl.tensor, x_row: tl.tensor, x_column: tl.tensor, a_rank: tl.tensor, a_depth: tl.tensor,
+    b_width: tl.tensor, b_rank: tl.tensor, cos: tl.tensor, sin: tl.tensor, table_row: tl.tensor,
+    positions: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAIRS: tl.constexpr, SPLIT_N: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_R: tl.constexpr, EVEN_N: tl.constexpr, BIAS_A: tl.constexpr, BIAS_B: tl.constexpr,
+    KEEP: tl.constexpr, NORM: tl.constexpr, SQUARES: tl.constexpr, HALF_HEAD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     """Writes ``z_p`` (M, d_out_p), and where asked the latents (M, PAIRS * r).
 
-    With ``NORM`` the rows' 1/rms (M,) is read from ``rstd``; with ``SQUARES`` it is computed here, and written there.
-    ``HALF_HEAD``: half the width of a head, by which the first two pairs' outputs are rotated; 0 for no rotation.
-    Row m is position m % positions.
+    With ``NORM`` the rows' 1/rms (M,) is read from ``rstd``; with ``SQUARES`` it is computed here, and
+    written there.
+    ``HALF_HEAD``: half the width of a head, by which the first two pairs' outputs are rotated; 0 for no
+    rotation. Row m is position m % positions.
     """
     program = tl.program_id(0)
     split = program % SPLIT_N
@@ -203,8 +214,8 @@ def forward_kernel(
 
     if HALF_HEAD > 0:
         _rotated_columns(
-            kept, rows, there, split, pair < 2, cos, sin, table_row, positions, w_b, b_rank, b_width, bias_b, z, rank, d_out,
-            BLOCK_M, BLOCK_R, BLOCK_N, SPLIT_N, EVEN_R, EVEN_N, BIAS_B, HALF_HEAD, PRECISION,
+            kept, rows, there, split, pair < 2, cos, sin, table_row, positions, w_b, b_rank, b_width, bias_b,
+            z, rank, d_out, BLOCK_M, BLOCK_R, BLOCK_N, SPLIT_N, EVEN_R, EVEN_N, BIAS_B, HALF_HEAD, PRECISION,
         )  # fmt: skip
     else:
         per_split = tl.cdiv(tl.cdiv(d_out, BLOCK_N), SPLIT_N) * BLOCK_N
@@ -220,14 +231,15 @@ def forward_kernel(
 
 @triton.jit
 def _pair_gradient(
-    dz: tl.tensor, rows: tl.tensor, there: tl.tensor, split: tl.tensor, dz_row: tl.tensor, dz_column: tl.tensor,
-    w_b: tl.tensor, b_width: tl.tensor, b_rank: tl.tensor, d_out: tl.tensor, rank: tl.tensor,
-    latent: tl.tensor, latent_grad: tl.tensor, bias_a: tl.tensor, scale: tl.tensor, read_rows: tl.tensor,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, BIAS_A: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
-    PAIR: tl.constexpr, PAIRS: tl.constexpr,
+    dz: tl.tensor, rows: tl.tensor, there: tl.tensor, split: tl.tensor, dz_row: tl.tensor,
+    dz_column: tl.tensor, w_b: tl.tensor, b_width: tl.tensor, b_rank: tl.tensor, d_out: tl.tensor,
+    rank: tl.tensor, latent: tl.tensor, latent_grad: tl.tensor, bias_a: tl.tensor, scale: tl.tensor,
+    read_rows: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, BIAS_A: tl.constexpr, NORM: tl.constexpr,
+    PRECISION: tl.constexpr, PAIR: tl.constexpr, PAIRS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """One pair's latent gradient, rounded (times 1/rms with ``NORM``), and its part of the norm's row sums."""
+    """One pair's latent gradient, rounded (times 1/rms with ``NORM``), and its part of the norm's row
+    sums."""
     sums, _ = _sum_latent(
         dz, read_rows, dz_row, dz_column, w_b, b_width, b_rank, d_out, rank,
         BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, PRECISION, False,
@@ -249,16 +261,18 @@ def _pair_gradient(
 
 @triton.jit
 def input_gradient_kernel(
-    dz0: tl.tensor, dz1: tl.tensor, dz2: tl.tensor, w_b0: tl.tensor, w_b1: tl.tensor, w_b2: tl.tensor, w_a: tl.tensor,
-    dx: tl.tensor, latent_grad: tl.tensor, x: tl.tensor, latent: tl.tensor, bias_a: tl.tensor, rstd: tl.tensor,
-    tokens: tl.tensor, d_in: tl.tensor, rank: tl.tensor, d_out0: tl.tensor, d_out1: tl.tensor, d_out2: tl.tensor,
-    row0: tl.tensor, row1: tl.tensor, row2: tl.tensor, column0: tl.tensor, column1: tl.tensor, column2: tl.tensor,
-    x_row: tl.tensor, x_column: tl.tensor, a_rank: tl.tensor, a_depth: tl.tensor, b_width: tl.tensor, b_rank: tl.tensor,
+    dz0: tl.tensor, dz1: tl.tensor, dz2: tl.tensor, w_b0: tl.tensor, w_b1: tl.tensor, w_b2: tl.tensor,
+    w_a: tl.tensor, dx: tl.tensor, latent_grad: tl.tensor, x: tl.tensor, latent: tl.tensor,
+    bias_a: tl.tensor, rstd: tl.tensor, tokens: tl.tensor, d_in: tl.tensor, rank: tl.tensor,
+    d_out0: tl.tensor, d_out1: tl.tensor, d_out2: tl.tensor, row0: tl.tensor, row1: tl.tensor,
+    row2: tl.tensor, column0: tl.tensor, column1: tl.tensor, column2: tl.tensor, x_row: tl.tensor,
+    x_column: tl.tensor, a_rank: tl.tensor, a_depth: tl.tensor, b_width: tl.tensor, b_rank: tl.tensor,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAIRS: tl.constexpr, SPLIT_N: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr, EVEN_N: tl.constexpr,
-    BIAS_A: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    PAIRS: tl.constexpr, SPLIT_N: tl.constexpr, EVEN_K: tl.constexpr, EVEN_R: tl.constexpr,
+    EVEN_N: tl.constexpr, BIAS_A: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Writes ``dX`` (M, d_in) and the latents' gradients (M, PAIRS * r), which the weights' gradients need."""
+    """Writes ``dX`` (M, d_in) and the latents' gradients (M, PAIRS * r), which the weights' gradients
+    need."""
     program = tl.program_id(0)
     split = program % SPLIT_N
     rows = (program // SPLIT_N).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -269,19 +283,22 @@ def input_gradient_kernel(
         scale = tl.load(rstd + read_rows)
 
     g0, row_sums = _pair_gradient(
-        dz0, rows, there, split, row0, column0, w_b0, b_width, b_rank, d_out0, rank, latent, latent_grad, bias_a, scale,
-        read_rows, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, BIAS_A, NORM, PRECISION, 0, PAIRS,
+        dz0, rows, there, split, row0, column0, w_b0, b_width, b_rank, d_out0, rank, latent, latent_grad,
+        bias_a, scale, read_rows, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, BIAS_A, NORM, PRECISION, 0,
+        PAIRS,
     )  # fmt: skip
     if PAIRS > 1:
         g1, more = _pair_gradient(
-            dz1, rows, there, split, row1, column1, w_b1, b_width, b_rank, d_out1, rank, latent, latent_grad, bias_a, scale,
-            read_rows, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, BIAS_A, NORM, PRECISION, 1, PAIRS,
+            dz1, rows, there, split, row1, column1, w_b1, b_width, b_rank, d_out1, rank, latent, latent_grad,
+            bias_a, scale, read_rows, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, BIAS_A, NORM, PRECISION, 1,
+            PAIRS,
         )  # fmt: skip
         row_sums += more
     if PAIRS > 2:
         g2, more = _pair_gradient(
-            dz2, rows, there, split, row2, column2, w_b2, b_width, b_rank, d_out2, rank, latent, latent_grad, bias_a, scale,
-            read_rows, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, BIAS_A, NORM, PRECISION, 2, PAIRS,
+            dz2, rows, there, split, row2, column2, w_b2, b_width, b_rank, d_out2, rank, latent, latent_grad,
+            bias_a, scale, read_rows, BLOCK_M, BLOCK_K, BLOCK_R, EVEN_K, EVEN_R, BIAS_A, NORM, PRECISION, 2,
+            PAIRS,
         )  # fmt: skip
         row_sums += more
     # d(1/rms): see megatron_lpa/ops/lowdim_math.py, which has the derivation.

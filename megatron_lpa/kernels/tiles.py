@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 MAX_RANK = 512
-"""The latent of a tile stays in registers; beyond this no tile of 16 rows or more leaves room for the products."""
+"""The latent of a tile stays in registers; beyond this no tile of 16 rows or more leaves room for the
+products."""
 
 MAX_PAIRS = 3
 """q, k and v; the kernels have so many of each argument."""
@@ -14,19 +15,21 @@ FEW_TOKENS = 512
 """Up to here tiles are short, and several programs share the columns of one."""
 
 ASYNCHRONOUS_ROWS = 64
-"""Rows from which Hopper multiplies asynchronously. Tiles of so many rows are given 1/rms for a folded norm; smaller
-ones, for decoding above all, compute it beside the product and save a launch."""
+"""Rows from which Hopper multiplies asynchronously. Tiles of so many rows are given 1/rms for a folded norm;
+smaller ones, for decoding above all, compute it beside the product and save a launch."""
 
 SHARED_BYTES = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
-"""Shared memory that one block may use, by compute capability (CUDA programming guide, technical specifications)."""
+"""Shared memory that one block may use, by compute capability (CUDA programming guide, technical
+specifications)."""
 
 DEFAULT_SHARED_BYTES = 99 * 1024
 REGISTERS = 65536
 """Of a multiprocessor; a thread has at most 255."""
 
 ACCUMULATOR_SHARE = {2: 0.625, 4: 0.1875}
-"""Of a thread's registers, by bytes per element; with more, compiled kernels spill. Half precision multiplies in
-matrix units; fp32 that must not become tf32 is multiplied element by element, with operands in registers too."""
+"""Of a thread's registers, by bytes per element; with more, compiled kernels spill. Half precision multiplies
+in matrix units; fp32 that must not become tf32 is multiplied element by element, with operands in registers
+too."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def latent_width(rank: int, latents: int) -> int:
 
 
 def shared_bytes(tile: Tile, rank: int, latents: int, element_bytes: int, capability: tuple[int, int]) -> int:
-    """Shared memory of one program: no less than Triton 3.7 allocates, and for half precision on sm_90 just that.
+    """Shared memory of one program: no less than Triton 3.7 allocates, and for half precision on sm_90 just
+    that.
 
     Args:
         tile: the cut.
@@ -106,8 +110,8 @@ def shared_bytes(tile: Tile, rank: int, latents: int, element_bytes: int, capabi
 def accumulator_registers(
     tile: Tile, rank: int, latents: int, element_bytes: int, rotary: bool = False
 ) -> int:
-    """Registers per thread for accumulators and latents, at the fuller of the two products; with ``rotary`` also for
-    as many cosines and sines as there are accumulators of the second."""
+    """Registers per thread for accumulators and latents, at the fuller of the two products; with ``rotary``
+    also for as many cosines and sines as there are accumulators of the second."""
     r = padded_rank(rank)
     kept = tile.block_m * r * element_bytes // 4  # one latent in the inputs' dtype
     first = tile.block_m * r + kept * (latents - 1)
@@ -118,7 +122,8 @@ def accumulator_registers(
 def why_not(
     tile: Tile, rank: int, latents: int, element_bytes: int, capability: tuple[int, int], rotary: bool = False
 ) -> str | None:
-    """The reason why a tile cannot run, or None; ``rotary`` if outputs are rotated before they are written."""
+    """The reason why a tile cannot run, or None; ``rotary`` if outputs are rotated before they are
+    written."""
     if rotary:
         tile = tile.for_rotary()
     if rank > MAX_RANK:
@@ -135,16 +140,20 @@ def why_not(
 
 
 def candidates(tokens: int) -> list[Tile]:
-    """Tiles worth trying, most promising first: large ones for training, small and split ones for few tokens."""
+    """Tiles worth trying, most promising first: large ones for training, small and split ones for few
+    tokens."""
     if tokens <= FEW_TOKENS:
         rows = (16,) if tokens <= 16 else (16, 32, 64)
-        cuts = [(m, k, n, w, s) for m in rows for k, n in ((128, 64), (64, 64), (64, 32)) for w in (4, 8) for s in (3, 2)]  # fmt: skip
+        steps = ((128, 64), (64, 64), (64, 32))
+        cuts = [(m, k, n, w, s) for m in rows for k, n in steps for w in (4, 8) for s in (3, 2)]
         return [Tile(*cut, split_n=split) for split in (8, 16, 4, 1) for cut in cuts]
     # Every tile reads both factors from the L2 cache, so 256 rows move half as much as 128.
     large = [
-        (128, 64, 128, 8, 3), (128, 64, 64, 8, 3), (256, 64, 64, 8, 3), (256, 64, 32, 8, 3), (128, 64, 128, 8, 4), (256, 64, 128, 8, 3),
-        (64, 64, 128, 4, 3), (64, 64, 64, 4, 3), (128, 64, 256, 8, 2), (128, 32, 128, 8, 4), (64, 64, 64, 4, 4), (64, 64, 128, 8, 3), (64, 128, 128, 4, 2),
-        (64, 64, 32, 8, 3), (64, 32, 64, 8, 2), (64, 64, 32, 4, 3), (128, 64, 32, 8, 3), (128, 64, 64, 4, 3),
+        (128, 64, 128, 8, 3), (128, 64, 64, 8, 3), (256, 64, 64, 8, 3), (256, 64, 32, 8, 3),
+        (128, 64, 128, 8, 4), (256, 64, 128, 8, 3), (64, 64, 128, 4, 3), (64, 64, 64, 4, 3),
+        (128, 64, 256, 8, 2), (128, 32, 128, 8, 4), (64, 64, 64, 4, 4), (64, 64, 128, 8, 3),
+        (64, 128, 128, 4, 2), (64, 64, 32, 8, 3), (64, 32, 64, 8, 2), (64, 64, 32, 4, 3),
+        (128, 64, 32, 8, 3), (128, 64, 64, 4, 3),
     ]  # fmt: skip
     small = [
         (32, 64, 64, 4, 2),

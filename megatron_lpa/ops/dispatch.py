@@ -1,4 +1,5 @@
-"""Which path computes a low-dimensional product: measured profit decides, and without it what counting proves.
+"""Which path computes a low-dimensional product: measured profit decides, and without it what counting
+proves.
 
 Paths:
 
@@ -6,10 +7,11 @@ Paths:
 * ``joined``: pairs that read one x share the first product and the gradient of x (``ops/lowdim_math.py``).
 * ``fused``: the two-product kernel (``kernels/lowdim_kernels.py``), which keeps the latent on chip.
 
-``ops/tuning/sm_NN.json`` holds measured cases of one compute capability; ``docs/kernels.md`` says how they are
-made. A case counts for its exact widths, and for numbers of tokens near the measured ones. Where a case was measured
-on several devices of the capability, the lines of the device at hand count, by its name. Where none counts,
-``planning/product_time.py`` says where ``joined`` cannot lose; ``fused`` is never chosen without a measurement.
+``ops/tuning/sm_NN.json`` holds measured cases of one compute capability; ``docs/kernels.md`` says how they
+are made. A case counts for its exact widths, and for numbers of tokens near the measured ones. Where a case
+was measured on several devices of the capability, the lines of the device at hand count, by its name. Where
+none counts, ``planning/product_time.py`` says where ``joined`` cannot lose; ``fused`` is never chosen without
+a measurement.
 """
 
 from __future__ import annotations
@@ -35,15 +37,16 @@ TUNING_FOLDER = Path(__file__).parent / "tuning"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 NEAR = 4
-"""A measured case counts for up to this many times fewer or more tokens; the largest also for all above, if it is
-more than ``FEW_TOKENS``: what wins at decoding sizes says nothing about training."""
+"""A measured case counts for up to this many times fewer or more tokens; the largest also for all above, if
+it is more than ``FEW_TOKENS``: what wins at decoding sizes says nothing about training."""
 
 LEAST_ROWS = 64
-"""Of an untuned tile where tokens are many. Every tile reads all factors from the L2 cache, so with fewer rows plain
-products are far faster."""
+"""Of an untuned tile where tokens are many. Every tile reads all factors from the L2 cache, so with fewer
+rows plain products are far faster."""
 
 # Functions under ``assume_constant_result`` run while torch.compile traces, which reads neither files nor the
-# environment itself. They take and give plain tuples: objects that are made inside a trace do not exist there.
+# environment itself. They take and give plain tuples: objects that are made inside a trace do not exist
+# there.
 
 
 class Case(NamedTuple):
@@ -181,8 +184,8 @@ def why_not_fused(case: Case, device_type: str) -> str | None:
 
 
 def why_no_interpreter(triton_version: str, numpy_version: str) -> str | None:
-    """The reason why Triton's interpreter cannot run beside this NumPy, or None: up to 3.6 it makes Python numbers of
-    arrays with one element, which NumPy allows no more since 2.4."""
+    """The reason why Triton's interpreter cannot run beside this NumPy, or None: up to 3.6 it makes Python
+    numbers of arrays with one element, which NumPy allows no more since 2.4."""
 
     def at_least(found: str, least: tuple[int, int]) -> bool:
         major, minor, *_ = found.split(".")
@@ -278,8 +281,8 @@ def parse_table(
         content: the table.
         path: where it was read, for messages.
         capability: of the device.
-        device: its name. Of each case only the lines of this name count, if there are any: devices of one capability
-            differ in bandwidth. A case measured on others only is still better than none.
+        device: its name. Of each case only the lines of this name count, if there are any: devices of one
+            capability differ in bandwidth. A case measured on others only is still better than none.
 
     Returns:
         by case, lines by rising number of tokens.
@@ -299,9 +302,8 @@ def parse_table(
         except UserError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError) as error:
-            raise UserError(
-                f"{where}: not a line of a tuning table ({type(error).__name__}: {named(error)}); copy the file again"
-            ) from error
+            told = f"{type(error).__name__}: {named(error)}"
+            raise UserError(f"{where}: not a line of a tuning table ({told}); copy the file again") from error
         table.setdefault(case, []).append(measured)
         if line.get("device") == device:
             own.setdefault(case, []).append(measured)

@@ -1,8 +1,9 @@
 """The low-dimensional product of several pairs that read one x, as plain matrix products.
 
-Joined: the first factors lie one below the other, so one product reads x for all pairs, and one product writes
-the gradient of x. Separate pairs read x once each and add their gradients in extra passes. Second factors stay
-separate. The same functions finish the fused kernel's backward pass: weights' gradients are products over tokens.
+Joined: the first factors lie one below the other, so one product reads x for all pairs, and one product
+writes the gradient of x. Separate pairs read x once each and add their gradients in extra passes. Second
+factors stay separate. The same functions finish the fused kernel's backward pass: weights' gradients are
+products over tokens.
 
 With an RMSNorm before, ``u = x * s * g`` with ``s = 1 / sqrt(mean(x^2) + eps)`` per row and weight ``g``:
 

@@ -1,11 +1,12 @@
 """The ``joined`` and ``fused`` paths of the low-dimensional product, and their gradients.
 
-``megatron_lpa/ops/dispatch.py`` has chosen the path before. Lists have one entry per pair. All tensors have one dtype, in
+``megatron_lpa/ops/dispatch.py`` has chosen the path before. Lists have one entry per pair. All tensors have
+one dtype, in
 which everything is computed: the caller (``ops/products.py``) has cast them as autocast asks.
 
-``torch.compile`` and selective checkpointing look at operators, so both directions are registered ones, with known
-shapes. Elsewhere an autograd function runs the same code without the operators' wrappers, which cost the host as much
-time as the products of a small layer do.
+``torch.compile`` and selective checkpointing look at operators, so both directions are registered ones, with
+known shapes. Elsewhere an autograd function runs the same code without the operators' wrappers, which cost
+the host as much time as the products of a small layer do.
 
 Weights are saved as they were passed, not joined: under ZeRO-3 that is the parameter itself, whose storage
 DeepSpeed empties after forward and fills again before backward.
@@ -40,13 +41,14 @@ class Arguments(NamedTuple):
         norm_weight: (d_in,) of an RMSNorm applied to x before, or None.
         norm_eps: its epsilon.
         keep: whether a backward pass follows.
-        forward_tile: ``str`` of a ``Tile`` for the fused kernel; empty for matrix products. (A string, because
-            PyTorch takes an empty list of numbers for a list of tensors when it checks gradients.)
+        forward_tile: ``str`` of a ``Tile`` for the fused kernel; empty for matrix products. (A string,
+            because PyTorch takes an empty list of numbers for a list of tensors when it checks gradients.)
         backward_tile: the same for the gradient of x.
         cos: (S, E) fp32 with x of (..., S, d_in): rotary embedding of the first two outputs. Only with a
             ``forward_tile``: without the kernel it is a pass of its own in any case.
         sin: the same of sines.
-        rotate_back_by: what turns the gradients of the first two outputs back; one of ``elementwise.BACKENDS``.
+        rotate_back_by: what turns the gradients of the first two outputs back; one of
+            ``elementwise.BACKENDS``.
     """
 
     x: torch.Tensor
@@ -107,7 +109,8 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def compute(a: Arguments) -> list[torch.Tensor]:
-    """Outputs (..., d_out_p) of each pair, then the latents (M, sum of r) and 1/rms (M,), empty unless ``keep``."""
+    """Outputs (..., d_out_p) of each pair, then the latents (M, sum of r) and 1/rms (M,), empty unless
+    ``keep``."""
     assert a.cos is None or a.forward_tile
     rows = as_rows(a.x)
     biases: Sequence[torch.Tensor | None] = a.bias_b or [None] * len(a.w_b)
@@ -245,7 +248,8 @@ lowdim_operator.register_autograd(
 
 
 class _LowDim(torch.autograd.Function):
-    """``compute`` and ``compute_gradients``. Autograd sees tensors that are arguments themselves, and not inside one."""
+    """``compute`` and ``compute_gradients``. Autograd sees tensors that are arguments themselves, and not
+    inside one."""
 
     @staticmethod
     def forward(ctx: Any, a: Arguments, *_seen: torch.Tensor | None) -> tuple[torch.Tensor, ...]:

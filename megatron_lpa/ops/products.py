@@ -18,8 +18,8 @@ from megatron_lpa.ops.lowdim_operator import Arguments, lowdim
 def keep_partial_sums_in_fp32() -> None:
     """For this process: products in half precision on a GPU add their partial sums in fp32.
 
-    cuBLAS may split a long sum over several programs and, by PyTorch's default, add their parts in bf16. Gradients of
-    thin factors, (r, d) over all tokens, are such sums.
+    cuBLAS may split a long sum over several programs and, by PyTorch's default, add their parts in bf16.
+    Gradients of thin factors, (r, d) over all tokens, are such sums.
     """
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -28,9 +28,9 @@ def keep_partial_sums_in_fp32() -> None:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x weight^T + bias``, (..., d_in) -> (..., d_out).
 
-    A bias goes with rows of a matrix. DeepSpeed's ZeRO-3 puts its own function in place of ``functional.linear``, for
-    the rest of the process; for more than two axes that one adds the bias in place to the product, and selective
-    checkpointing, which keeps the product, would add it again without noticing.
+    A bias goes with rows of a matrix. DeepSpeed's ZeRO-3 puts its own function in place of
+    ``functional.linear``, for the rest of the process; for more than two axes that one adds the bias in place
+    to the product, and selective checkpointing, which keeps the product, would add it again without noticing.
     """
     if bias is None:
         return functional.linear(x, weight)
@@ -47,7 +47,8 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def as_product_input(x: torch.Tensor) -> torch.Tensor:
-    """``x`` as autocast hands it to a matrix product: cast once where several products, or other ranks, read it."""
+    """``x`` as autocast hands it to a matrix product: cast once where several products, or other ranks, read
+    it."""
     return x.to(autocast_dtype(x))
 
 
@@ -56,9 +57,10 @@ def linears(
 ) -> tuple[torch.Tensor, ...]:
     """``x weight_p^T + bias_p`` of several matrices, (..., d_in) -> (..., d_out_p) each.
 
-    Separate products hand back one gradient of x each, and autograd adds them in passes over memory. Here each product
-    but the first adds to what is there (``planning/product_time.py`` counts both): as many FLOPs, fewer bytes and
-    launches at any size. One product with all matrices would need them copied together, and the outputs' gradients too.
+    Separate products hand back one gradient of x each, and autograd adds them in passes over memory. Here
+    each product but the first adds to what is there (``planning/product_time.py`` counts both): as many
+    FLOPs, fewer bytes and launches at any size. One product with all matrices would need them copied
+    together, and the outputs' gradients too.
 
     Differentiable once.
     """
@@ -81,7 +83,8 @@ class _Linears(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, count: int, *parameters: torch.Tensor | None) -> Any:
         weights, biases = parameters[:count], parameters[count:]
         need_x, _, *needed = ctx.needs_input_grad
-        # Weights as they were passed: under ZeRO-3 the parameters, emptied after forward and filled before backward.
+        # Weights as they were passed: under ZeRO-3 the parameters, emptied after forward and filled before
+        # backward.
         ctx.save_for_backward(x if any(needed[:count]) else None, *(weights if need_x else ()))
         ctx.count = count
         ctx.set_materialize_grads(False)
@@ -191,12 +194,12 @@ def lowdim_linears(
     Args:
         x: (..., d_in).
         pairs: factors of each module; ranks and output widths may differ.
-        norm: an RMSNorm before all of them. ``fused`` folds it into the kernel, except in fp16, whose range an x
-            without its norm can leave. The other paths compute it before: without the kernel, scaling latents and
-            gradients would be as many passes over memory as the norm is.
+        norm: an RMSNorm before all of them. ``fused`` folds it into the kernel, except in fp16, whose range
+            an x without its norm can leave. The other paths compute it before: without the kernel, scaling
+            latents and gradients would be as many passes over memory as the norm is.
         path: as in ``lowdim_linear``.
-        elementwise: what computes the norm and the rotation where they are not folded, and turns gradients back; one
-            of ``elementwise.BACKENDS``.
+        elementwise: what computes the norm and the rotation where they are not folded, and turns gradients
+            back; one of ``elementwise.BACKENDS``.
         rotary: rotation of the heads of the first two outputs, which ``fused`` does before it writes them.
 
     Returns:
@@ -224,7 +227,8 @@ def lowdim_linears(
 
 
 def plan_of(path: str, case: Case, tokens: int, device: torch.device) -> Plan:
-    """What ``dispatch.choose`` says, asked once per case; torch.compile makes a guard of every comparison in it."""
+    """What ``dispatch.choose`` says, asked once per case; torch.compile makes a guard of every comparison in
+    it."""
     return (choose if torch.compiler.is_compiling() else kept_choice)(path, case, tokens, device)
 
 
@@ -241,8 +245,8 @@ def lowdim_by_plan(
 
     Args:
         x, pairs, norm, elementwise, rotary: as in ``lowdim_linears``.
-        plan: a path and its tiles. A norm is folded into ``fused``, also where the plan has no tile for a direction;
-            rotation only where the kernel computes the outputs.
+        plan: a path and its tiles. A norm is folded into ``fused``, also where the plan has no tile for a
+            direction; rotation only where the kernel computes the outputs.
         training: whether a backward pass follows.
     """
     assert rotary is None or rotary.cos.shape[0] == x.shape[-2], (rotary.cos.shape, x.shape)
@@ -250,7 +254,8 @@ def lowdim_by_plan(
         q, k, *others = lowdim_by_plan(x, pairs, norm, plan, training, elementwise)
         return (*rotate_rows(q, k, *rotary, elementwise), *others)
     dtype = autocast_dtype(x)
-    # The kernel takes x and the norm in one precision; under autocast the residual stream has more than the products.
+    # The kernel takes x and the norm in one precision; under autocast the residual stream has more than the
+    # products.
     if norm is not None and (plan.path != "fused" or dtype == torch.float16 or x.dtype != dtype):
         x, norm = rms_norm(x, norm.weight, norm.eps, elementwise), None
     if norm is None:
@@ -262,14 +267,15 @@ def lowdim_by_plan(
     cos, sin = (None, None) if rotary is None else rotary
     return lowdim(
         Arguments(
-            x, [pair.w_a for pair in pairs], [pair.w_b for pair in pairs], *_joined_biases(pairs), weight, eps,
-            training, plan.forward_tile, plan.backward_tile, cos, sin, elementwise,
+            x, [pair.w_a for pair in pairs], [pair.w_b for pair in pairs], *_joined_biases(pairs), weight,
+            eps, training, plan.forward_tile, plan.backward_tile, cos, sin, elementwise,
         )
     )  # fmt: skip
 
 
 def _joined_biases(pairs: Sequence[Pair]) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """First biases one below the other, and second ones, with zeros for pairs that have none; or none at all."""
+    """First biases one below the other, and second ones, with zeros for pairs that have none; or none at
+    all."""
     bias_a: torch.Tensor | None = None
     if any(pair.bias_a is not None for pair in pairs):
         full = [p.w_a.new_zeros(p.w_a.shape[0]) if p.bias_a is None else p.bias_a for p in pairs]

@@ -14,8 +14,8 @@ from megatron_lpa.ops.products import Norm, Pair, Rotary, lowdim_linears
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
-"""On ||out - reference|| / ||reference||: sums in fp32, one rounding of the latent and one of the output. bf16
-is doubled, because Triton's interpreter cuts fp32 to bf16 instead of rounding."""
+"""On ||out - reference|| / ||reference||: sums in fp32, one rounding of the latent and one of the output.
+bf16 is doubled, because Triton's interpreter cuts fp32 to bf16 instead of rounding."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def draw(
 
 
 def turned(z: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rotary embedding by complex numbers (RoFormer, section 3.2.1): entry e of a head and entry e + E/2 are one
-    number, multiplied by exp(i * position / 10000^(2e/E))."""
+    """Rotary embedding by complex numbers (RoFormer, section 3.2.1): entry e of a head and entry e + E/2 are
+    one number, multiplied by exp(i * position / 10000^(2e/E))."""
     heads = z.unflatten(-1, (-1, 2, head_dim // 2))
     numbers = torch.complex(heads[..., 0, :], heads[..., 1, :])  # (..., S, heads, E/2)
     positions = torch.arange(z.shape[-2], dtype=torch.float64)[:, None, None]

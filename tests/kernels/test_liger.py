@@ -1,4 +1,5 @@
-"""Liger-Kernel's functions as this package calls them. Only on a GPU: Triton's interpreter cannot run its norms."""
+"""Liger-Kernel's functions as this package calls them. Only on a GPU: Triton's interpreter cannot run its
+norms."""
 
 from __future__ import annotations
 

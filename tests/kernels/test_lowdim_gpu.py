@@ -1,4 +1,5 @@
-"""What only a GPU shows: real tiles and sizes, tf32, compiled graphs. ``python -m pytest -m gpu`` runs these."""
+"""What only a GPU shows: real tiles and sizes, tf32, compiled graphs. ``python -m pytest -m gpu`` runs
+these."""
 
 from __future__ import annotations
 
@@ -65,7 +66,8 @@ def test_no_worse_than_the_eager_path(
     for path in paths:
         found = errors(problem.outputs_and_gradients(path), exact)
         # The folded norm rounds the product of weights, the eager one the normed x.
-        assert all(one <= 2.0 * other + floor for one, other in zip(found, eager, strict=True)), (path, found, eager)  # fmt: skip
+        told = (path, found, eager)
+        assert all(one <= 2.0 * other + floor for one, other in zip(found, eager, strict=True)), told
 
 
 def test_large_rank() -> None:

@@ -1,4 +1,5 @@
-"""The two-product kernel against float64: in Triton's interpreter on the CPU, compiled where there is a GPU."""
+"""The two-product kernel against float64: in Triton's interpreter on the CPU, compiled where there is a
+GPU."""
 
 from __future__ import annotations
 
@@ -59,7 +60,12 @@ def test_norm_folded_in(dtype: torch.dtype, biases: bool, pairs: int) -> None:
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize(
     ("shape", "widths", "head_dim"),
-    [((2, 9, 40), [48, 24, 24], 8), ((19, 40), [60, 36, 12], 12), ((2, 3, 5, 24), [64, 64, 64], 64), ((1, 6, 24), [4, 2], 2)],
+    [
+        ((2, 9, 40), [48, 24, 24], 8),
+        ((19, 40), [60, 36, 12], 12),
+        ((2, 3, 5, 24), [64, 64, 64], 64),
+        ((1, 6, 24), [4, 2], 2),
+    ],
     ids=str,
 )  # fmt: skip
 def test_rotary_embedding_after(
@@ -92,7 +98,8 @@ def test_norm_of_extreme_rows(x_times: float) -> None:
 @every_dtype
 @pytest.mark.parametrize(("tokens", "width"), [(1, 1), (3, 40), (5, 1024), (2, 4099), (700, 16)])
 def test_inverse_rms_of_rows(dtype: torch.dtype, tokens: int, width: int) -> None:
-    """The pass before large tiles: any width, rows of zeros, huge and tiny rows, rows that are not contiguous."""
+    """The pass before large tiles: any width, rows of zeros, huge and tiny rows, rows that are not
+    contiguous."""
     x = torch.randn(tokens, width, device=DEVICE)
     x[0] *= 0 if tokens > 2 else 1e4
     x[-1] *= 1e-3

@@ -81,9 +81,10 @@ def compile_kernel(
     kernel = getattr(lowdim_kernels, name)
     names = [p.name for p in kernel.params]
     constants: dict[str, Any] = {
-        "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_N": tile.block_n, "BLOCK_R": padded_rank(rank),
-        "PAIRS": pairs, "SPLIT_N": tile.split_n, "EVEN_K": True, "EVEN_R": rank == padded_rank(rank), "EVEN_N": True,
-        "BIAS_A": True, "BIAS_B": True, "KEEP": True, "NORM": norm, "SQUARES": norm and tile.block_m < ASYNCHRONOUS_ROWS, "PRECISION": "ieee", "HALF_HEAD": head_dim // 2,
+        "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "BLOCK_N": tile.block_n, "SPLIT_N": tile.split_n,
+        "BLOCK_R": padded_rank(rank), "PAIRS": pairs, "HALF_HEAD": head_dim // 2, "PRECISION": "ieee",
+        "EVEN_K": True, "EVEN_R": rank == padded_rank(rank), "EVEN_N": True, "BIAS_A": True, "BIAS_B": True,
+        "KEEP": True, "NORM": norm, "SQUARES": norm and tile.block_m < ASYNCHRONOUS_ROWS,
         "x_column": 1, "a_depth": 1, "b_rank": 1, "column0": 1, "column1": 1, "column2": 1,
     }  # fmt: skip
     constants = {key: value for key, value in constants.items() if key in names}
@@ -175,8 +176,9 @@ def instructions(code: str) -> dict[str, int]:
 def test_a_folded_norm_leaves_the_products_as_they_are(
     rank: int, head_dim: int, capability: tuple[int, int]
 ) -> None:
-    """Hopper's products run one after another without a wait between if their operands allow it; each start of
-    such a sequence is one ARRIVE. Where the compiler cannot see that it is safe, every product is a sequence of its own."""
+    """Hopper's products run one after another without a wait between if their operands allow it; each start
+    of such a sequence is one ARRIVE. Where the compiler cannot see that it is safe, every product is a
+    sequence of its own."""
     tile = default_tile(10**6, rank, 1, 2, capability, head_dim > 0)
     assert tile is not None and tile.block_m >= ASYNCHRONOUS_ROWS
     architecture = capability[0] * 10 + capability[1]
@@ -227,8 +229,8 @@ def test_one_over_rms_is_read_16_bytes_at_a_time(architecture: int) -> None:
 
 
 def slots_that_products_read(code: str) -> list[int]:
-    """Slots of every ring in shared memory from which an asynchronous matrix product of Hopper reads, in Triton's
-    intermediate language."""
+    """Slots of every ring in shared memory from which an asynchronous matrix product of Hopper reads, in
+    Triton's intermediate language."""
     slots: dict[str, int] = {}
     found = []
     for line in code.splitlines():
@@ -255,7 +257,8 @@ def slots_that_products_read(code: str) -> list[int]:
 def test_nothing_is_copied_into_what_a_product_still_reads(
     name: str, norm: bool, head_dim: int, stages: int
 ) -> None:
-    """One product may be under way while the copy ``stages - 1`` steps ahead is begun, so it takes ``stages`` slots."""
+    """One product may be under way while the copy ``stages - 1`` steps ahead is begun, so it takes ``stages``
+    slots."""
     tile = Tile(64, 64, 64, 4, stages)
     compiled = compile_kernel(name, tile, 64, 3, "bf16", norm, 90, head_dim)
     slots = slots_that_products_read(compiled.asm["ttgir"])

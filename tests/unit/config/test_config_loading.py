@@ -44,6 +44,12 @@ def test_precedence_is_defaults_base_variant_file_command_line(tmp_path: Path) -
     assert config.model.projections.q.rank == 512
 
 
+def test_a_config_of_an_earlier_version_has_todays_values(tmp_path: Path) -> None:
+    path = write(tmp_path, "parallel: {lowdim_layout: rank}\nkernels: {lowdim: merged}\n")
+    config = load_config(["--config", path])
+    assert (config.parallel.lowdim_layout, config.kernels.lowdim) == ("column_row", "eager")
+
+
 @pytest.mark.parametrize("form", [["--model.projections.q.rank", "128"], ["--model.projections.q.rank=128"]])
 def test_overrides_reach_nested_keys_in_both_forms(form: list[str]) -> None:
     projections = load_config(["--preset=s1_small/lpa", *form]).model.projections

@@ -33,7 +33,8 @@ FUSED = ("fused", "128,64,64,8,3,1", "128,64,64,8,3,1")
 def line(**changes: Any) -> dict[str, Any]:
     return {
         "dtype": "bfloat16", "d_in": 1024, "ranks": [128] * 3, "widths": [1024] * 3, "norm": False,
-        "device": "H200", "training": True, "tokens": 16384, "path": "fused", "forward_tile": FUSED[1], "backward_tile": FUSED[2],
+        "device": "H200", "training": True, "tokens": 16384,
+        "path": "fused", "forward_tile": FUSED[1], "backward_tile": FUSED[2],
     } | changes  # fmt: skip
 
 
@@ -204,10 +205,10 @@ def test_tables_that_cannot_be_right(changes: dict[str, Any], message: str) -> N
     [
         b"", b"{", b"\xff", b"[" * 100_000, b"[]", b"{}", b"null", b'{"cases": 7}', b'{"cases": {}}',
         *(json.dumps({"cases": [line(), case]}).encode() for case in (
-            7, None, [], {}, line(dtype="sum"), line(dtype="x\ny"), line(dtype="x" * 10**6), line(dtype=None), line(ranks=[]),
-            line(ranks=7), line(ranks=["x"]), line(widths=[[]]), line(widths=[0]), line(d_in="x"), line(tokens=None),
-            line(tokens=True), line(norm="x"), line(training=1), line(rotary=[]), line(forward_tile="1,2"),
-            line(forward_tile=[1]), line(forward_tile="0,0,0,0,0,0"), line(path=[]), line(path="x" * 10**6),
+            7, None, [], {}, line(dtype="sum"), line(dtype="x\ny"), line(dtype="x" * 10**6), line(dtype=None),
+            line(ranks=[]), line(ranks=7), line(ranks=["x"]), line(widths=[[]]), line(widths=[0]),
+            line(d_in="x"), line(tokens=None), line(tokens=True), line(norm="x"), line(training=1),
+            line(rotary=[]), line(forward_tile="1,2"), line(forward_tile=[1]), line(forward_tile="0,0,0,0,0,0"), line(path=[]), line(path="x" * 10**6),
         )),
     ],
     ids=lambda content: content[-40:].decode(errors="replace"),

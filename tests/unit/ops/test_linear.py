@@ -1,4 +1,5 @@
-"""Several dense products of one x: against separate products in float64, and the operations that they cost."""
+"""Several dense products of one x: against separate products in float64, and the operations that they
+cost."""
 
 from __future__ import annotations
 
