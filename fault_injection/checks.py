@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from megatron_lpa.run_folder import CHECKPOINTS, MANIFEST, METRICS, STEP, checkpoint_name, step_of
+
 SAME = ("tokens", "samples", "loss", "lr", "grad_norm", "skipped_steps", "perplexity", "tokens_evaluated")
 """Fields of records that follow from the run and not from the machine."""
 
@@ -20,13 +22,9 @@ KNOWN_LINES = ("error: ", "warning: ", "note: ", "exit code 78: ")
 ROUNDING = 1e-4
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
-
-
 def checkpoint_folders(run: Path) -> list[Path]:
     """Whatever has the name of a checkpoint, oldest first."""
-    return sorted((run / "checkpoints").glob("step_*"), key=step_of)
+    return sorted((run / CHECKPOINTS).glob(f"{STEP}*"), key=step_of)
 
 
 def unsound(checkpoint: Path) -> str:
@@ -38,7 +36,7 @@ def unsound(checkpoint: Path) -> str:
         for path in checkpoint.rglob("*"):
             if not path.is_file() and not path.is_dir():
                 return f"{path.name} is no file"  # and would be waited for
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
         told_checksum = manifest.pop("checksum")
         if hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest() != told_checksum:
             return "the manifest differs from its checksum"
@@ -74,14 +72,14 @@ def _around(text: str) -> str:
 
 def records(run: Path) -> list[dict[str, Any]]:
     """All of ``metrics.jsonl``; raises where a line is not a record."""
-    path = run / "metrics.jsonl"
+    path = run / METRICS
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def of_complete_run(run: Path, reference: Path, steps: int, exact: bool) -> list[str]:
     """Violations of a run that is complete, compared with the same run undisturbed."""
     found = []
-    leftovers = [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
+    leftovers = [path.name for path in (run / CHECKPOINTS).iterdir() if path.name.startswith(".")]
     if leftovers:
         found.append(f"left behind: {', '.join(leftovers)}")
     try:
@@ -116,7 +114,7 @@ def _equal(expected: Any, value: Any, exact: bool, name: str) -> bool:
 
 
 def _final_state(run: Path, reference: Path, steps: int, exact: bool) -> list[str]:
-    last, name = f"checkpoints/step_{steps:08d}", "the final checkpoint"
+    last, name = f"{CHECKPOINTS}/{checkpoint_name(steps)}", "the final checkpoint"
     if problem := unsound(run / last):
         return [f"{name}: {problem}"]
     if not exact:  # another layout divides the state in another way

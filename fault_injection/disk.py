@@ -12,6 +12,7 @@ from pathlib import Path
 from fault_injection.fault_plan import INTERVAL
 from fault_injection.kinds import MALFORMED
 from fault_injection.malformed import malform
+from megatron_lpa.run_folder import MANIFEST, STEP, checkpoint_name, step_of
 
 
 def keep_mounts_to_ourselves() -> None:
@@ -68,8 +69,8 @@ def damage(checkpoints: Path, newest: Path, kind: str, seed: int) -> Path | None
         The folder that must be skipped with a word; None where nothing is left to speak of.
     """
     draw = random.Random(seed)
-    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.name != "manifest.json")
-    victim, manifest = draw.choice(files), newest / "manifest.json"
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.name != MANIFEST)
+    victim, manifest = draw.choice(files), newest / MANIFEST
     if kind == "truncated":
         os.truncate(victim, draw.randrange(1, victim.stat().st_size))
     elif kind == "bit-flipped":
@@ -86,8 +87,8 @@ def damage(checkpoints: Path, newest: Path, kind: str, seed: int) -> Path | None
         manifest.unlink()
     elif kind == "half-copied":
         # After the last of all: one that an earlier fault damaged may lie behind the newest sound one.
-        last = max(int(folder.name[5:]) for folder in checkpoints.glob("step_*"))
-        copy = checkpoints / f"step_{last + INTERVAL:08d}"
+        last = max(step_of(folder) for folder in checkpoints.glob(f"{STEP}*"))
+        copy = checkpoints / checkpoint_name(last + INTERVAL)
         shutil.copytree(newest, copy)
         (copy / victim.relative_to(newest)).unlink()
         return copy

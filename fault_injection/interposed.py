@@ -15,12 +15,14 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron_lpa.run_folder import MANIFEST, STEP
+
 Tell = Callable[..., None]
 Reach = Callable[[str, int], None]
 
 _open, _os_open, _fdopen, _pread = builtins.open, os.open, os.fdopen, os.pread
 
-_WRITTEN = re.compile(r"/\.step_(\d{8,})\.partial/(state/|weights/|\.?manifest\.json)")
+_WRITTEN = re.compile(rf"/\.{STEP}(\d{{8,}})\.partial/(state/|weights/|\.?{re.escape(MANIFEST)})")
 
 
 class Disk:
@@ -104,7 +106,7 @@ class Disk:
             step, part = int(found[1]), found[2]
             if part == "state/":
                 self._reach("before-state", step)
-            elif part.endswith("manifest.json"):
+            elif part.endswith(MANIFEST):
                 self._reach("manifest", step)
             if part == "state/" and self._full[0] <= step <= self._full[1]:
                 self._tell(event="full", step=step)
@@ -134,7 +136,7 @@ class Disk:
         if found is None:
             return file
         step, part = int(found[1]), found[2]
-        if part.endswith("manifest.json"):
+        if part.endswith(MANIFEST):
             held = self._holds("manifest-torn", step)
             return _HeldFile(file, 1, lambda: self._reach("manifest-torn", step)) if held else file
         # In the third write: behind the header, inside a tensor.

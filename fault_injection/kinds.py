@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from megatron_lpa.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    LOGS,
+    METRICS,
+    PASSED_OVER,
+    TOKENIZER,
+    checkpoint_name,
+)
+
 SHARES = {
     "kill-one": 22, "kill-all": 14, "kill-random": 24, "kill-in-save": 36, "kill-in-load": 6, "signal": 16,
     "signal-twice": 8, "pause": 12, "stop-for-ever": 3, "damage": 30, "all-damaged": 3, "disk-full": 10,
@@ -68,10 +79,10 @@ MISMATCHES = {
 """Options that one rank is given another value of: the key, and the value, "" where it depends on the layout."""
 
 LINKED_FILES = (
-    ".lock", "metrics.jsonl", "config.yaml", "checkpoints/passed_over.json", "metrics.partial",
-    ".metrics.jsonl.partial", ".config.yaml.partial", "checkpoints/.passed_over.json.partial",
+    LOCK, METRICS, CONFIG, f"{CHECKPOINTS}/{PASSED_OVER}", "metrics.partial",
+    f".{METRICS}.partial", f".{CONFIG}.partial", f"{CHECKPOINTS}/.{PASSED_OVER}.partial",
 )  # fmt: skip
-LINKED_FOLDERS = ("checkpoints", "logs", "tokenizer", "checkpoints/.step_00000099.partial")
+LINKED_FOLDERS = (CHECKPOINTS, LOGS, TOKENIZER, f"{CHECKPOINTS}/.{checkpoint_name(99)}.partial")
 LINKS = (
     *(f"symbolic {name}" for name in LINKED_FILES),
     *(f"folder {name}" for name in LINKED_FOLDERS),
@@ -82,12 +93,12 @@ LINKS = (
 
 MAY_STAY = {
     *(f"{sort} {name}" for sort in ("symbolic", "hard", "dangling")
-      for name in ("metrics.partial", "checkpoints/.passed_over.json.partial")),
-    "hard checkpoints/passed_over.json",
+      for name in ("metrics.partial", f"{CHECKPOINTS}/.{PASSED_OVER}.partial")),
+    f"hard {CHECKPOINTS}/{PASSED_OVER}",
 }  # fmt: skip
 """Links that a run may leave alone: at a name that it never writes, or writes only when it goes back."""
 
-PIPES = ("config", "data-manifest", "metrics.jsonl", "manifest", "config.yaml", "state", ".lock", "weights")
+PIPES = ("config", "data-manifest", METRICS, "manifest", CONFIG, "state", LOCK, "weights")
 """Where a named pipe lies in place of a file: given to the command, in the run folder, or in its newest checkpoint."""
 
 MALFORMED = (

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_lpa.run_folder import MANIFEST
+
 Manifest = dict[str, Any]
 
 
@@ -18,7 +20,7 @@ def malform(checkpoint: Path, sort: str) -> None:
         checkpoint: the folder.
         sort: of ``kinds.MALFORMED``.
     """
-    path = checkpoint / "manifest.json"
+    path = checkpoint / MANIFEST
     manifest = json.loads(path.read_text())
     if sort == "a-list":
         path.write_text(json.dumps([manifest]))

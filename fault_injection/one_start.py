@@ -15,6 +15,7 @@ from fault_injection.fault_plan import INTERVAL, Fault, Layout, Scenario
 from fault_injection.kinds import ENDING, OF_CHECKPOINT
 from fault_injection.launches import GRACE_S, Event, Ranks
 from fault_injection.runs import START_LIMIT_S, nan_spec
+from megatron_lpa.run_folder import CHECKPOINTS, STEP, checkpoint_name
 
 LONGEST_S = 150.0
 """A start takes three seconds; one that takes so long hangs."""
@@ -312,7 +313,7 @@ class Start:
 
     def went_back_to(self) -> list[int]:
         """The steps of the checkpoints that the run went back to, one after another."""
-        found = re.findall(r"went back to step_(\d+) because of", self.ranks.text("err")[0])
+        found = re.findall(rf"went back to {STEP}(\d+) because of", self.ranks.text("err")[0])
         return [int(step) for step in found]
 
     def failed_saves(self) -> int:
@@ -333,7 +334,7 @@ def path_pattern(what: str, base: int) -> str:
         base: step of the newest checkpoint.
     """
     if what in OF_CHECKPOINT:
-        folder = rf"/checkpoints/step_{base:08d}/"
+        folder = f"/{CHECKPOINTS}/{checkpoint_name(base)}/"
         return folder + (r"manifest\.json$" if what == "manifest" else f"{what}/")
     names = {"idx": "data.idx", "bin": "data.bin", "data-manifest": "data.json", "config": "model.yaml"}
     return "/" + re.escape(names[what]) + "$"

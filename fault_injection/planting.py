@@ -13,6 +13,7 @@ from pathlib import Path
 from fault_injection.checks import FOREIGN
 from fault_injection.kinds import MAY_STAY
 from megatron_lpa.errors import EXIT_REFUSED
+from megatron_lpa.run_folder import CHECKPOINTS, STEP
 
 NOT_OURS = "not of this run\n"
 
@@ -92,7 +93,7 @@ class Planted:
     ) -> list[str]:
         """Violations of a start that did not train. See ``refusal`` for the arguments."""
         found = refusal(codes, errors, seconds, limit_s) + of_planted(errors, self.name)
-        if self.name.startswith("checkpoints/step_"):
+        if self.name.startswith(f"{CHECKPOINTS}/{STEP}"):
             found.append(f"no step was trained for {self.name}, where an older checkpoint was due")
         elif changed := _changed(self._run_before, tree(self._run)):
             found.append(f"refused, and the run folder has changed: {', '.join(changed)}")

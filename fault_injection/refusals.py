@@ -18,8 +18,9 @@ from fault_injection.kinds import MISMATCHES
 from fault_injection.launches import Ranks
 from fault_injection.one_start import STARTING_GRACE_S, Result
 from fault_injection.planting import error_lines, of_mismatch, of_planted, refusal, tree
+from megatron_lpa.run_folder import CHECKPOINTS, LOCK, LOGS, STEP
 
-UNWATCHED = (".lock", "logs")
+UNWATCHED = (LOCK, LOGS)
 """What may change in a run folder when a start is refused."""
 
 LIMIT_S = 30.0
@@ -167,7 +168,9 @@ class RefusedStart:
         """What must not change; a start that looks at checkpoints may first remove what kills have left of others."""
         found = tree(self._run, UNWATCHED)
         if fault.kind == "all-damaged":
-            found = {name: what for name, what in found.items() if not name.startswith("checkpoints/.step_")}
+            found = {
+                name: what for name, what in found.items() if not name.startswith(f"{CHECKPOINTS}/.{STEP}")
+            }
         return found
 
     def _same(self) -> list[dict[str, Any]]:
@@ -185,7 +188,7 @@ class RefusedStart:
 
     @contextlib.contextmanager
     def _all_damaged(self, fault: Fault) -> Iterator[None]:
-        checkpoints, copy = self._run / "checkpoints", self._folder / "copy_of_checkpoints"
+        checkpoints, copy = self._run / CHECKPOINTS, self._folder / "copy_of_checkpoints"
         shutil.copytree(checkpoints, copy)
         for number, folder in enumerate(checkpoint_folders(self._run)):
             damage(checkpoints, folder, ("truncated", "missing", "manifest-empty")[number % 3], fault.rank)

@@ -16,6 +16,7 @@ from fault_injection.launches import remove_compile_locks
 from fault_injection.one_start import Result, Start
 from fault_injection.planting import Planted
 from fault_injection.runs import References, arguments
+from megatron_lpa.run_folder import CHECKPOINTS, DAMAGE_NOTE, DAMAGED, MANIFEST
 
 PIPED_OPTIONS = ("config", "data-manifest")
 """Pipes that the command is given; others lie in the run folder."""
@@ -154,7 +155,7 @@ class Going:
         else:
             result.violations += planted.of_start()
         planted.remove()
-        for path in self._run.glob("checkpoints/damaged_*/**/*"):
+        for path in self._run.glob(f"{CHECKPOINTS}/{DAMAGED}*/**/*"):
             if path.is_fifo():
                 path.unlink()
         if refused:
@@ -224,7 +225,7 @@ class Going:
         return complete
 
     def _of_set_aside(self) -> list[str]:
-        number = len(list(self._run.glob("checkpoints/damaged_*")))
+        number = len(list(self._run.glob(f"{CHECKPOINTS}/{DAMAGED}*")))
         if number == self._set_aside:
             return []
         expected, self._set_aside = self._set_aside, number
@@ -255,7 +256,7 @@ class Going:
             out = start.ranks.text("out")[0]
             if f"{folder.name} was skipped: " not in out:
                 found.append(f"{folder.name} was damaged and the log does not say that it was skipped")
-            if not list(folder.parent.glob(f"damaged_{folder.name}*/DAMAGED.txt")):
+            if not list(folder.parent.glob(f"{DAMAGED}{folder.name}*/{DAMAGE_NOTE}")):
                 found.append(f"{folder.name} was damaged and has not been set aside")
         return found
 
@@ -335,11 +336,11 @@ class Going:
         before = self._base
         skipped: Path | None = sound[-1]
         if in_checkpoint:
-            file = "manifest.json" if fault.variant == "manifest" else f"{fault.variant}/*.safetensors"
+            file = MANIFEST if fault.variant == "manifest" else f"{fault.variant}/*.safetensors"
             victim = sorted(sound[-1].glob(file))[0]
             self._plant(fault, "pipe", str(victim.relative_to(self._run)))
         else:
-            skipped = damage(self._run / "checkpoints", sound[-1], fault.variant, fault.rank)
+            skipped = damage(self._run / CHECKPOINTS, sound[-1], fault.variant, fault.rank)
             self._wait_for(fault)
         if skipped is not None:
             self._skipped.append(skipped)

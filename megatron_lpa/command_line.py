@@ -24,6 +24,7 @@ from typing import Any, ClassVar, TextIO, cast
 
 from megatron_lpa.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_UNREAD, UserError, shown
 from megatron_lpa.files import exists, is_dir
+from megatron_lpa.run_folder import CHECKPOINTS, CONFIG, MANIFEST, METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ _NOBODY_READS = (errno.EPIPE, errno.EIO)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Errors of an open file, which has no name for the system any more: these are as a rule of the output."""
 
-_RUN_FILES = ("config.yaml", "metrics.jsonl", "checkpoints", "manifest.json")
+_RUN_FILES = (CONFIG, METRICS, CHECKPOINTS, MANIFEST)
 """Any of these makes a folder one of a run, or of a checkpoint."""
 
 

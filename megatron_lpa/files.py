@@ -15,7 +15,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -329,14 +329,14 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def tree_digest(folder: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> str:
-    """One hash of the names and contents of a folder's files that any of ``patterns`` fits, sub-folders included.
+def tree_digest(folder: str | os.PathLike[str], paths: Iterable[Path]) -> str:
+    """One hash of the contents of files, and of their names inside ``folder``.
 
     Raises:
-        OSError, UserError, TryAgain: as ``read_bytes`` and ``names_in``.
+        OSError, UserError, TryAgain: as ``read_bytes``.
     """
     digest = hashlib.sha256()
-    for path in files_below(folder, patterns):
+    for path in paths:
         content = read_bytes(path)
         digest.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()

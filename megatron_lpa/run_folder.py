@@ -10,19 +10,29 @@ from __future__ import annotations
 import errno
 import fnmatch
 import os
+import re
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import UnusableFile, exists, kind_of, patiently
+from megatron_lpa.files import UnusableFile, exists, is_file, kind_of, names_in, patiently
 
 LOCK = ".lock"
 METRICS = "metrics.jsonl"
 DAMAGED_METRICS = "metrics.damaged.jsonl"
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+STEP = "step_"
+"""Begins a checkpoint's name; its step follows in eight digits or more."""
+CHECKPOINT = rf"{STEP}[0-9]{{8,}}"
+"""What the names of checkpoints match."""
+MANIFEST = "manifest.json"
+"""In a checkpoint; without it, a checkpoint is not complete."""
+DAMAGED, PASSED = "damaged_", "passed_"
+"""Before the names of checkpoints that were set aside."""
 PASSED_OVER = "passed_over.json"
 DAMAGE_NOTE = "DAMAGED.txt"
 TOKENIZER = "tokenizer"
@@ -32,6 +42,8 @@ WANDB_ID = "wandb_id"
 SUPERSEDED = f"{WANDB}/superseded"
 LOGS = "logs"
 HANG = "hang"
+IDLE_STARTS = "idle_starts"
+STARTS = "starts.jsonl"
 SNAPSHOT = "snapshot"
 
 _FOLDER, _FILE, _EITHER = "a folder", "a regular file", "a regular file or a folder"
@@ -42,9 +54,9 @@ _WRITTEN = (
     (f".{SNAPSHOT}.*", _FOLDER),
     (LOCK, _FILE), (METRICS, _FILE), ("metrics.damaged*.jsonl", _FILE), (CONFIG, _FILE), (WANDB_ID, _FILE),
     (".*.partial", _FILE),
-    (f"{CHECKPOINTS}/step_*", _FOLDER), (f"{CHECKPOINTS}/.step_*", _FOLDER), (f"{CHECKPOINTS}/damaged_*", _FOLDER),
-    (f"{CHECKPOINTS}/passed_step_*", _FOLDER),
-    (f"{CHECKPOINTS}/{PASSED_OVER}", _FILE), (f"{CHECKPOINTS}/*step_*/{DAMAGE_NOTE}", _FILE),
+    (f"{CHECKPOINTS}/{STEP}*", _FOLDER), (f"{CHECKPOINTS}/.{STEP}*", _FOLDER), (f"{CHECKPOINTS}/{DAMAGED}*", _FOLDER),
+    (f"{CHECKPOINTS}/{PASSED}{STEP}*", _FOLDER),
+    (f"{CHECKPOINTS}/{PASSED_OVER}", _FILE), (f"{CHECKPOINTS}/*{STEP}*/{DAMAGE_NOTE}", _FILE),
     (f"{TOKENIZER}/*", _FILE), (f"{TENSORBOARD}/*", _EITHER), (f"{LOGS}/*", _EITHER), (f"{LOGS}/{HANG}/*", _FILE),
 )  # fmt: skip
 _IS: dict[str, Callable[[int], bool]] = {
@@ -53,6 +65,30 @@ _IS: dict[str, Callable[[int], bool]] = {
     _EITHER: lambda mode: stat.S_ISDIR(mode) or stat.S_ISREG(mode),
 }
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR)
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"{STEP}{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix(STEP))
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the newest complete checkpoint of a run folder, by names alone; 0 without one.
+
+    Raises:
+        UserError: the folder may not be read.
+        TryAgain: the disk does not answer.
+    """
+    checkpoints = folder / CHECKPOINTS
+    named = (checkpoints / name for name in names_in(checkpoints) if re.fullmatch(CHECKPOINT, name))
+    # More digits are no step of a run, and no number that a shell computes with.
+    steps = (step_of(path) for path in named if is_file(path / MANIFEST))
+    return max((step for step in steps if step < 10**15), default=0)
 
 
 def refuse_links(folder: Path) -> None:
@@ -192,3 +228,7 @@ def open_own(path: Path, other_names: bool = False) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+if __name__ == "__main__":  # for the SLURM scripts: python -m megatron_lpa.run_folder RUN_FOLDER
+    print(newest_step(Path(sys.argv[1])))

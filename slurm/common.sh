@@ -93,16 +93,8 @@ find_run() {
     done
 }
 
-# The step of the newest complete checkpoint; 0 without one.
-newest_step() {
-    local manifest step newest=0
-    for manifest in "$run"/checkpoints/step_*/manifest.json; do
-        step="${manifest%/manifest.json}"
-        step="${step##*/step_}"
-        if [[ -f $manifest && $step =~ ^[0-9]{8,15}$ ]] && ((10#$step > newest)); then newest=$((10#$step)); fi
-    done
-    echo "$newest"
-}
+# The step of the newest complete checkpoint; 0 without one, or where the disk does not say.
+newest_step() { "${python[@]}" -m megatron_lpa.run_folder "$run" 2>/dev/null || echo 0; }
 
 # How many starts in a row of this job, before this one, brought no newer checkpoint. A job that is submitted anew
 # counts from 0: somebody looked at it.

@@ -25,12 +25,13 @@ from pathlib import Path
 import torch
 from demo_commands import Commands, Stopped, say
 
-from megatron_lpa.checkpoint.manifest import complete_checkpoints, step_of
+from megatron_lpa.checkpoint.manifest import complete_checkpoints
 from megatron_lpa.command_line import command, run_tool
 from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.errors import UserError
 from megatron_lpa.evaluate.metrics_file import METRICS, Record, read_metrics, records_of
 from megatron_lpa.files import write_whole
+from megatron_lpa.run_folder import CHECKPOINTS, step_of
 
 logger = logging.getLogger("megatron_lpa.tools.demo")
 
@@ -156,7 +157,7 @@ def train(leg: Leg, folder: Path, commands: Commands, processes: int) -> None:
 
 def newest_step(run: Path) -> int:
     """Step of the newest complete checkpoint; 0 without one."""
-    complete = complete_checkpoints(run / "checkpoints")
+    complete = complete_checkpoints(run / CHECKPOINTS)
     return step_of(complete[-1]) if complete else 0
 
 

@@ -64,7 +64,7 @@ def problems_of_node(config: RunConfig, gpus: int) -> Iterator[str]:
     run = Path(config.logging.run_dir) / config.logging.name
     yield from gpu_problems(gpus)
     if not is_dir(run / SNAPSHOT):
-        yield f"does not see {(run / 'snapshot').absolute()}; the run folder has to be on a file system that all nodes share"
+        yield f"does not see {(run / SNAPSHOT).absolute()}; the run folder has to be on a file system that all nodes share"
     else:
         yield from folder_problems(run)
         yield from disk_problems(run, config)
@@ -180,7 +180,8 @@ def facts_of_node(gpus: int) -> dict[str, str]:
 
 
 def code_digest() -> str:
-    return f"code {tree_digest(Path(megatron_lpa.__file__).parent, ['*.py'])[:12]}"
+    package = Path(megatron_lpa.__file__).parent
+    return f"code {tree_digest(package, files_below(package, ['*.py']))[:12]}"
 
 
 def look(gpus: int, options: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -48,12 +47,14 @@ from megatron_lpa.files import (
     new_file,
     read_bytes,
     read_json,
+    tree_digest,
     write_whole,
 )
-from megatron_lpa.run_folder import LOGS, SNAPSHOT, open_own, refuse_links
+from megatron_lpa.run_folder import CONFIG, LOGS, SNAPSHOT, STARTS, open_own, refuse_links
 
 logger = logging.getLogger("megatron_lpa.tools.snapshot_run")
 
+ARCHIVE = "code.tar.gz"
 ROOT = Path(__file__).resolve().parents[1]
 CODE = {
     "megatron_lpa": ("*.py", "*.yaml", "*.json"),
@@ -115,11 +116,7 @@ def code_files() -> Iterator[Path]:
 
 def code_digest() -> str:
     """One hash of names and contents of all the code."""
-    digest = hashlib.sha256()
-    for path in code_files():
-        contents = read_bytes(path)
-        digest.update(f"{path.relative_to(ROOT)}\0{len(contents)}\0".encode() + contents)
-    return digest.hexdigest()
+    return tree_digest(ROOT, code_files())
 
 
 def version() -> dict[str, Any]:
@@ -165,7 +162,7 @@ def _write_into(folder: Path, config: RunConfig, options: Sequence[str], job_scr
         if ENVIRONMENT.fullmatch(name) and not is_secret_name(name)
     }
     texts = {
-        "config.yaml": format_yaml(redaction.tree(dataclasses.asdict(config))),
+        CONFIG: format_yaml(redaction.tree(dataclasses.asdict(config))),
         "command.txt": shlex.join(["python", "-m", "megatron_lpa.pretrain", *redaction.words(options)])
         + "\n",
         "version.json": json.dumps(redaction.tree(version()), indent=2) + "\n",
@@ -181,7 +178,7 @@ def _write_into(folder: Path, config: RunConfig, options: Sequence[str], job_scr
     for name, text in texts.items():
         if text:
             write_whole(folder / name, text.encode(errors="surrogateescape"))
-    with new_file(folder / "code.tar.gz") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+    with new_file(folder / ARCHIVE) as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
         for path in code_files():
             text = read_bytes(path).decode(errors="surrogateescape")
             clean = redaction.shell(text) if path.suffix == ".sh" else redaction.text(text)
@@ -291,10 +288,10 @@ def note_start(run: Path, processes: int) -> list[str]:
         "processes": processes,
         "code_sha256": code_digest(),
     }
-    _add_line(run / LOGS / "starts.jsonl", f"{json.dumps(start)}\n".encode())
+    _add_line(run / LOGS / STARTS, f"{json.dumps(start)}\n".encode())
     if start["code_sha256"] == first_digest:
         return []
-    return [f"the code is not that of the first start, which {run / 'snapshot' / 'code.tar.gz'} holds"]
+    return [f"the code is not that of the first start, which {run / SNAPSHOT / ARCHIVE} holds"]
 
 
 def prepare(argv: Sequence[str]) -> Path:

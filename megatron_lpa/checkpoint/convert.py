@@ -28,9 +28,8 @@ import torch
 
 import megatron_lpa
 from megatron_lpa.checkpoint.convert_source import Parameter, Source, SourceState
-from megatron_lpa.checkpoint.manifest import MANIFEST, WrittenFile, layout_in, sealed, verify_files
+from megatron_lpa.checkpoint.manifest import WrittenFile, layout_in, sealed, verify_files
 from megatron_lpa.checkpoint.new_folder import new_folder
-from megatron_lpa.checkpoint.store import write_durably
 from megatron_lpa.checkpoint.tensor_file import (
     SHARD_BYTES,
     LazyTensor,
@@ -41,7 +40,9 @@ from megatron_lpa.checkpoint.tensor_file import (
 from megatron_lpa.checkpoint.training_state import MASTER, fragment_key, shard_name
 from megatron_lpa.config.precision import PRECISIONS
 from megatron_lpa.errors import UserError
+from megatron_lpa.files import write_whole
 from megatron_lpa.model.dtypes import DTYPES
+from megatron_lpa.run_folder import CHECKPOINT, MANIFEST, checkpoint_name
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def convert(
     """
     parameters = source.parameters(layout.lowdim_layout)
     _check_sizes(parameters, layout)
-    step_name = f"step_{source.progress.step:08d}"
-    if re.fullmatch(r"step_\d{8,}", output.name) and output.name != step_name:
+    step_name = checkpoint_name(source.progress.step)
+    if re.fullmatch(CHECKPOINT, output.name) and output.name != step_name:
         raise UserError(f"{output}: the checkpoint is of step {source.progress.step}; call it {step_name}")
     precision = source.manifest["config"]["train"]["precision"]
     dtype = DTYPES[weights_dtype or PRECISIONS[precision].weights]
@@ -115,7 +116,7 @@ def convert(
         manifest = _manifest(source, parameters, layout, files)
         verify_files(partial, manifest, manifest["files"])
         text = json.dumps(manifest, indent=1)
-        write_durably(partial / MANIFEST, text)
+        write_whole(partial / MANIFEST, text)
     return Converted(output, len(files) + 1, sum(file.bytes for file in files) + len(text.encode()))
 
 

@@ -10,11 +10,9 @@ from typing import Any
 import torch
 
 from megatron_lpa.checkpoint.manifest import (
-    MANIFEST,
     DamagedCheckpoint,
     checkpoint_folders,
     read_manifest,
-    step_of,
     verify_files,
 )
 from megatron_lpa.checkpoint.progress import Progress
@@ -27,6 +25,7 @@ from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import spec_of
+from megatron_lpa.run_folder import CHECKPOINTS, MANIFEST, step_of
 
 
 @dataclass(frozen=True)
@@ -157,11 +156,11 @@ def find_source(path: Path, step: int | None = None) -> Source:
     """
     if not is_dir(path):
         raise UserError(f"{path}: no such folder; give a checkpoint, or a run folder such as runs/tiny-lpa")
-    if not is_dir(path / "checkpoints"):
+    if not is_dir(path / CHECKPOINTS):
         if step is not None:
             raise UserError(f"{path} is not a run folder: leave --step out, or give the folder of the run")
         return _verified(path)
-    folders = checkpoint_folders(path / "checkpoints")
+    folders = checkpoint_folders(path / CHECKPOINTS)
     if step is not None:
         of_step = [folder for folder in folders if step_of(folder) == step]
         if not of_step:

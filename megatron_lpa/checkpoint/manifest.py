@@ -28,10 +28,10 @@ from megatron_lpa.files import (
     sha256,
     write_whole,
 )
+from megatron_lpa.run_folder import CHECKPOINT, MANIFEST, checkpoint_name, step_of
 
 Result = TypeVar("Result")
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 STATE_FORMAT = 1
 
@@ -50,11 +50,6 @@ class WrittenFile:
     name: str
     bytes: int
     sha256: str
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint folder."""
-    return int(checkpoint.name.removeprefix("step_"))
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +152,7 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     Raises:
         TryAgain, UserError: as ``paths_in``.
     """
-    return sorted((path for path in paths_in(folder, r"step_[0-9]{8,}") if is_dir(path)), key=step_of)
+    return sorted((path for path in paths_in(folder, CHECKPOINT) if is_dir(path)), key=step_of)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -209,9 +204,7 @@ def described(checkpoint: Path, complete: bool = True) -> dict[str, Any]:
         check_manifest(manifest, complete)
         saved = manifest["progress"]
         progress = Progress(**{own.name: saved.get(own.name, 0) for own in dataclasses.fields(Progress)})
-        if f"step_{progress.step:08d}" != checkpoint.name and re.fullmatch(
-            r"step_[0-9]{8,}", checkpoint.name
-        ):
+        if checkpoint.name != checkpoint_name(progress.step) and re.fullmatch(CHECKPOINT, checkpoint.name):
             raise ValueError(f"it is the manifest of step {progress.step}")
     except UserError:
         raise

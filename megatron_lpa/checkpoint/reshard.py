@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from megatron_lpa.checkpoint.manifest import MANIFEST, DamagedCheckpoint
+from megatron_lpa.checkpoint.manifest import DamagedCheckpoint
 from megatron_lpa.checkpoint.tensor_reader import TensorFiles
 from megatron_lpa.checkpoint.training_state import shard_name
+from megatron_lpa.run_folder import MANIFEST
 
 BLOCK_ELEMENTS = 1 << 18
 """Read at a time where only some columns are wanted: 1 MiB, which stays in the processor's caches."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_lpa.checkpoint.manifest import (
-    MANIFEST,
     DamagedCheckpoint,
     layout_in,
     read_manifest,
@@ -34,6 +33,7 @@ from megatron_lpa.config.compare import completed, differences, listed
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.agreement import gather_messages, together
 from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.run_folder import MANIFEST
 
 logger = logging.getLogger(__name__)
 

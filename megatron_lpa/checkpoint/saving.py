@@ -48,6 +48,7 @@ from megatron_lpa.errors import UserError
 from megatron_lpa.files import patiently
 from megatron_lpa.parallel.agreement import gather_json, gather_messages, largest_of_all
 from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.run_folder import checkpoint_name
 
 Result = TypeVar("Result")
 Tensors = list[tuple[str, torch.Tensor]]
@@ -205,7 +206,7 @@ def begin_save(
     content = _manifest(state, progress, order, step, validation_loss, decisions, unrecorded)
     if evaluates is not None:
         content["evaluates"] = dict(evaluates)
-    pending = PendingCheckpoint(folder / f"step_{progress.step:08d}", progress, groups, retention, content)
+    pending = PendingCheckpoint(folder / checkpoint_name(progress.step), progress, groups, retention, content)
     partial = partial_of(pending.final)
     needed_bytes = (4 * len(kinds) + state.weight_bytes) * sum(
         math.prod(s.shape) for s in state.specs.values()

@@ -23,23 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.checkpoint.manifest import (
-    MANIFEST,
-    checkpoint_folders,
-    complete_checkpoints,
-    described,
-    paths_in,
-    step_of,
-)
+from megatron_lpa.checkpoint.manifest import checkpoint_folders, complete_checkpoints, described, paths_in
 from megatron_lpa.checkpoint.progress import due_at
 from megatron_lpa.config import TrainConfig
 from megatron_lpa.errors import TryAgain, UserError
-from megatron_lpa.files import exists, fsync_folder, is_link, new_file, patiently, refuse_link, status
+from megatron_lpa.files import exists, fsync_folder, is_link, patiently, refuse_link, status, write_whole
+from megatron_lpa.run_folder import DAMAGE_NOTE, DAMAGED, MANIFEST, PASSED, STEP, step_of
 
 logger = logging.getLogger(__name__)
 
-NOTE = "DAMAGED.txt"
-REPLACED = r"\.step_.*\.replaced"
+REPLACED = rf"\.{STEP}.*\.replaced"
 
 
 @dataclass(frozen=True)
@@ -73,16 +66,6 @@ def partial_of(checkpoint: Path) -> Path:
 
 def _replaced(checkpoint: Path) -> Path:
     return checkpoint.with_name(f".{checkpoint.name}.replaced")
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file of a folder that has no name yet, and bring it to disk; a link is not followed.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    with new_file(path) as file:
-        file.write(text.encode())
 
 
 def remove(path: Path) -> None:
@@ -137,7 +120,7 @@ def publish(final: Path, manifest: str) -> None:
         TryAgain: likewise; the disk does not say whether something has the name.
     """
     partial, replaced = partial_of(final), _replaced(final)
-    write_durably(partial / MANIFEST, manifest)
+    write_whole(partial / MANIFEST, manifest)
     fsync_tree(partial)
     if exists(final):
         remove(replaced)
@@ -182,7 +165,7 @@ def tidy(folder: Path) -> None:
         TryAgain: the disk does not say what is there.
     """
     give_names_back(folder)
-    for path in paths_in(folder, r"\.step_.*\.(partial|removed|replaced)"):
+    for path in paths_in(folder, rf"\.{STEP}.*\.(partial|removed|replaced)"):
         try:
             remove(path)
         except (OSError, UserError) as error:
@@ -196,7 +179,7 @@ def has_checkpoints(folder: Path) -> bool:
 
 def damaged_folders(folder: Path) -> list[Path]:
     """Checkpoints that were found damaged and set aside."""
-    return sorted(paths_in(folder, "damaged_step_.*"))
+    return sorted(paths_in(folder, f"{DAMAGED}{STEP}.*"))
 
 
 def set_aside(checkpoint: Path, reason: str) -> Path:
@@ -217,17 +200,17 @@ def set_aside(checkpoint: Path, reason: str) -> Path:
         f"If it has been mended, rename the folder to {checkpoint.name}. Otherwise it can be deleted.\n"
     )
     with contextlib.suppress(OSError):  # a full disk must not keep it from getting out of the way
-        write_durably(checkpoint / NOTE, note)
-    return _renamed(checkpoint, "damaged")
+        write_whole(checkpoint / DAMAGE_NOTE, note)
+    return _renamed(checkpoint, DAMAGED)
 
 
 def _renamed(checkpoint: Path, why: str) -> Path:
     """``WHY_step_NNNNNNNN``, which nothing loads, counts or removes; with a number where that name is taken."""
-    target = checkpoint.with_name(f"{why}_{checkpoint.name}")
+    target = checkpoint.with_name(f"{why}{checkpoint.name}")
     number = 1
     while status(target, follow_links=False) is not None:
         number += 1
-        target = checkpoint.with_name(f"{why}_{checkpoint.name}.{number}")
+        target = checkpoint.with_name(f"{why}{checkpoint.name}.{number}")
     os.rename(checkpoint, target)
     with contextlib.suppress(OSError):
         fsync_folder(target.parent)
@@ -336,7 +319,7 @@ def pass_over(folder: Path, step: int, retention: Retention) -> list[str]:
         kept = f"{named[path]} keeps it" if path in named else "its manifest cannot be used"
         try:
             if path in named or path not in sound:
-                target = _renamed(path, "passed")
+                target = _renamed(path, PASSED)
                 notes.append(f"{path.name} is now {target.name}: the run goes back behind it, and {kept}")
             else:
                 _remove_checkpoint(path)

@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from megatron_lpa.checkpoint.manifest import WrittenFile
-from megatron_lpa.checkpoint.store import write_durably
-from megatron_lpa.files import fsync_folder
+from megatron_lpa.files import fsync_folder, write_whole
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -220,5 +219,5 @@ def write_index(folder: Path, files: Sequence[WrittenFile], names_in: Sequence[S
     weight_map = {name: file.name for file, names in zip(files, names_in, strict=True) for name in names}
     total = sum(file.bytes for file in files)
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
-    write_durably(folder / INDEX, text)
+    write_whole(folder / INDEX, text)
     return WrittenFile(INDEX, len(text), hashlib.sha256(text.encode()).hexdigest())

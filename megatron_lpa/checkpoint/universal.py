@@ -38,9 +38,9 @@ from megatron_lpa.checkpoint.convert import Converted
 from megatron_lpa.checkpoint.convert_source import Parameter, Source
 from megatron_lpa.checkpoint.manifest import layout_in, size_of
 from megatron_lpa.checkpoint.new_folder import new_folder
-from megatron_lpa.checkpoint.store import write_durably
 from megatron_lpa.checkpoint.training_state import MASTER, MOMENTS
-from megatron_lpa.files import files_below, new_file, patiently, sha256
+from megatron_lpa.files import files_below, new_file, patiently, sha256, write_whole
+from megatron_lpa.run_folder import checkpoint_name
 
 LATEST = "latest_universal"
 SUMS = "SHA256SUMS"
@@ -66,7 +66,7 @@ def write_universal(source: Source, output: Path, lowdim_layout: str | None = No
     parameters = source.parameters(lowdim_layout or layout_in(source.manifest)["lowdim_layout"])
     elements = sum(parameter.elements for parameter in parameters)
     needed = 12 * elements + _FILE_OVERHEAD_BYTES * (4 * len(parameters) + 8)
-    tag = f"step_{source.progress.step:08d}"
+    tag = checkpoint_name(source.progress.step)
     with new_folder(output, needed) as partial:
         folder = partial / tag
         sums = _write_tensors(folder, source, parameters)
@@ -74,8 +74,8 @@ def write_universal(source: Source, output: Path, lowdim_layout: str | None = No
         for name, expected in sums.items():
             if sha256(folder / name) != expected:
                 raise OSError(f"{folder / name} reads back otherwise than it was written")
-        write_durably(folder / SUMS, "".join(f"{value}  {name}\n" for name, value in sums.items()))
-        write_durably(partial / LATEST, tag)
+        write_whole(folder / SUMS, "".join(f"{value}  {name}\n" for name, value in sums.items()))
+        write_whole(partial / LATEST, tag)
         written = sum(patiently(functools.partial(size_of, path), path) or 0 for path in files_below(partial))
     return Converted(output, len(sums) + 2, written)
 

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_lpa.checkpoint.manifest import (
-    MANIFEST,
     DamagedCheckpoint,
     checkpoint_folders,
     complete_checkpoints,
@@ -32,7 +31,7 @@ from megatron_lpa.errors import EXIT_FAILED, UserError
 from megatron_lpa.evaluate.trained import read_config
 from megatron_lpa.files import exists
 from megatron_lpa.records import NoRecord, NoStep, read_lines
-from megatron_lpa.run_folder import CHECKPOINTS, METRICS, shown
+from megatron_lpa.run_folder import CHECKPOINTS, MANIFEST, METRICS, shown
 from megatron_lpa.train.schedule import total_steps
 
 logger = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ from megatron_lpa.config.presets import preset_names
 from megatron_lpa.config.schema import CONFIG_KEYS, CONFIG_SECTIONS, nearest
 from megatron_lpa.config.yaml_io import read_yaml
 from megatron_lpa.errors import TryAgain, UserError, named, shown
+from megatron_lpa.run_folder import CONFIG
 from megatron_lpa.run_folder import shown as readable
 
 OPTIONS = ("preset", "config", "print-config", "help")
 
 _MOST_LISTED = 4
-_RUN_CONFIG = "config.yaml"
 _DEEPSPEED = (
     "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping", "steps_per_print", "fp16", "bf16", "zero_allow_untested_optimizer", "wall_clock_breakdown",
@@ -100,6 +100,6 @@ def _of_other_kind(path: str) -> UserError | None:
         return UserError(f"--config {path}: no file, but a preset's name; give --preset {path}")
     if not os.path.isdir(path):
         return None
-    inside = os.path.join(path, _RUN_CONFIG)
+    inside = os.path.join(path, CONFIG)
     advice = f"give {readable(inside)}" if os.path.isfile(inside) else "give a file of YAML"
     return UserError(f"--config {readable(path)}: a folder, not a regular file; {advice}")

@@ -16,6 +16,7 @@ from megatron_lpa.errors import TryAgain, UserError, named
 from megatron_lpa.evaluate.held_out import data_of, fingerprint_of, split_streams
 from megatron_lpa.evaluate.perplexity import count_text
 from megatron_lpa.evaluate.trained import RecordedRun, read_config, recorded_run, required_tokenizer
+from megatron_lpa.run_folder import CHECKPOINTS
 
 UNKNOWN = "unknown"
 HELD_OUT = {"valid": "validation", "test": "test"}
@@ -79,7 +80,7 @@ def terms_of(folder: Path, tokens: dict[str, int | None]) -> Terms:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    complete = complete_checkpoints(folder / "checkpoints")
+    complete = complete_checkpoints(folder / CHECKPOINTS)
     return (_or_none(lambda: described(complete[-1], complete=False)) if complete else None) or {}
 
 

@@ -17,8 +17,9 @@ from megatron_lpa.data.storage.dataset_manifest import manifest_path, read_manif
 from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.data.tokenizers.opening import load_tokenizer
 from megatron_lpa.errors import TryAgain, UserError
-from megatron_lpa.evaluate.trained import CONFIG, RecordedRun, found_again
+from megatron_lpa.evaluate.trained import RecordedRun, found_again
 from megatron_lpa.files import is_dir
+from megatron_lpa.run_folder import CONFIG, TOKENIZER
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _refuse_other_data(run: RecordedRun, splits: Splits) -> None:
 
 def fingerprint_of(run: RecordedRun) -> tuple[str, str] | None:
     """The fingerprint of the run's tokenizer, and where it is known from."""
-    copy = run.folder / "tokenizer"
+    copy = run.folder / TOKENIZER
     if is_dir(copy):
         return load_tokenizer(str(copy)).fingerprint, str(copy)
     for _, recorded in _training_prefixes(run.config.data):

@@ -28,6 +28,7 @@ from megatron_lpa.evaluate.metrics_file import Record, read_metrics, records_of
 from megatron_lpa.evaluate.trained import read_config
 from megatron_lpa.planning.accounting import count_parameters, flops_per_token_training
 from megatron_lpa.records import is_finite_number, perplexity
+from megatron_lpa.run_folder import CHECKPOINTS
 
 NOT_MEASURED = "not measured"
 NOT_FINITE = "not finite"
@@ -249,7 +250,7 @@ def _quoted(text: str) -> str:
 
 
 def _layout(folder: Path, config: RunConfig) -> str | None:
-    complete = complete_checkpoints(folder / "checkpoints")
+    complete = complete_checkpoints(folder / CHECKPOINTS)
     if not complete:
         return None
     layout = described(complete[-1], complete=False).get("layout", {})

@@ -8,13 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_lpa.checkpoint.manifest import (
-    MANIFEST,
-    complete_checkpoints,
-    described,
-    read_manifest,
-    verify_files,
-)
+from megatron_lpa.checkpoint.manifest import complete_checkpoints, described, read_manifest, verify_files
 from megatron_lpa.checkpoint.weights import load_decoder
 from megatron_lpa.config import RunConfig, load_config
 from megatron_lpa.config.kernels import anywhere
@@ -24,8 +18,7 @@ from megatron_lpa.files import exists, is_dir
 from megatron_lpa.model.dtypes import autocast_dtype, weights_dtype
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.ops.products import keep_partial_sums_in_fp32
-
-CONFIG = "config.yaml"
+from megatron_lpa.run_folder import CHECKPOINTS, CONFIG, MANIFEST, TOKENIZER, step_of
 
 
 @dataclass(frozen=True)
@@ -122,7 +115,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> tuple[Path, Path]:
                 "RUN/checkpoints, beside that file"
             )
         return above[1], path
-    complete = complete_checkpoints(path / "checkpoints")
+    complete = complete_checkpoints(path / CHECKPOINTS)
     if not complete:
         raise UserError(
             f"{path}/checkpoints holds no complete checkpoint (a step_NNNNNNNN folder with {MANIFEST}); "
@@ -130,7 +123,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> tuple[Path, Path]:
         )
     if step is None:
         return path, complete[-1]
-    steps = {int(found.name.removeprefix("step_")): found for found in complete}
+    steps = {step_of(found): found for found in complete}
     if step not in steps:
         raise UserError(
             f"{path} holds no complete checkpoint of step {step}; it has {', '.join(map(str, steps))}"
@@ -190,7 +183,7 @@ def _tokenizer_of(config: RunConfig, folder: Path, override: str | None) -> Toke
 
 def _recorded_tokenizer(recorded: str, config: RunConfig, folder: Path) -> str:
     """The copy that the run keeps; without it, the recorded name."""
-    copy = folder / "tokenizer"
+    copy = folder / TOKENIZER
     return str(copy) if is_dir(copy) else found_again(recorded, config, folder)
 
 

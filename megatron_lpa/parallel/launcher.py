@@ -7,6 +7,8 @@ import json
 import os
 import time
 
+from megatron_lpa.files import write_whole
+
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Where torchrun reads what a process ended with, for the summary that it closes with."""
 
@@ -46,5 +48,5 @@ def tell_launcher(message: str) -> None:
     if not path:
         return
     content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
-    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file)
+    with contextlib.suppress(OSError):
+        write_whole(path, json.dumps(content))

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_lpa.data.storage.partial_file import explained_write_errors
 from megatron_lpa.errors import UserError
-from megatron_lpa.files import exists, from_disk, is_dir
+from megatron_lpa.files import exists, from_disk, is_dir, write_whole
 from megatron_lpa.preparation.documents import read_texts
 
 EOD_TOKEN = "<|endoftext|>"
@@ -78,8 +78,8 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: str, json_ke
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             scratch.chmod(0o777 & ~_umask())
-            (scratch / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-            (scratch / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            write_whole(scratch / "tokenizer.json", tokenizer.to_str(pretty=True))
+            write_whole(scratch / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
             os.replace(scratch, folder)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -17,7 +17,7 @@ from megatron_lpa.config import RunConfig
 from megatron_lpa.data.splits import Splits
 from megatron_lpa.engine.ds_config import check_by_deepspeed, find_ds_config, read_zero_knobs
 from megatron_lpa.engine.zero_knobs import check_device
-from megatron_lpa.files import tree_digest
+from megatron_lpa.files import files_below, tree_digest
 from megatron_lpa.parallel.disagreement import flat
 
 PACKAGES = ("torch", "deepspeed", "triton", "numpy", "safetensors", "liger-kernel")
@@ -28,6 +28,7 @@ VARIABLES = (
 )  # fmt: skip
 """Of the environment: what changes arithmetic, or how ranks add up. All are of libraries; none is ours."""
 
+PACKAGE = Path(megatron_lpa.__file__).parent
 CODE = ("*.py", "*.yaml", "*.json")
 
 
@@ -48,7 +49,7 @@ def start_facts(config: RunConfig) -> dict[str, Any]:
         "version of megatron_lpa": megatron_lpa.__version__,
         "version of Python": ".".join(platform.python_version_tuple()[:2]),
         "version of CUDA": torch.version.cuda,
-        "hash of the code of megatron_lpa": tree_digest(Path(megatron_lpa.__file__).parent, CODE)[:16],
+        "hash of the code of megatron_lpa": tree_digest(PACKAGE, files_below(PACKAGE, CODE))[:16],
         "kind of device": "GPU" if torch.cuda.is_available() else "CPU",
         **{f"environment variable {name}": os.environ.get(name) for name in sorted(VARIABLES)},
     }

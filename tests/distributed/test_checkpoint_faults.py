@@ -14,11 +14,12 @@ import pytest
 from support.models import MODELS
 from support.world import groups_for
 
-from megatron_lpa.checkpoint.manifest import MANIFEST, complete_checkpoints, read_manifest, sealed
+from megatron_lpa.checkpoint.manifest import complete_checkpoints, read_manifest, sealed
 from megatron_lpa.checkpoint.progress import Progress, SampleOrder
-from megatron_lpa.checkpoint.store import NOTE, checkpoint_folders, damaged_folders, tidy
+from megatron_lpa.checkpoint.store import checkpoint_folders, damaged_folders, tidy
 from megatron_lpa.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_lpa.errors import UserError
+from megatron_lpa.run_folder import DAMAGE_NOTE, MANIFEST
 
 ORDER = SampleOrder(seed=27, samples_per_epoch=1000, samples_per_step=8)
 RUN = RunConfig(
@@ -134,7 +135,7 @@ def test_the_newest_intact_checkpoint_is_used_and_the_damaged_one_is_set_aside(
     assert len(notes) == 1 and notes[0].startswith("step_00000003 was skipped: ") and str(folder) in notes[0]
     assert [path.name for path in complete_checkpoints(folder)] == ["step_00000001", "step_00000002"]
     (aside,) = damaged_folders(folder)
-    assert notes[0].partition(": ")[2] in (aside / NOTE).read_text()
+    assert notes[0].partition(": ")[2] in (aside / DAMAGE_NOTE).read_text()
 
 
 def test_several_damaged_ones_are_skipped_and_when_none_is_left_nothing_is_renamed(world, three, tmp_path):

@@ -16,11 +16,12 @@ from support.manifests import put
 from support.models import MODELS
 from support.world import groups_for
 
-from megatron_lpa.checkpoint.manifest import MANIFEST, checkpoint_folders, read_manifest
+from megatron_lpa.checkpoint.manifest import checkpoint_folders, read_manifest
 from megatron_lpa.checkpoint.progress import Progress, SampleOrder
 from megatron_lpa.checkpoint.store import Retention, tidy
 from megatron_lpa.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_lpa.errors import TryAgain, UserError
+from megatron_lpa.run_folder import MANIFEST
 
 ORDER = SampleOrder(seed=27, samples_per_epoch=1000, samples_per_step=8, data={"hash": "abc"})
 RUN = RunConfig(

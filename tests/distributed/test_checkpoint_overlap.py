@@ -11,9 +11,9 @@ import torch
 from distributed.test_checkpoint import ORDER, config, step
 from support.world import groups_for
 
-from megatron_lpa.checkpoint.manifest import MANIFEST
 from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.config import RunConfig
+from megatron_lpa.run_folder import MANIFEST
 
 
 def saved_beside_training(run: RunConfig, folder: str) -> list[tuple[float, float]]:

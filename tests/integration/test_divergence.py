@@ -10,8 +10,9 @@ import pytest
 from integration.launching import SMALL, launch, records
 from safetensors.numpy import load_file
 
-from megatron_lpa.checkpoint.manifest import MANIFEST, sealed
+from megatron_lpa.checkpoint.manifest import sealed
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
+from megatron_lpa.run_folder import MANIFEST
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from integration.launching import SMALL, launch, records
 from safetensors.numpy import load_file
 
-from megatron_lpa.checkpoint.manifest import MANIFEST
+from megatron_lpa.run_folder import MANIFEST
 
 SIGTERM, KILLED = 143, 9
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from launching import SMALL, launch, records
 
-from megatron_lpa.checkpoint.manifest import MANIFEST, complete_checkpoints
+from megatron_lpa.checkpoint.manifest import complete_checkpoints
+from megatron_lpa.run_folder import MANIFEST
 
 
 def arguments(name: str, *more: str) -> list[str]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from launching import SMALL, launch, records
 
-from megatron_lpa.checkpoint.manifest import MANIFEST
 from megatron_lpa.config import load_config
 from megatron_lpa.errors import UserError
+from megatron_lpa.run_folder import MANIFEST
 from megatron_lpa.train.alike import sample_order
 from megatron_lpa.train.complete import why_nothing_to_do
 from megatron_lpa.train.data import open_data

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-COMMON = Path(__file__).resolve().parents[2] / "slurm" / "common.sh"
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMMON = REPOSITORY / "slurm" / "common.sh"
 
 
 def bash(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run lines after ``common.sh``, in a folder whose ``run`` is the run folder."""
     return subprocess.run(
-        ["bash", "-c", f'set -euo pipefail; source "$1"; run=run restarts=0 first_step=4 max_idle=3; {script}', "script", str(COMMON)],
-        cwd=folder, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "HOME": str(folder / "home")} | environment,
+        ["bash", "-c", f'set -euo pipefail; source "$1"; run=run python=("{sys.executable}") restarts=0 first_step=4 max_idle=3; {script}', "script", str(COMMON)],
+        cwd=folder, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "HOME": str(folder / "home"), "PYTHONPATH": str(REPOSITORY)} | environment,
         capture_output=True, text=True, timeout=20,
     )  # fmt: skip
 

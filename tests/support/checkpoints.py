@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_lpa.checkpoint.convert import TargetLayout, convert
 from megatron_lpa.checkpoint.convert_source import find_source
-from megatron_lpa.checkpoint.manifest import MANIFEST, sealed
+from megatron_lpa.checkpoint.manifest import sealed
 from megatron_lpa.checkpoint.progress import Progress, SampleOrder
 from megatron_lpa.checkpoint.store import partial_of, publish
 from megatron_lpa.checkpoint.tensor_file import write_tensors
@@ -24,6 +24,7 @@ from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import ParameterSpec, merge, spec_of, split
+from megatron_lpa.run_folder import MANIFEST
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 State = dict[tuple[str, str], torch.Tensor]

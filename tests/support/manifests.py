@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_lpa.checkpoint.manifest import MANIFEST, sealed
+from megatron_lpa.checkpoint.manifest import sealed
+from megatron_lpa.run_folder import MANIFEST
 
 
 def whole_manifest(step: int, files: Mapping[str, Any], **more: Any) -> dict[str, Any]:

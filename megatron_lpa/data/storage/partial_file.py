@@ -1,4 +1,8 @@
-"""Files that appear whole or not at all."""
+"""Files that grow for hours and appear whole or not at all.
+
+``files.write_whole`` is for small ones: here a killed process leaves what a later one goes on with, and a lock keeps two
+from writing one file.
+"""
 
 from __future__ import annotations
 

@@ -27,17 +27,12 @@ from support.models import MODELS
 from megatron_lpa.checkpoint import convert as convert_module
 from megatron_lpa.checkpoint.convert import TargetLayout, convert
 from megatron_lpa.checkpoint.convert_source import find_source
-from megatron_lpa.checkpoint.manifest import (
-    MANIFEST,
-    DamagedCheckpoint,
-    read_manifest,
-    sealed,
-    verify_files,
-)
+from megatron_lpa.checkpoint.manifest import DamagedCheckpoint, read_manifest, sealed, verify_files
 from megatron_lpa.checkpoint.tensor_file import write_weights
 from megatron_lpa.checkpoint.universal import write_universal
 from megatron_lpa.checkpoint.weights import load_decoder
 from megatron_lpa.errors import UserError
+from megatron_lpa.run_folder import MANIFEST
 
 MODEL = MODELS["s1_low_all"]
 NAME = "step_00000007"

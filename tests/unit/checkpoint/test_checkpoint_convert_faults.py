@@ -22,13 +22,9 @@ from support.checkpoints import (
 )
 from support.models import MODELS
 
-from megatron_lpa.checkpoint.manifest import (
-    MANIFEST,
-    checkpoint_folders,
-    read_manifest,
-    verify_files,
-)
+from megatron_lpa.checkpoint.manifest import checkpoint_folders, read_manifest, verify_files
 from megatron_lpa.errors import UserError
+from megatron_lpa.run_folder import MANIFEST
 
 NAME = "step_00000007"
 

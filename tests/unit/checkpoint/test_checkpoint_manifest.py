@@ -13,7 +13,6 @@ from support.manifests import small_checkpoint
 from megatron_lpa import files
 from megatron_lpa.checkpoint import manifest as module
 from megatron_lpa.checkpoint.manifest import (
-    MANIFEST,
     DamagedCheckpoint,
     checkpoint_folders,
     complete_checkpoints,
@@ -21,6 +20,7 @@ from megatron_lpa.checkpoint.manifest import (
     verify_files,
 )
 from megatron_lpa.errors import EXIT_FAILED, TryAgain
+from megatron_lpa.run_folder import MANIFEST
 
 CONTENT = b"0123456789"
 

@@ -18,7 +18,6 @@ from support.models import MODELS
 from megatron_lpa.checkpoint.convert import TargetLayout, convert
 from megatron_lpa.checkpoint.convert_source import find_source
 from megatron_lpa.checkpoint.manifest import (
-    MANIFEST,
     DamagedCheckpoint,
     note_validation,
     read_manifest,
@@ -29,6 +28,7 @@ from megatron_lpa.checkpoint.manifest_schema import check_manifest
 from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.checkpoint.store import Retention, expendable, prune
 from megatron_lpa.errors import UserError
+from megatron_lpa.run_folder import MANIFEST
 
 MISSING = object()
 WRONG: list[Any] = [MISSING, None, [], {}, [1], {"a": 1}, True, False, -1, 0, 1.5, 10**30, 10**400, float("nan"), float("inf"), "", "7", "x" * 10**6, "\0"]  # fmt: skip

@@ -9,9 +9,7 @@ import pytest
 from support.store_folders import contents, failing, steps_in, written
 
 from megatron_lpa.checkpoint import store
-from megatron_lpa.checkpoint.manifest import MANIFEST, step_of
 from megatron_lpa.checkpoint.store import (
-    NOTE,
     Retention,
     damaged_folders,
     has_checkpoints,
@@ -22,6 +20,7 @@ from megatron_lpa.checkpoint.store import (
     to_go_back_to,
 )
 from megatron_lpa.errors import TryAgain
+from megatron_lpa.run_folder import DAMAGE_NOTE, MANIFEST, step_of
 
 LOSSES = {100: 3.0, 200: 2.0, 300: None, 400: 2.5, 500: 2.6, 600: None}
 
@@ -167,8 +166,10 @@ def test_damaged_ones_count_for_no_rule_and_are_not_removed(tmp_path):
         "step_00000200",
         "step_00000300",
     ]
-    assert "a bit is wrong" in (tmp_path / "damaged_step_00000400" / NOTE).read_text()
-    assert "rename the folder to step_00000400" in (tmp_path / "damaged_step_00000400" / NOTE).read_text()
+    assert "a bit is wrong" in (tmp_path / "damaged_step_00000400" / DAMAGE_NOTE).read_text()
+    assert (
+        "rename the folder to step_00000400" in (tmp_path / "damaged_step_00000400" / DAMAGE_NOTE).read_text()
+    )
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,6 @@ from support.store_folders import contents, failing, prepared, steps_in, written
 
 from megatron_lpa.checkpoint import store
 from megatron_lpa.checkpoint.manifest import (
-    MANIFEST,
     DamagedCheckpoint,
     checkpoint_folders,
     complete_checkpoints,
@@ -22,7 +21,6 @@ from megatron_lpa.checkpoint.manifest import (
 )
 from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.checkpoint.store import (
-    NOTE,
     Retention,
     check_free_space,
     damaged_folders,
@@ -36,6 +34,7 @@ from megatron_lpa.checkpoint.store import (
 )
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import UnusableFile
+from megatron_lpa.run_folder import DAMAGE_NOTE, MANIFEST
 
 
 def verified(checkpoint: Path) -> Progress:
@@ -232,7 +231,7 @@ def test_what_a_killed_process_left_and_cannot_be_removed_is_a_warning(tmp_path,
 
 def test_a_full_disk_does_not_keep_a_damaged_one_from_being_set_aside(tmp_path, monkeypatch):
     written(tmp_path, 3)
-    monkeypatch.setattr(store, "write_durably", failing(store.write_durably, lambda *_: True))
+    monkeypatch.setattr(store, "write_whole", failing(store.write_whole, lambda *_: True))
     assert set_aside(tmp_path / "step_00000003", "a bit is wrong").name == "damaged_step_00000003"
     assert [path.name for path in tmp_path.iterdir()] == ["damaged_step_00000003"]
 
@@ -255,12 +254,12 @@ def test_what_links_lead_to_is_never_removed_or_written(tmp_path, mine):
     for name in (".step_00000007.partial", ".step_00000001.removed", ".step_00000003.replaced"):
         (run / name).symlink_to(mine)
     (run / "step_00000000").symlink_to(mine / "step_00000001")
-    (run / "step_00000004" / NOTE).symlink_to(mine / "note")
+    (run / "step_00000004" / DAMAGE_NOTE).symlink_to(mine / "note")
     written(run, 7)  # over a link to a folder, where it is to be written
     tidy(run)
     prune(run, Retention(newest=2))
     aside = set_aside(run / "step_00000004", "a bit is wrong")
-    assert "a bit is wrong" in (aside / NOTE).read_text() and not (aside / NOTE).is_symlink()
+    assert "a bit is wrong" in (aside / DAMAGE_NOTE).read_text() and not (aside / DAMAGE_NOTE).is_symlink()
     assert contents(mine) == before
     assert sorted(path.name for path in run.iterdir()) == [
         "damaged_step_00000004", "step_00000000", "step_00000007",

@@ -14,13 +14,12 @@ import pytest
 from support.manifests import put, small_checkpoint
 
 from megatron_lpa import files
-from megatron_lpa.checkpoint.manifest import MANIFEST
 from megatron_lpa.checkpoint.progress import AT_START, Decisions, Progress
 from megatron_lpa.checkpoint.resume import Resumed
 from megatron_lpa.config.run import TrainConfig
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.parallel.groups import ParallelGroups
-from megatron_lpa.run_folder import PASSED_OVER
+from megatron_lpa.run_folder import MANIFEST, PASSED_OVER
 from megatron_lpa.train import rollback
 from megatron_lpa.train.rollback import recall, roll_back
 
