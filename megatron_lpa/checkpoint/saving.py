@@ -219,18 +219,6 @@ def begin_save(
     return pending
 
 
-def save_checkpoint(
-    state: TrainingState,
-    folder: Path,
-    progress: Progress,
-    order: SampleOrder,
-    retention: Retention = KEEP_ALL,
-    validation_loss: float | None = None,
-) -> Path:
-    """Write a whole checkpoint before anything else goes on; arguments and errors are those of ``begin_save``."""
-    return begin_save(state, folder, progress, order, retention, validation_loss).complete()
-
-
 def layout_of(state: TrainingState) -> dict[str, Any]:
     """How a state is spread."""
     return {
@@ -353,7 +341,7 @@ def _manifest(
             "format": STATE_FORMAT,
             "optimizer": "AdamW",
             "optimizer_step": step,
-            "skipped_steps": state.skipped_steps,
+            "skipped_steps": state.skipped_steps(),
             "parameters": {n: {"shape": list(s.shape), "tp_dim": s.tp_dim} for n, s in state.specs.items()},
         },
     }

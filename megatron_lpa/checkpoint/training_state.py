@@ -6,7 +6,7 @@ process holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -63,41 +63,26 @@ class Fragment:
 
 
 class TrainingState(Protocol):
-    """A model in training, as a checkpoint saves and restores it. Each process has one."""
+    """A model in training, as a checkpoint saves and restores it. Each process has one.
 
-    @property
-    def groups(self) -> ParallelGroups:
-        """Where this process stands."""
-        ...
+    Attributes:
+        groups: where this process stands.
+        config: of the run.
+        zero_stage: ZeRO's stage, as the run asks for it.
+        specs: of all parameters, by name, in the model's order.
+        weight_bytes: of one element of the weights that compute.
+        versions: what trains, and its version; goes into the manifest.
+    """
 
-    @property
-    def config(self) -> RunConfig:
-        """Of the run."""
-        ...
+    groups: ParallelGroups
+    config: RunConfig
+    zero_stage: int
+    specs: dict[str, ParameterSpec]
+    weight_bytes: int
+    versions: dict[str, str]
 
-    @property
-    def zero_stage(self) -> int:
-        """ZeRO's stage, as the run asks for it."""
-        ...
-
-    @property
-    def specs(self) -> Mapping[str, ParameterSpec]:
-        """Of all parameters, by name, in the model's order."""
-        ...
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of one element of the weights that compute."""
-        ...
-
-    @property
     def skipped_steps(self) -> int:
         """Steps that changed nothing because the gradient's norm was not finite."""
-        ...
-
-    @property
-    def versions(self) -> Mapping[str, str]:
-        """What trains, and its version; goes into the manifest."""
         ...
 
     def settle(self) -> None:

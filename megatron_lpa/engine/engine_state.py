@@ -11,7 +11,7 @@ The only module that knows DeepSpeed's internals.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_lpa.checkpoint.training_state import KINDS, MASTER, MOMENTS, Fragment
-from megatron_lpa.config import RunConfig
 from megatron_lpa.engine.joining import deepspeed
 from megatron_lpa.engine.stepping import Engine, OneReplica
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -49,7 +48,6 @@ class HeldFragment(Fragment):
         return whole.detach().view(-1).narrow(0, self.offset, self.length)
 
 
-@dataclass(frozen=True, eq=False)
 class EngineState:
     """The state of an engine, as ``checkpoint.training_state.TrainingState`` has it.
 
@@ -57,42 +55,15 @@ class EngineState:
         engine: the engine.
     """
 
-    engine: Engine
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.groups, self.config = engine, engine.groups, engine.config
+        self.zero_stage, self.specs = engine.zero_stage, engine.specs
+        self.weight_bytes = max(parameter.itemsize for parameter in engine.parameters.values())
+        self.versions = {"deepspeed": deepspeed.__version__}
 
-    @property
-    def groups(self) -> ParallelGroups:
-        """Where this process stands."""
-        return self.engine.groups
-
-    @property
-    def config(self) -> RunConfig:
-        """Of the run."""
-        return self.engine.config
-
-    @property
-    def zero_stage(self) -> int:
-        """ZeRO's stage, as the run asks for it."""
-        return self.engine.zero_stage
-
-    @property
-    def specs(self) -> Mapping[str, ParameterSpec]:
-        """Of all parameters, by name, in the model's order."""
-        return self.engine.specs
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of one element of the weights that compute."""
-        return max(parameter.itemsize for parameter in self.engine.parameters.values())
-
-    @property
     def skipped_steps(self) -> int:
         """Steps that changed nothing because the gradient's norm was not finite."""
         return self.engine.stepper.skipped_steps
-
-    @property
-    def versions(self) -> Mapping[str, str]:
-        """DeepSpeed's, by its name."""
-        return {"deepspeed": deepspeed.__version__}
 
     def settle(self) -> None:
         """Wait until the device has done what training asked of it: DeepSpeed works on streams of its own."""
@@ -106,13 +77,11 @@ class EngineState:
     def _fragments(self) -> Iterator[HeldFragment]:
         for name, parameter in self.engine.parameters.items():
             spec = self.engine.specs[name]
-            place = _place(self.engine, parameter)
-            if place is None or place.length == 0:
+            start, length, flat, offset, optimizer = _place(self.engine, parameter)
+            if length == 0:
                 continue
             copy, copies = _copy_number(spec, self.engine.partition_stage, self.engine.groups)
-            yield HeldFragment(
-                name, spec, place.start, place.length, copy, copies, place.flat, place.offset, place.optimizer
-            )
+            yield HeldFragment(name, spec, start, length, copy, copies, flat, offset, optimizer)
 
     def is_finite(self) -> bool:
         """Whether all masters and moments that this process holds are finite numbers."""
@@ -212,34 +181,26 @@ def _copy_number(spec: ParameterSpec, partition_stage: int, groups: ParallelGrou
     return copy, copies
 
 
-@dataclass(frozen=True)
-class _Place:
-    start: int
-    length: int
-    flat: torch.Tensor
-    offset: int
-    optimizer: torch.optim.Optimizer
-
-
-def _place(engine: Engine, parameter: nn.Parameter) -> _Place | None:
+def _place(engine: Engine, parameter: nn.Parameter) -> tuple[int, int, torch.Tensor, int, Any]:
+    """First element and length in the shard, and ``flat``, ``offset`` and ``optimizer`` as ``HeldFragment`` has them."""
+    zero: Any = engine.stepper.optimizer
+    known: Any = parameter
     if engine.partition_stage == 0:
         stepper = engine.stepper
         master = stepper.master_of[parameter] if isinstance(stepper, OneReplica) else parameter
-        return _Place(0, parameter.numel(), master, 0, stepper.optimizer)
-    zero: Any = engine.optimizer
-    known: Any = parameter
+        return 0, parameter.numel(), master, 0, zero
     if engine.partition_stage == 3:
         group, offset, partition = zero.grad_position[zero.get_param_id(known)]
         start = partition * zero._get_param_partition_rank(known)
         length = max(0, min(partition, known.ds_numel - start))
-        return _Place(start, length, zero.fp32_partitioned_groups_flat[group], offset, _stepping(zero, group))
+        return start, length, zero.fp32_partitioned_groups_flat[group], offset, _stepping(zero, group)
     mapping = known._hp_mapping
     if mapping is None:  # nothing of it is in this process's partition
-        return None
+        return 0, 0, parameter, 0, zero
     # Under this name in both of DeepSpeed's classes: bf16 with fp32 gradients at stage 1 has one of its own.
     (flat,) = zero.optimizer.param_groups[mapping.param_group_index]["params"]
     address = mapping.lp_fragment_address
-    return _Place(address.start, address.numel, flat, mapping.get_hp_fragment_address().start, zero.optimizer)
+    return address.start, address.numel, flat, mapping.get_hp_fragment_address().start, zero.optimizer
 
 
 def _stepping(zero: Any, group: int) -> torch.optim.Optimizer:

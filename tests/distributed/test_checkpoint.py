@@ -59,21 +59,21 @@ def weights_of(engine) -> dict[str, np.ndarray]:
 def undisturbed_and_resumed(run: RunConfig, folder: str) -> tuple:
     """Six steps in one go; and three, a checkpoint, a new engine, three more."""
     from megatron_lpa.checkpoint.resume import load_checkpoint
-    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.checkpoint.saving import begin_save
     from megatron_lpa.engine.build import build_engine
     from megatron_lpa.engine.engine_state import EngineState
 
     groups = groups_for(run.parallel.tensor_parallel_size)
     engine = build_engine(run, groups)
     losses = [step(engine, n) for n in range(3)]
-    path = save_checkpoint(EngineState(engine), Path(folder), Progress(3, 3 * BATCH, 99), ORDER)
+    path = begin_save(EngineState(engine), Path(folder), Progress(3, 3 * BATCH, 99), ORDER).complete()
     losses += [step(engine, n) for n in range(3, 6)]
     weights = weights_of(engine)
     engine.destroy()
 
     other = replace(run, train=replace(run.train, seed=run.train.seed + 1))  # other initial weights
     resumed = build_engine(other, groups)
-    progress = load_checkpoint(resumed, path, ORDER).progress
+    progress = load_checkpoint(EngineState(resumed), path, ORDER).progress
     resumed_losses = [step(resumed, n) for n in range(3, 6)]
     resumed_weights = weights_of(resumed)
     resumed.destroy()
@@ -107,7 +107,7 @@ def test_resuming_is_bitwise_equal_to_never_having_stopped(
 
 
 def save_only(run: RunConfig, folder: str, steps: int, keep: int = 0, shard_bytes: int | None = None) -> dict:
-    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.checkpoint.saving import begin_save
     from megatron_lpa.checkpoint.store import Retention
     from megatron_lpa.checkpoint.tensor_file import write_weights
     from megatron_lpa.engine.build import build_engine
@@ -116,7 +116,7 @@ def save_only(run: RunConfig, folder: str, steps: int, keep: int = 0, shard_byte
     engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
     for number in range(steps):
         step(engine, number)
-        save_checkpoint(EngineState(engine), Path(folder), Progress(number + 1), ORDER, Retention(keep))
+        begin_save(EngineState(engine), Path(folder), Progress(number + 1), ORDER, Retention(keep)).complete()
     named = weights_of(engine)
     if shard_bytes is not None:
         write_weights(EngineState(engine).gathered_weights(), Path(folder) / "sharded", shard_bytes)
@@ -231,19 +231,19 @@ def test_a_damaged_checkpoint_is_refused_on_every_rank(world, saved, tmp_path, d
 
 def save_without_space(run: RunConfig, folder: str, failing_rank: int, limit_bytes: int) -> str:
     """Save a second checkpoint while one rank cannot write more than ``limit_bytes`` into a file."""
-    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.checkpoint.saving import begin_save
     from megatron_lpa.engine.build import build_engine
     from megatron_lpa.engine.engine_state import EngineState
 
     groups = groups_for(run.parallel.tensor_parallel_size)
     engine = build_engine(run, groups)
-    save_checkpoint(EngineState(engine), Path(folder), Progress(1), ORDER)
+    begin_save(EngineState(engine), Path(folder), Progress(1), ORDER).complete()
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if groups.rank == failing_rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
     try:
-        save_checkpoint(EngineState(engine), Path(folder), Progress(2), ORDER)
+        begin_save(EngineState(engine), Path(folder), Progress(2), ORDER).complete()
     except UserError as error:
         return str(error)
     finally:
@@ -278,7 +278,7 @@ def test_only_the_newest_checkpoints_are_kept(world, tmp_path):
 def resumed_with_other_settings(run: RunConfig, folder: str) -> tuple[list[float], list[float]]:
     """Two steps, a checkpoint, and two more steps with another optimizer section: losses and norms."""
     from megatron_lpa.checkpoint.resume import load_checkpoint
-    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.checkpoint.saving import begin_save
     from megatron_lpa.engine.build import build_engine
     from megatron_lpa.engine.engine_state import EngineState
 
@@ -286,11 +286,11 @@ def resumed_with_other_settings(run: RunConfig, folder: str) -> tuple[list[float
     engine = build_engine(run, groups)
     for number in range(2):
         step(engine, number)
-    path = save_checkpoint(EngineState(engine), Path(folder), Progress(2), ORDER)
+    path = begin_save(EngineState(engine), Path(folder), Progress(2), ORDER).complete()
     engine.destroy()
     changed = replace(run.optim, weight_decay=2.0, beta1=0.5, beta2=0.6, eps=1e-3, grad_clip=0.05)
     resumed = build_engine(replace(run, optim=changed), groups)
-    load_checkpoint(resumed, path, ORDER)
+    load_checkpoint(EngineState(resumed), path, ORDER)
     losses = [step(resumed, number) for number in range(2, 5)]
     weights = weights_of(resumed)
     resumed.destroy()

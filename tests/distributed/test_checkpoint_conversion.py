@@ -71,13 +71,13 @@ def test_a_converted_checkpoint_resumes_exactly_like_the_original(world, saved, 
 
 def load_and_save_again(run: RunConfig, checkpoint: str, folder: str) -> None:
     from megatron_lpa.checkpoint.resume import load_checkpoint
-    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.checkpoint.saving import begin_save
     from megatron_lpa.engine.build import build_engine
     from megatron_lpa.engine.engine_state import EngineState
 
     engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
     load_checkpoint(EngineState(engine), Path(checkpoint), ORDER)
-    save_checkpoint(EngineState(engine), Path(folder), Progress(2, 2 * BATCH, 99), ORDER)
+    begin_save(EngineState(engine), Path(folder), Progress(2, 2 * BATCH, 99), ORDER).complete()
     engine.destroy()
 
 

@@ -58,14 +58,14 @@ def masters(engine) -> float:
 
 def save_steps(folder: str, steps: int) -> None:
     """Checkpoints of steps 1 to ``steps``, in each of which every master is the step."""
-    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.checkpoint.saving import begin_save
     from megatron_lpa.engine.build import build_engine
     from megatron_lpa.engine.engine_state import EngineState
 
     engine = build_engine(RUN, groups_for(2))
     for step in range(1, steps + 1):
         set_masters(engine, step)
-        save_checkpoint(EngineState(engine), Path(folder), Progress(step, 8 * step), ORDER)
+        begin_save(EngineState(engine), Path(folder), Progress(step, 8 * step), ORDER).complete()
     engine.destroy()
 
 
@@ -185,7 +185,7 @@ def test_the_engine_never_unpickles() -> None:
 
 
 def save_with_little_space(folder: str, free_bytes: int) -> str:
-    from megatron_lpa.checkpoint.saving import CheckpointNotWritten, save_checkpoint
+    from megatron_lpa.checkpoint.saving import CheckpointNotWritten, begin_save
     from megatron_lpa.engine.build import build_engine
     from megatron_lpa.engine.engine_state import EngineState
 
@@ -193,7 +193,7 @@ def save_with_little_space(folder: str, free_bytes: int) -> str:
     real = shutil.disk_usage
     shutil.disk_usage = lambda path: real(path)._replace(free=free_bytes)
     try:
-        save_checkpoint(EngineState(engine), Path(folder), Progress(1), ORDER)
+        begin_save(EngineState(engine), Path(folder), Progress(1), ORDER).complete()
     except CheckpointNotWritten as error:
         return str(error)
     finally:
@@ -222,7 +222,7 @@ CALLS = ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "open")
 def killed_saves(folder: str) -> list[tuple[int, int, float]]:
     """One save after another, each cut off after one more operation; what is loaded after each."""
     from megatron_lpa.checkpoint.resume import load_newest
-    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.checkpoint.saving import begin_save
     from megatron_lpa.checkpoint.store import Retention
     from megatron_lpa.engine.build import build_engine
     from megatron_lpa.engine.engine_state import EngineState
@@ -236,7 +236,7 @@ def killed_saves(folder: str) -> list[tuple[int, int, float]]:
         own = Path(folder) / str(allowed)
         for step in (1, 2):
             set_masters(engine, step)
-            save_checkpoint(EngineState(engine), own, Progress(step), ORDER)
+            begin_save(EngineState(engine), own, Progress(step), ORDER).complete()
 
         def counted(name: str):
             def call(*arguments: object, **options: object) -> object:
@@ -252,7 +252,7 @@ def killed_saves(folder: str) -> list[tuple[int, int, float]]:
         for name in CALLS:
             setattr(os, name, counted(name))
         try:
-            save_checkpoint(EngineState(engine), own, Progress(3), ORDER, Retention(newest=2))
+            begin_save(EngineState(engine), own, Progress(3), ORDER, Retention(newest=2)).complete()
             finished = True
         except Killed:
             pass

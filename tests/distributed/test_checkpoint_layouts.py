@@ -114,14 +114,14 @@ def unsharded_state(engine) -> State:
 
 def train_and_save(run: RunConfig, folder: str) -> tuple[State, list[float]]:
     """Two steps and a checkpoint; the state then, and the losses of two more steps."""
-    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.checkpoint.saving import begin_save
     from megatron_lpa.engine.build import build_engine
     from megatron_lpa.engine.engine_state import EngineState
 
     engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
     for number in range(2):
         step(engine, number)
-    save_checkpoint(EngineState(engine), Path(folder), Progress(2, 2 * BATCH, 99), ORDER)
+    begin_save(EngineState(engine), Path(folder), Progress(2, 2 * BATCH, 99), ORDER).complete()
     state = unsharded_state(engine)
     losses = [step(engine, number) for number in range(2, 4)]
     engine.destroy()
@@ -276,15 +276,15 @@ def test_vocabulary_padding_may_change_with_the_tensor_parallel_size(world, tmp_
 def roll_back(run: RunConfig, folder: str) -> tuple[State, State, list[float], list[float]]:
     """Load into the very engine that saved and trained on, as after a divergence."""
     from megatron_lpa.checkpoint.resume import load_checkpoint
-    from megatron_lpa.checkpoint.saving import save_checkpoint
+    from megatron_lpa.checkpoint.saving import begin_save
     from megatron_lpa.engine.build import build_engine
     from megatron_lpa.engine.engine_state import EngineState
 
     engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
-    fresh = save_checkpoint(EngineState(engine), Path(folder), Progress(0), ORDER)
+    fresh = begin_save(EngineState(engine), Path(folder), Progress(0), ORDER).complete()
     first = step(engine, 0)
     step(engine, 1)
-    path = save_checkpoint(EngineState(engine), Path(folder), Progress(2, 2 * BATCH), ORDER)
+    path = begin_save(EngineState(engine), Path(folder), Progress(2, 2 * BATCH), ORDER).complete()
     before = unsharded_state(engine)
     losses = [first, *(step(engine, number) for number in range(2, 4))]
     load_checkpoint(EngineState(engine), path, ORDER)

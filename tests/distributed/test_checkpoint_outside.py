@@ -71,9 +71,9 @@ def save_steps(folder: str, steps: list[int], newest: int = 0, failing: str = ""
         for step in steps:
             for fragment in EngineState(engine).fragments():
                 fragment.view("master").fill_(step)
-            done = saving.save_checkpoint(
+            done = saving.begin_save(
                 EngineState(engine), Path(folder), Progress(step, 8 * step), ORDER, Retention(newest)
-            )
+            ).complete()
             names.append(done.name)
     finally:
         store.fsync_folder, saving.prune = sync, prune

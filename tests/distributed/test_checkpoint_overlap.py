@@ -25,7 +25,7 @@ def saved_beside_training(run: RunConfig, folder: str) -> list[tuple[float, floa
     engine = build_engine(run, groups_for(run.parallel.tensor_parallel_size))
     for number in range(2):
         step(engine, number)
-    saving.save_checkpoint(EngineState(engine), Path(folder) / "at_once", Progress(2), ORDER)
+    saving.begin_save(EngineState(engine), Path(folder) / "at_once", Progress(2), ORDER).complete()
 
     written, go_on = saving.write_tensors, threading.Event()
 

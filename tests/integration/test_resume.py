@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_a_memory_that_cannot_be_used_is_refused_before_anything_is_set_aside(fo
 def test_a_disk_that_is_full_for_a_while(folder, tmp_path, choice, monkeypatch):
     """Writes of states up to step 4 go to a device that is always full."""
     (tmp_path / "sitecustomize.py").write_text(FULL_UNTIL_STEP_4)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     name = f"full-{choice}"
     more = ["--train.checkpoint_interval", "2", "--train.on_checkpoint_failure", choice]
     finished = launch(arguments(name, *more), 2, folder)

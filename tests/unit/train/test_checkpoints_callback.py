@@ -12,7 +12,6 @@ import pytest
 from megatron_lpa.checkpoint.progress import AT_START, NOTHING_UNRECORDED, Progress
 from megatron_lpa.checkpoint.saving import CheckpointNotWritten
 from megatron_lpa.config.run import TrainConfig
-from megatron_lpa.engine.engine_state import EngineState
 from megatron_lpa.engine.joining import collective_timeout
 from megatron_lpa.errors import UserError
 from megatron_lpa.parallel.groups import ParallelGroups
@@ -40,11 +39,15 @@ class FakeSaving:
         return Path(f"step_{self.progress.step:08d}")
 
 
+def state_that_is(finite: bool) -> Any:
+    return lambda engine: SimpleNamespace(groups=engine.groups, is_finite=lambda: finite)
+
+
 def trained(
     monkeypatch: pytest.MonkeyPatch, steps: int, broken: tuple[int, ...], on_failure: str, lost_at: int = 1000
 ) -> list[int]:
     monkeypatch.setattr(module, "begin_save", FakeSaving)
-    monkeypatch.setattr(EngineState, "is_finite", lambda state: True)
+    monkeypatch.setattr(module, "EngineState", state_that_is(finite=True))
     monkeypatch.setattr(FakeSaving, "broken", broken)
     monkeypatch.setattr(FakeSaving, "written", [])
     train = TrainConfig(checkpoint_interval=3, on_checkpoint_failure=on_failure)  # type: ignore[arg-type]
@@ -102,7 +105,7 @@ def test_collectives_wait_longer_than_the_watchdog() -> None:
 def test_a_stop_with_a_state_that_is_not_finite_leaves_going_back_to_the_next_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(EngineState, "is_finite", lambda state: False)
+    monkeypatch.setattr(module, "EngineState", state_that_is(finite=False))
     told: list[str] = []
     run: Any = SimpleNamespace(
         engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(step=6), stopping=SimpleNamespace(stopped_by=15),
