@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # for support, fault_injection and benchmarks
 
 # What DeepSpeed compiles is this checkout's own: others may hold its lock, or have other libraries.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(TESTS.parent / ".torch_extensions"))
