@@ -60,12 +60,22 @@ def prepare(folder: Path) -> None:
     Args:
         folder: as ``own_extensions``.
     """
-    # DeepSpeed imports it when an engine is made, and all of PyTorch's compiler with it.
-    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     importlib.import_module("fault_injection.rank")
-    importlib.import_module("megatron_lpa.train.start")
+    import_training()
     own_extensions(folder)
     _build_operator()
+    refuse_threads()
+
+
+def import_training() -> None:
+    """All that a process of a run imports."""
+    # DeepSpeed imports it when an engine is made, and all of PyTorch's compiler with it.
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    importlib.import_module("megatron_lpa.train.start")
+
+
+def refuse_threads() -> None:
+    """Forked processes would lack them."""
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
         raise RuntimeError(f"{threads} threads: forked processes would lack them")
@@ -137,7 +147,7 @@ class Ranks:
         self.pids: list[int] = []
         self._links: list[socket.socket] = []
         self._first_gone_s: float | None = None
-        port = _free_port()
+        port = free_port()
         for rank, spec in enumerate(specs):
             for ending in ("out", "err"):  # a process may be killed before it could
                 (logs / f"rank_{rank}.{ending}").touch()
@@ -265,10 +275,10 @@ class Ranks:
 _next_port = 0
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """One below those that the system gives to connections, which could take it before the first process does."""
     global _next_port
-    _next_port = _next_port or 10_000 + os.getpid() * 101 % 18_000
+    _next_port = _next_port or 10_000 + os.getpid() * 101 % 9_000
     while True:
         _next_port += 1
         with socket.socket() as probe, contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS))
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # for support, fault_injection and benchmarks
 
 # What DeepSpeed compiles is this checkout's own: others may hold its lock, or have other libraries.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(TESTS.parent / ".torch_extensions"))
@@ -21,13 +22,12 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(TESTS.parent / ".torch_extensi
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from support.seconds import SECONDS  # noqa: E402
 from support.world import World  # noqa: E402
 
 from megatron_lpa.command_line import log_to_stderr  # noqa: E402
 
-SECONDS = TESTS / "seconds.json"  # of the longest files; support/seconds.py writes it
 SLOW_FOLDERS = {"integration", "slurm"}
-SLOW_FIXTURES: set[str] = set()
 
 log_to_stderr()  # as in a command
 
@@ -53,12 +53,16 @@ def world() -> Iterator[Callable[[int], World]]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what is slow, and for several workers put the longest files first, so that none is left alone at the end."""
+    seconds: dict[str, int] = json.loads(SECONDS.read_text())
     for item in items:
-        if SLOW_FIXTURES & set(item.fixturenames) or item.path.relative_to(TESTS).parts[0] in SLOW_FOLDERS:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in SLOW_FOLDERS or item.nodeid.partition("[")[0] in seconds:
             item.add_marker(pytest.mark.slow)
     if hasattr(config, "workerinput"):
-        seconds = json.loads(SECONDS.read_text())
-        items.sort(key=lambda item: -seconds.get(together(item.nodeid), 0))  # stable: files stay whole
+        of_group: dict[str, int] = defaultdict(int)
+        for file in {item.nodeid.partition("::")[0] for item in items}:
+            of_group[together(file)] += seconds.get(file, 0)
+        items.sort(key=lambda item: -of_group[together(item.nodeid)])  # stable: files stay whole
 
 
 def together(nodeid: str) -> str:

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 import torch.distributed as dist
-from support.world import free_port
 
+from fault_injection.launches import free_port
 from megatron_lpa.errors import RankError, RankHang, UserError
 from megatron_lpa.parallel import meeting
 from megatron_lpa.parallel.meeting import Meeting, meet

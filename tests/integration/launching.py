@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import IO
 
 from support.forked import Forked
-from support.world import free_port
+
+from fault_injection.launches import free_port
 
 TIMEOUT_S = 180
 SMALL = ["--config", str(Path(__file__).parent / "small.yaml")]

@@ -15,8 +15,8 @@ import numpy as np
 import psutil
 import pytest
 from launching import SMALL, Launch, launch, records
-from support.world import free_port
 
+from fault_injection.launches import free_port
 from megatron_lpa.checkpoint.manifest import complete_checkpoints, read_manifest
 from megatron_lpa.checkpoint.progress import Progress
 from megatron_lpa.config import load_config

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 from launching import SMALL, Launch, launch
-from support.world import free_port
+
+from fault_injection.launches import free_port
 
 DATA = ["--data.prefix", "data", "--data.split", "1,0,0", "--train.steps", "2"]
 

@@ -95,7 +95,7 @@ def test_a_complete_run_is_left_as_it_is(folder, undisturbed):
     again = launch(arguments("never-stopped", "--parallel.lowdim_layout", "column_row"), 2, folder)
     assert again.codes == [0, 0], again.stderr
     assert "is complete: all 8 steps are trained (step_00000008, valid loss " in again.stdout[0]
-    assert "not used now: parallel.lowdim_layout was latent, is rank" in again.stdout[0]
+    assert "not used now: parallel.lowdim_layout was latent, is column_row" in again.stdout[0]
     refused = launch(arguments("never-stopped", "--optim.lr", "0.5"), 1, folder)
     assert refused.codes == [78] and "optim.lr was 0.002, is 0.5" in refused.errors[0], refused.errors
     assert "is complete: all 8 steps are trained" in refused.errors[0]

@@ -14,16 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import gpu_suite, kernel, kernel_layers, kernel_tune
+from benchmarks.kernel_cases import Job
+from benchmarks.kernel_timing import Ceilings, Setting, Times
+from benchmarks.suite_parts import Suite
+from megatron_lpa.errors import UserError
+from megatron_lpa.ops.dispatch import Plan, parse_table
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # benchmarks/ is not an installed package
-
-from benchmarks import gpu_suite, kernel, kernel_layers, kernel_tune  # noqa: E402
-from benchmarks.kernel_cases import Job  # noqa: E402
-from benchmarks.kernel_timing import Ceilings, Setting, Times  # noqa: E402
-from benchmarks.suite_parts import Suite  # noqa: E402
-from megatron_lpa.errors import UserError  # noqa: E402
-from megatron_lpa.ops.dispatch import Plan, parse_table  # noqa: E402
-
 MODULES = [kernel, kernel_tune, gpu_suite]
 DRY = Setting(torch.device("cpu"), torch.float32, 1.0, True)
 

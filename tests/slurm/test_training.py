@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cluster import Cluster, Job
-from torch.utils.cpp_extension import get_default_build_root
 
 from megatron_lpa.config import load_config
 from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
@@ -69,14 +68,11 @@ class Site:
 def compiled_operators(folder: Path) -> Path:
     """A folder for what DeepSpeed compiles, which takes a minute, with what earlier tests compiled.
 
-    Not the usual one: a test that killed a process there may have left a lock.
+    Not that of other tests: one that killed a process there may have left a lock.
     """
-    target = folder / "operators"
-    target.mkdir()
-    for built in Path(get_default_build_root()).glob(
-        f"py{sys.version_info[0]}{sys.version_info[1]}_*/*/*.so"
-    ):
-        shutil.copytree(built.parent, target / built.parent.name, ignore=shutil.ignore_patterns("lock"))
+    built, target = Path(os.environ["TORCH_EXTENSIONS_DIR"]), folder / "operators"
+    built.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(built, target, ignore=shutil.ignore_patterns("lock"))
     return target
 
 

@@ -22,13 +22,6 @@ from pathlib import Path
 
 MESSAGE_BYTES = 160_000
 
-# All that ``python -m megatron_lpa.pretrain`` imports before it trains; not that module itself, which every process runs.
-IMPORTED = (
-    "megatron_lpa.train.start", "megatron_lpa.train.watchdog", "megatron_lpa.train.signals", "megatron_lpa.command_line",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # with PyTorch's compiler, when an engine is made
-    "torch.distributed.checkpoint", "psutil",
-)  # fmt: skip
-
 
 def serve(requests: socket.socket) -> list[str] | None:
     """Fork for each request until nobody can send one.
@@ -119,14 +112,13 @@ def main(requests: socket.socket) -> list[str] | None:
     """Import, say so, and serve."""
     own = sys.path.pop(0)  # this file's folder, which a new interpreter would not have
     sys.path.append(str(Path(own).parents[1]))
-    for name in (*IMPORTED, "fault_injection.launches"):
-        importlib.import_module(name)
+    from fault_injection.launches import import_training, refuse_threads
+
     sys.path.pop()
+    import_training()
     # Compiled in a fresh clone; and DeepSpeed keeps what it has loaded, so that no process here takes the compiler's lock.
     importlib.import_module("deepspeed.comm.torch").build_shm_op()
-    threads = len(os.listdir("/proc/self/task"))
-    if threads != 1:
-        raise RuntimeError(f"{threads} threads: forked processes would lack them")
+    refuse_threads()
     requests.send(b"ready")
     return serve(requests)
 

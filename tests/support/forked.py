@@ -25,7 +25,17 @@ from typing import IO
 FIXED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 """What the environment of every such process has to hold: libraries read it when they are loaded."""
 
-_READ_BY_LIBRARIES = ("LD_", "OMP_", "MKL_", "ONEDNN_", "ATEN_", "DS_", "CUDA_", "TORCH", "TRITON")
+_READ_BY_LIBRARIES = (
+    "LD_",
+    "OMP_",
+    "MKL_",
+    "ONEDNN_",
+    "ATEN_",
+    "DS_",
+    "CUDA_",
+    "TORCH_EXTENSIONS_",
+    "TRITON",
+)
 _ENVIRONMENT = os.environ | FIXED
 
 

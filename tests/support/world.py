@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from fault_injection.launches import free_port
 from megatron_lpa.parallel.groups import ParallelGroups, Traffic
 from support.forked import Forked
 
@@ -28,12 +29,6 @@ TESTS = str(Path(__file__).resolve().parents[1])
 
 CASE_TIMEOUT_S = 240
 AFTER_FAILURE_S = 5
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @functools.cache

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from support import forked
 
 from benchmarks.checkpoint import table
 
@@ -14,19 +14,8 @@ TOOL = Path(__file__).parents[3] / "tools" / "benchmark.py"
 
 def test_it_runs_and_records(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
-    command = [
-        sys.executable,
-        str(TOOL),
-        "checkpoint",
-        "--preset",
-        "tiny/lpa",
-        "--layers",
-        "1",
-        "--repeat",
-        "1",
-    ]
-    command += ["--folder", str(tmp_path), "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    words = ["checkpoint", "--preset", "tiny/lpa", "--layers", "1", "--repeat", "1"]
+    done = forked.run([TOOL, *words, "--folder", tmp_path, "--output", output], TOOL.parents[1])
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     # fp32 master and two moments, and the weights in the run's precision; and headers.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from support import forked
 from torch import nn
 
 from benchmarks import official_code, step_runs
@@ -39,8 +38,7 @@ def benchmark() -> ModuleType:
 def test_train_step_of_every_loop(tmp_path: Path) -> None:
     """In a process of its own: DeepSpeed stays in a process that has started it."""
     output = tmp_path / "result.json"
-    command = [sys.executable, ROOT / "tools" / "benchmark.py", "train-step", "--dry-run", "--output", output]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    done = forked.run([ROOT / "tools" / "benchmark.py", "train-step", "--dry-run", "--output", output], ROOT)
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     records = {(r["preset"], r["loop"]): r for r in result["contenders"]}
@@ -115,7 +113,7 @@ def test_one_process_compares_both_loops_at_each_stage(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     words = ["one-process", "--dry-run", "--stages", "zero0", "zero3", "--output", str(output)]
     # A process of its own: the engine joins a world, which stays.
-    subprocess.run([sys.executable, str(ROOT / "tools" / "benchmark.py"), *words], check=True, cwd=tmp_path)
+    forked.run([ROOT / "tools" / "benchmark.py", *words], tmp_path).check_returncode()
     result = json.loads(output.read_text())
     assert [line["deepspeed_config"] for line in result["comparisons"]] == ["zero0", "zero3"]
     for line in result["comparisons"]:
@@ -128,9 +126,7 @@ def test_the_whole_loop_is_timed_beside_a_bare_one(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     words = "--steps 5 --model.num_layers 1 --model.sequence_length 16 --train.global_batch_size 2"
     words += f" --train.micro_batch_size 1 --output {output}"
-    subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "loop_overhead.py"), *words.split()], check=True
-    )
+    forked.run([ROOT / "benchmarks" / "loop_overhead.py", *words.split()], ROOT).check_returncode()
     result = json.loads(output.read_text())
     ratio = result["step_ms_ours"] / result["step_ms_bare"]
     assert result["overhead_percent"] == pytest.approx(100 * (ratio - 1)) and result["steps_measured"] == 5
@@ -236,7 +232,7 @@ torch.testing.assert_close(*map(torch.tensor, losses), rtol=TOLERANCE, atol=0)
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 1e-3)])
 def test_engine_and_bare_loop_do_the_same(precision: str, tolerance: float) -> None:
     code = ENGINE_AGAINST_BARE.replace("PRECISION", repr(precision)).replace("TOLERANCE", str(tolerance))
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = forked.run(["-c", code], ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
-
 from fault_injection.fault_plan import INTERVAL, SERIES, make_plan, short_plan
 from fault_injection.kinds import DAMAGES, ERRORS, LINKS, MALFORMED, MISMATCHES, OPENED, PIPES
 from fault_injection.record import by_kind, commit_of, merged, table

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from support.world import free_port
 
+from fault_injection.launches import free_port
 from megatron_lpa.train.watchdog import EXIT_HANG, FOLDER, Watchdog, Whereabouts, suspects
 
 HANGS = """
