@@ -77,7 +77,6 @@ def command(interrupted: str = "interrupted") -> Callable[[Main], Main]:
     def made(main: Main) -> Main:
         @functools.wraps(main)
         def ended(argv: Sequence[str]) -> int:
-            log_to_stderr()
             try:
                 return main(argv)
             except UserError as error:
@@ -95,8 +94,8 @@ def command(interrupted: str = "interrupted") -> Callable[[Main], Main]:
 def run_tool(main: Callable[[], int]) -> int:
     """The exit code of a command: that of ``main``, or of how it was ended.
 
-    What the package logs goes to stderr. 141 where nobody reads what it prints any more, 130 for Ctrl-C, 1 with one line where its output cannot be written.
-    What a terminal or a file cannot show is written as an escape.
+    What the package logs goes to stderr. 141 where nobody reads what it prints any more, 130 for Ctrl-C, 1 with one
+    line where its output cannot be written. What a terminal or a file cannot show is written as an escape.
     """
     log_to_stderr()
     for stream in (sys.stdout, sys.stderr):

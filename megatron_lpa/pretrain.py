@@ -28,7 +28,7 @@ from megatron_lpa.parallel.place import place_from_environment
 from megatron_lpa.train.stopping import StopRequest
 from megatron_lpa.train.watchdog import Watchdog
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megatron_lpa.pretrain")  # not __name__: it is run with -m
 
 AGAIN = "the same command would end like this again; change what the message names first"
 

@@ -14,10 +14,10 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from megatron_lpa.command_line import command
+from megatron_lpa.command_line import command, run_tool
 from megatron_lpa.errors import UserError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("megatron_lpa.parallel.address")  # not __name__: it is run with -m
 
 PORTS = range(10_000, 30_000)
 """What is chosen from: below the ports that systems hand out by themselves, and those of most services."""
@@ -113,4 +113,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(lambda: main(sys.argv[1:])))
