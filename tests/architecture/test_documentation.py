@@ -198,19 +198,18 @@ def test_the_table_of_models_has_the_counts_of_the_presets() -> None:
 
 def test_the_table_of_rooms_is_the_contract_of_layers() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    rows = re.findall(r"^\| (`[^|]*`) \| (\d+) \|", text, re.MULTILINE)
-    told = {
-        re.sub(r"/$|\.py$", "", name): int(n) for names, n in rows for name in re.findall(r"`(.*?)`", names)
-    }
-    project = (ROOT / "pyproject.toml").read_text()
-    (layers,) = re.findall(
-        r'name = "A package imports only lower layers".*?layers = \[\n(.*?)\n\]', project, re.DOTALL
-    )
-    levels = [re.findall(r"megatron_lpa\.(\w+)", line) for line in reversed(layers.splitlines())]
-    assert told == {name: number for number, names in enumerate(levels) for name in names}
-    contracts = set(
-        re.findall(r"^name = \"(.*)\"", project.partition("[tool.importlinter]")[2], re.MULTILINE)
-    )
+    table = text.partition("## The tree")[2].partition("Beside the package")[0]
+    names = [
+        name
+        for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+        for name in re.findall(r"`(\w+)", row)
+    ]
+    project = (ROOT / "pyproject.toml").read_text().partition("[tool.importlinter]")[2]
+    layers = project.partition("layers = [")[2].partition("\n]")[0].splitlines()
+    level = {name: n for n, line in enumerate(layers) for name in re.findall(r"megatron_lpa\.(\w+)", line)}
+    assert sorted(names) == sorted(level)
+    assert [level[name] for name in names] == sorted(level.values())
+    contracts = set(re.findall(r"^name = \"(.*)\"", project, re.MULTILINE))
     assert set(re.findall(r"\*([A-Z][\w :,]+)\*", text)) == contracts
 
 
