@@ -187,7 +187,7 @@ def test_every_preset_is_in_the_table_of_models() -> None:
 
 
 def test_the_table_of_models_has_the_counts_of_the_presets() -> None:
-    from megatron_lpa.planning.accounting import count_parameters
+    from megatron_lpa.planning.parameters import count_parameters
 
     text = (ROOT / "docs" / "models.md").read_text()
     counts = dict(re.findall(r"^\| `(\w+/\w+)` \|[^|]*\| ([\d,]+) \|", text, re.MULTILINE))

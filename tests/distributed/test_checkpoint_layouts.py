@@ -17,8 +17,9 @@ from support.world import groups_for
 from megatron_lpa.checkpoint.progress import Progress, SampleOrder
 from megatron_lpa.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_lpa.parallel.groups import ParallelGroups
-from megatron_lpa.parallel.sharding import ParameterSpec, merge, spec_of
+from megatron_lpa.parallel.sharding import merge, spec_of
 from megatron_lpa.run_folder import MANIFEST
+from megatron_lpa.structures.parameter_spec import ParameterSpec
 
 BATCH = 8
 ORDER = SampleOrder(seed=27, samples_per_epoch=1000, samples_per_step=BATCH)

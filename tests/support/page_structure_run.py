@@ -34,12 +34,13 @@ from megatron_lpa.config import (
     validate_config,
 )
 from megatron_lpa.errors import UserError
-from megatron_lpa.layers.attention import Attention
+from megatron_lpa.layers.sublayers import Attention
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import merge, spec_of
-from megatron_lpa.planning.accounting import collective_elements_per_token, count_parameters
-from megatron_lpa.planning.memory import parameters_per_tensor_rank, saved_bytes_per_token_layer
+from megatron_lpa.planning.memory import saved_bytes_per_token_layer
+from megatron_lpa.planning.parameters import count_parameters, parameters_per_tensor_rank
+from megatron_lpa.planning.traffic import collective_elements_per_token
 from support import reference
 from support.checkpoints import reassembled
 from support.models import SETTING_1

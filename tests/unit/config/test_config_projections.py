@@ -17,7 +17,7 @@ from megatron_lpa.config import (
     validate_config,
 )
 from megatron_lpa.errors import UserError
-from megatron_lpa.planning.accounting import count_parameters
+from megatron_lpa.planning.parameters import count_parameters
 
 Q = "--model.projections.q."
 

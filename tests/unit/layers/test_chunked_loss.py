@@ -14,10 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_lpa.config import KernelConfig
 from megatron_lpa.config.kernels import chunk_tokens, takes_chunks
-from megatron_lpa.layers import loss
-from megatron_lpa.layers.embedding import LanguageModelHead
-from megatron_lpa.layers.loss import chunked_cross_entropy, vocab_parallel_cross_entropy
-from megatron_lpa.ops import cross_entropy
+from megatron_lpa.layers import cross_entropy, loss
+from megatron_lpa.layers.cross_entropy import chunked_cross_entropy, vocab_parallel_cross_entropy
+from megatron_lpa.model.transformer import LanguageModelHead
 from megatron_lpa.parallel.groups import ParallelGroups
 
 SINGLE = ParallelGroups.single()

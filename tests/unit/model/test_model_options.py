@@ -5,25 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from megatron_lpa.layers.linear import input_structure, output_structure
 from support.models import LPA, MODELS, SETTING_1, lowdim
 
 from megatron_lpa.config import ModelConfig, OptimConfig, ParallelConfig, ProjectionConfig, TrainConfig
-from megatron_lpa.layers.linear import input_structure, output_structure
 from megatron_lpa.model.init import initialize
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import spec_of
-from megatron_lpa.planning.accounting import (
-    collective_elements_per_token,
-    count_parameters,
-    flops_per_token_forward,
-)
+from megatron_lpa.planning.flops import flops_per_token_forward
 from megatron_lpa.planning.memory import (
     bytes_activations,
     kept_bytes_per_token_layer,
-    parameters_per_tensor_rank,
     saved_bytes_per_token_layer,
 )
+from megatron_lpa.planning.parameters import count_parameters, parameters_per_tensor_rank
+from megatron_lpa.planning.traffic import collective_elements_per_token
 
 BY_LAYER = replace(SETTING_1, num_layers=3, projections=lowdim(by_layer={"0": "dense", "2": 4}, q=8, o=8))
 

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
+from megatron_lpa.ops.attention import causal_attention
 
 from megatron_lpa.errors import UserError
 from megatron_lpa.ops import attention
-from megatron_lpa.ops.attention import causal_attention
 
 
 def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

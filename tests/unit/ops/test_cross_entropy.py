@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_lpa.ops import cross_entropy
+from megatron_lpa.layers import cross_entropy
 from megatron_lpa.ops import elementwise_math as formulas
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
