@@ -98,9 +98,11 @@ class InputProjections(nn.Module):
                 self.register_parameter(f"{name}_{key}", new_parameter(spec, groups.tp_size))
         of_kind = {
             sides.input: [name for name, s in self.structures.items() if isinstance(s, sides.input)]
-            for sides in KINDS.values()
+            for sides in reversed(KINDS.values())
         }
-        self.kinds = [(kind, members) for kind, members in of_kind.items() if members]
+        kinds = [(kind, members) for kind, members in of_kind.items() if members]
+        # Gradients of the input are added in the reverse of this order: another would change the bits of a resumed run.
+        self.kinds = sorted(kinds, key=lambda kind: self.structures[kind[1][0]].collective == "gather")
         # To be given the norm before and the rotation after: one call then computes all.
         self.foldable = len(self.kinds) == 1 and all(s.folds for s in self.structures.values())
 

@@ -229,8 +229,11 @@ def pytorch_adamw(model: ModelConfig) -> State:
     initialize(decoder, model, ParallelGroups.single(), TrainConfig().seed)
     named = dict(decoder.named_parameters())
     groups = [
-        {"params": [p for p in named.values() if spec_of(p).decays], "weight_decay": 0.1},
-        {"params": [p for p in named.values() if not spec_of(p).decays], "weight_decay": 0.0},
+        {"params": [p for p in named.values() if spec_of(p).decays_by(OptimConfig())], "weight_decay": 0.1},
+        {
+            "params": [p for p in named.values() if not spec_of(p).decays_by(OptimConfig())],
+            "weight_decay": 0.0,
+        },
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-5)
     for number in range(2):

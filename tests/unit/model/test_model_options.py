@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from megatron_lpa.layers.linear import input_structure, output_structure
 from support.models import LPA, MODELS, SETTING_1, lowdim
 
 from megatron_lpa.config import ModelConfig, OptimConfig, ParallelConfig, ProjectionConfig, TrainConfig
@@ -115,9 +114,9 @@ def test_what_decays(biases: bool, norms: bool) -> None:
 
 
 def test_structures_are_those_of_the_layer() -> None:
-    dense, pair = (output_structure("o", BY_LAYER.at_layer(n), 1, "latent") for n in (0, 2))
+    dense, pair = (BY_LAYER.at_layer(n).structure("o") for n in (0, 2))
     assert set(dense.specs()) == {"weight", "bias"} and pair.specs()["w_a"].shape == (4, 32)
-    assert set(input_structure("q", MODELS["output_biases"], 2, "column_row").specs()) == {
+    assert set(MODELS["output_biases"].structure("q", 2, "column_row").specs()) == {
         "w_a",
         "w_b",
         "bias_b",

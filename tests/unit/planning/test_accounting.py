@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megatron_lpa.layers.linear import input_structure, output_structure
 
 from megatron_lpa.config import (
     KernelConfig,
@@ -165,8 +164,7 @@ def test_projections_agree_with_what_the_layers_allocate(name: str, tp_size: int
         model = replace(model, pad_vocab_to_multiple_of=tp_size)
     full = shard = 0
     for projection in model.projection_widths():
-        structure = input_structure if projection in ("q", "k", "v", "up", "gate") else output_structure
-        for spec in structure(projection, model, tp_size, layout).specs().values():
+        for spec in model.structure(projection, tp_size, layout).specs().values():
             full += model.num_layers * math.prod(spec.shape)
             shard += model.num_layers * math.prod(spec.local_shape(tp_size))
     count = count_parameters(model)
