@@ -127,9 +127,9 @@ def test_commands_in_running_text_name_existing_files_and_targets(page: Path) ->
         r"\b(?:megatron_lpa|tests|ds_configs|docs)/[\w/.]*\w\.(?:py|yaml|json|md)\b", text
     ):
         # The page about adding a structure names the file that its reader will write.
-        assert (ROOT / name).is_file() or name == "megatron_lpa/layers/blockdense.py", name
+        assert (ROOT / name).is_file() or name == "megatron_lpa/structures/blockdense.py", name
     for name in re.findall(
-        r"`((?:config|parallel|data|ops|layers|model|engine|train|evaluate)/[\w/]*\.py)`", text
+        r"`((?:config|parallel|data|ops|layers|structures|model|engine|train|evaluate)/[\w/]*\.py)`", text
     ):
         assert (ROOT / "megatron_lpa" / name).is_file(), name
 
