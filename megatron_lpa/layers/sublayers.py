@@ -103,6 +103,7 @@ class InputProjections(nn.Module):
         kinds = [(kind, members) for kind, members in of_kind.items() if members]
         # Gradients of the input are added in the reverse of this order: another would change the bits of a resumed run.
         self.kinds = sorted(kinds, key=lambda kind: self.structures[kind[1][0]].collective == "gather")
+        self.exchanges = any(s.collective != "none" for s in self.structures.values())
         # To be given the norm before and the rotation after: one call then computes all.
         self.foldable = len(self.kinds) == 1 and all(s.folds for s in self.structures.values())
 
@@ -133,7 +134,7 @@ class InputProjections(nn.Module):
         for kind, names in self.kinds:
             members = [(self.structures[name], parameters[name]) for name in names]
             results |= zip(names, kind.before(members, x, self.ops), strict=True)
-        if self.groups.tp_size > 1:
+        if self.exchanges:
             self._exchange(results, parameters)
         return tuple(results[name] for name in self.structures)
 
