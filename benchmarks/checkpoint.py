@@ -60,7 +60,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from megatron_lpa.config import load_config
     from megatron_lpa.engine.build import build_engine
     from megatron_lpa.engine.joining import start_distributed, stop_distributed
-    from megatron_lpa.planning.accounting import count_parameters
+    from megatron_lpa.planning.parameters import count_parameters
 
     overrides = [] if arguments.layers is None else ["--model.num_layers", str(arguments.layers)]
     config = load_config(

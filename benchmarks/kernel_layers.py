@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from benchmarks.kernel_timing import MAX_SETS, Ceilings, Setting, rotation
 from megatron_lpa.kernels.tiles import FEW_TOKENS
-from megatron_lpa.layers.attention import rope_tables
+from megatron_lpa.layers.sublayers import rope_tables
 from megatron_lpa.ops.dispatch import Plan
 from megatron_lpa.ops.products import Norm, Pair, Rotary, lowdim_by_plan, lowdim_linears
 

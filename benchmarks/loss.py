@@ -17,7 +17,7 @@ from benchmarks.machine import describe_machine, versions_of, warn_if_busy, writ
 from benchmarks.step_figures import spread
 from benchmarks.step_timing import CLOCKS, device_here, synchronize
 from megatron_lpa.errors import UserError
-from megatron_lpa.layers.loss import vocab_parallel_cross_entropy
+from megatron_lpa.layers.cross_entropy import vocab_parallel_cross_entropy
 from megatron_lpa.model.dtypes import weights_dtype
 from megatron_lpa.parallel.groups import ParallelGroups
 

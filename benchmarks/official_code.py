@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.commands import ROOT
 from megatron_lpa.config import ModelConfig
 from megatron_lpa.errors import UserError
-from megatron_lpa.planning.accounting import count_parameters
+from megatron_lpa.planning.parameters import count_parameters
 
 FOLDER = ROOT / "build" / "LPA"
 CLONE = "git clone https://github.com/TsinghuaC3I/LPA build/LPA"

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.step_config import PEERS
 from megatron_lpa.config import ModelConfig
-from megatron_lpa.planning.accounting import flops_per_token_forward, flops_per_token_training
+from megatron_lpa.planning.flops import flops_per_token_forward, flops_per_token_training
 
 Record = dict[str, Any]
 

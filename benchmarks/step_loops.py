@@ -282,7 +282,7 @@ def engine_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
     """The engine that training uses, with its DeepSpeed configuration."""
     from megatron_lpa.engine import build
     from megatron_lpa.engine.joining import start_distributed
-    from megatron_lpa.planning.accounting import count_parameters
+    from megatron_lpa.planning.parameters import count_parameters
 
     groups = ParallelGroups.create(1) if torch.distributed.is_initialized() else start_distributed(1)
     with unittest.mock.patch.object(build, "initialize", random_values):

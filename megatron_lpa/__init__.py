@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from megatron_lpa.evaluate.metrics_file import read_metrics
     from megatron_lpa.evaluate.perplexity import measure
     from megatron_lpa.evaluate.trained import TrainedRun, load_run
-    from megatron_lpa.planning.accounting import count_parameters, flops_per_token_training
+    from megatron_lpa.planning.flops import flops_per_token_training
     from megatron_lpa.planning.memory import estimate_memory
+    from megatron_lpa.planning.parameters import count_parameters
 
 __version__ = "0.1.0"
 
@@ -48,8 +49,9 @@ _HOMES = {
     "evaluate.metrics_file": ("read_metrics",),
     "evaluate.perplexity": ("measure",),
     "evaluate.trained": ("TrainedRun", "load_run"),
-    "planning.accounting": ("count_parameters", "flops_per_token_training"),
+    "planning.flops": ("flops_per_token_training",),
     "planning.memory": ("estimate_memory",),
+    "planning.parameters": ("count_parameters",),
 }
 
 

@@ -37,7 +37,7 @@ from megatron_lpa.data.storage.indexed import IndexedDataset
 from megatron_lpa.engine.ds_config import read_zero_knobs
 from megatron_lpa.errors import UserError, shown
 from megatron_lpa.files import files_below, is_dir, status, tree_digest
-from megatron_lpa.planning.accounting import count_parameters
+from megatron_lpa.planning.parameters import count_parameters
 from megatron_lpa.run_folder import CHECKPOINTS, SNAPSHOT
 
 logger = logging.getLogger("megatron_lpa.tools.health_check")

@@ -14,7 +14,7 @@ import torch
 
 from megatron_lpa.config import RunConfig
 from megatron_lpa.parallel.groups import ParallelGroups
-from megatron_lpa.parallel.sharding import ParameterSpec
+from megatron_lpa.structures.parameter_spec import ParameterSpec
 
 WHOLE = "whole"
 MASTER = "master"

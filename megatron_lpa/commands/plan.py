@@ -18,7 +18,14 @@ from collections.abc import Sequence
 from megatron_lpa.command_line import command, tool_parser
 from megatron_lpa.config import fitted_to_world, load_config, validate_config
 from megatron_lpa.errors import UserError
-from megatron_lpa.planning import accounting, memory
+from megatron_lpa.planning.flops import (
+    flops_per_token_forward,
+    flops_per_token_training,
+    hardware_flops_per_token_training,
+)
+from megatron_lpa.planning.memory import estimate_memory
+from megatron_lpa.planning.parameters import count_parameters
+from megatron_lpa.planning.traffic import collective_elements_per_token
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +81,8 @@ def plan(argv: Sequence[str]) -> tuple[dict[str, object], list[str], bool]:
         zero_from(train.deepspeed_config) if own.zero_stage is None else (own.zero_stage, False)
     )
     data_parallel_size = gpus // parallel.tensor_parallel_size
-    parameters = accounting.count_parameters(model)
-    per_gpu = memory.estimate_memory(
+    parameters = count_parameters(model)
+    per_gpu = estimate_memory(
         model,
         parallel,
         train,
@@ -84,15 +91,15 @@ def plan(argv: Sequence[str]) -> tuple[dict[str, object], list[str], bool]:
         zero_stage=zero_stage,
         offload_optimizer=offload or own.offload_optimizer,
     )
-    moved = accounting.collective_elements_per_token(model, parallel)
+    moved = collective_elements_per_token(model, parallel)
     tokens_per_step = train.global_batch_size * model.sequence_length
-    flops = accounting.flops_per_token_training(model)
+    flops = flops_per_token_training(model)
     numbers: dict[str, object] = {
         "parameters": parameters.total,
         **{f"parameters_{name}": value for name, value in dataclasses.asdict(parameters).items()},
-        "flops_per_token_forward": accounting.flops_per_token_forward(model),
+        "flops_per_token_forward": flops_per_token_forward(model),
         "flops_per_token_training": flops,
-        "hardware_flops_per_token_training": accounting.hardware_flops_per_token_training(
+        "hardware_flops_per_token_training": hardware_flops_per_token_training(
             model, train.activation_checkpointing
         ),
         "tokens_per_step": tokens_per_step,

@@ -6,7 +6,6 @@ from megatron_lpa.config.model import (
     INPUT_PROJECTIONS,
     OUTPUT_PROJECTIONS,
     ModelConfig,
-    ProjectionConfig,
     ProjectionsConfig,
 )
 from megatron_lpa.config.presets import preset_names
@@ -20,6 +19,7 @@ from megatron_lpa.config.run import (
 )
 from megatron_lpa.config.validation import validate_config
 from megatron_lpa.config.world import fitted_to_world
+from megatron_lpa.structures.projection import ProjectionConfig
 
 __all__ = [
     "INPUT_PROJECTIONS",

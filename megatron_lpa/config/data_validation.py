@@ -1,4 +1,4 @@
-"""The checks of ``data.*``, and those of single numbers that other checks use too."""
+"""The checks of ``data.*``, and those of paths that other checks use too."""
 
 from __future__ import annotations
 
@@ -6,39 +6,13 @@ import math
 
 from megatron_lpa.config.run import DataConfig
 from megatron_lpa.errors import UserError, named, shown
+from megatron_lpa.number_checks import positive
 
 MOST_NAME_BYTES = 200
 """Of a file's or folder's name; Linux takes 255, and suffixes come to it."""
 
 MOST_PATH_BYTES = 3000
 """Of a path; Linux takes 4,095, and names inside come to it."""
-
-
-FLOAT32 = (2.0**-126, (2 - 2.0**-23) * 2.0**127)
-"""The smallest number above 0 that float32 holds in full, and the largest: what computes is no wider."""
-
-
-def at_least(key: str, value: float, least: float) -> None:
-    """Raise unless ``value`` is ``least`` or more, and float32 holds it."""
-    if not value >= least:  # also false for NaN
-        raise UserError(f"{key} is {shown(value)} but must be at least {least}")
-    at_most(key, value, FLOAT32[1])
-
-
-def at_most(key: str, value: float, most: float, hint: str = "") -> None:
-    """Raise unless ``value`` is ``most`` or less; ``hint`` is what to do."""
-    if not value <= most:
-        words = f"{most:,}" if isinstance(most, int) else f"{most:.6g}"
-        raise UserError(f"{key} is {shown(value)} but must be at most {words}{hint and '; '}{hint}")
-
-
-def positive(key: str, value: float) -> None:
-    """Raise unless ``value`` is above 0 and finite, also in float32."""
-    if not (value > 0 and math.isfinite(value)):
-        raise UserError(f"{key} is {shown(value)} but must be above 0")
-    at_most(key, value, FLOAT32[1])
-    if value < FLOAT32[0]:
-        raise UserError(f"{key} is {shown(value)} but must be at least {FLOAT32[0]:.6g}: in float32 it is 0")
 
 
 def check_path(key: str, path: str) -> None:

@@ -3,7 +3,7 @@ differ."""
 
 from __future__ import annotations
 
-import functools
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -53,26 +53,10 @@ LARGE_LOGITS_BYTES = 2 * 2**30
 """From here on ``loss=auto`` is ``chunked``. A choice by arithmetic, not by measurement."""
 
 LOSS_CHUNK_BYTES = 512 * 2**20
-"""fp32 logits of one chunk: about 4,000 tokens of 32,000 ids, enough rows for a product at full speed."""
+"""fp32 logits of one chunk, of at least one token: about 4,000 tokens of 32,000 ids, enough rows for a product at full
+speed."""
 
 
-# Asked at every step, with the same numbers.
-@functools.cache
-def takes_chunks(loss: str, tokens: int, columns: int, element_bytes: int) -> bool:
-    """Whether ``kernels.loss`` means chunks.
-
-    Args:
-        loss: ``auto``, ``whole`` or ``chunked``.
-        tokens: of a micro-batch.
-        columns: ids of one tensor-parallel rank, V/T.
-        element_bytes: of a logit.
-    """
-    if loss == "auto":
-        return tokens * columns * element_bytes > LARGE_LOGITS_BYTES
-    return loss == "chunked"
-
-
-@functools.cache
-def chunk_tokens(columns: int, element_bytes: int) -> int:
-    """Tokens per chunk of ``columns`` logits that are computed in ``element_bytes`` each; at least one."""
-    return max(1, LOSS_CHUNK_BYTES // (columns * element_bytes))
+def most_whole_logits_bytes(loss: str) -> float:
+    """Up to how many bytes a micro-batch's logits on one tensor-parallel rank are kept, by ``kernels.loss``."""
+    return {"auto": LARGE_LOGITS_BYTES, "whole": math.inf, "chunked": -1}[loss]

@@ -10,67 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from dataclasses import dataclass, field
 from typing import Literal
+
+from megatron_lpa.structures.projection import ProjectionConfig, layers_meant, sides_of
+from megatron_lpa.structures.structure import Structure
 
 INPUT_PROJECTIONS = ("q", "k", "v", "up", "gate")
 """Projections that read the residual stream: their outputs are split under tensor parallelism."""
 
 OUTPUT_PROJECTIONS = ("o", "down")
 """Projections that write the residual stream: their inputs are split under tensor parallelism."""
-
-
-def layers_meant(text: str) -> range:
-    """The layers that a key of ``by_layer`` names: ``3``, or ``1-4`` with both ends.
-
-    Raises:
-        ValueError: it names none.
-    """
-    found = re.fullmatch(r"([0-9]{1,10})(?:-([0-9]{1,10}))?", text)
-    layers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
-    if not layers:
-        raise ValueError(text)
-    return layers
-
-
-@dataclass(frozen=True)
-class ProjectionConfig:
-    """How one linear is built.
-
-    Args:
-        kind: ``dense`` is one matrix ``W: (d_out, d_in)``; ``lowdim`` is the paper's pair
-            ``W_A: (r, d_in)``, ``W_B: (d_out, r)`` with no nonlinearity between (paper, Section 3.1).
-        rank: ``r`` of a low-dimensional module; must be left empty for ``dense``.
-        bias: what gets a bias: ``latent`` (W_A's result, r values; a pair only), ``output`` (d_out values),
-            ``both`` or ``none``; ``default`` follows ``model.linear_bias``.
-        by_layer: layers in which it is built otherwise, counted from 0, as ``{0: dense, 1-3: 64}``: ``dense``, or
-            the rank of a low-dimensional module. Layers that are not named are as ``kind`` and ``rank`` say.
-    """
-
-    kind: Literal["dense", "lowdim"] = "dense"
-    rank: int | None = None
-    bias: Literal["default", "none", "latent", "output", "both"] = "default"
-    by_layer: dict[str, int | str] | None = None
-
-    def elements(self, d_in: int, d_out: int) -> int:
-        """Elements of its matrices, from d_in to d_out."""
-        if self.kind == "dense":
-            return d_in * d_out
-        assert self.rank is not None
-        return self.rank * (d_in + d_out)
-
-    def at_layer(self, layer: int) -> ProjectionConfig:
-        """What one layer has; ``by_layer`` is empty then."""
-        if self.by_layer is None:
-            return self
-        for layers, built in self.by_layer.items():
-            if layer in layers_meant(layers):
-                if isinstance(built, str):
-                    return ProjectionConfig(bias=self.bias)
-                kind = "lowdim" if self.kind == "dense" else self.kind
-                return dataclasses.replace(self, kind=kind, rank=built, by_layer=None)
-        return dataclasses.replace(self, by_layer=None)
 
 
 @dataclass(frozen=True)
@@ -182,13 +132,25 @@ class ModelConfig:
         bounds = sorted(ends)
         return [(self.at_layer(first), end - first) for first, end in itertools.pairwise(bounds)]
 
-    def biases(self, name: str) -> tuple[bool, bool]:
-        """Whether projection ``name`` of ``at_layer`` has a bias on its latent, and on its output."""
-        projection: ProjectionConfig = getattr(self.projections, name)
-        if projection.bias == "default":
-            latent = projection.kind == "lowdim" and name in INPUT_PROJECTIONS
-            return self.linear_bias and latent, self.linear_bias and not latent
-        return projection.bias in ("latent", "both"), projection.bias in ("output", "both")
+    def structure(
+        self, name: str, tp_size: int = 1, layout: str = "latent", settings: ProjectionConfig | None = None
+    ) -> Structure:
+        """What projection ``name`` of ``at_layer`` is.
+
+        Args:
+            name: of the projection.
+            tp_size: tensor-parallel size.
+            layout: tensor-parallel layout of low-dimensional modules.
+            settings: in place of those of ``projections``.
+
+        Raises:
+            UserError: there is no such kind.
+        """
+        settings = getattr(self.projections, name) if settings is None else settings
+        assert settings.by_layer is None, (name, settings)
+        sides = sides_of(settings.kind)
+        built = sides.input if name in INPUT_PROJECTIONS else sides.output
+        return built(settings, *self.projection_widths()[name], self.linear_bias, tp_size, layout)
 
     def projection_widths(self) -> dict[str, tuple[int, int]]:
         """``(d_in, d_out)`` of every linear that this model has, by projection name."""

@@ -5,17 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from megatron_lpa.config.data_validation import at_least, at_most
-from megatron_lpa.config.model import ModelConfig, ProjectionConfig, layers_meant
+from megatron_lpa.config.model import ModelConfig
 from megatron_lpa.errors import UserError, shown
-
-MOST_SIZE = 2**31 - 1
-"""Of a dimension, and of a batch: kernels count in 32 bits."""
-
-
-def divisors(number: int, limit: int = 1024) -> str:
-    """All of them up to a limit, for a message."""
-    return ", ".join(str(n) for n in range(1, min(number, limit) + 1) if number % n == 0)
+from megatron_lpa.structures.projection import PLAIN, ProjectionConfig, check_numbers, layers_meant
+from megatron_lpa.structures.structure import Structure, said_of
 
 
 def check_projections(model: ModelConfig) -> None:
@@ -31,11 +24,18 @@ def check_projections(model: ModelConfig) -> None:
                 f"{key}.{changed} is {getattr(projection, changed)} but model.activation {model.activation} has no "
                 f"gate; leave {key} as it is by default (kind dense), or set model.activation to swiglu"
             )
-        _check_projection(key, dataclasses.replace(projection, by_layer=None))
-        if projection.by_layer is not None:
-            _check_layers(f"{key}.by_layer", projection.by_layer, model.num_layers)
-            for where, own in _built(key, projection):
-                _check_projection(key, own, where)
+        if name in model.projection_widths():
+            every_way = _built(key, projection)
+            _check_projection(model, name, *next(every_way))
+            _check_layers(f"{key}.by_layer", projection.by_layer or {}, model.num_layers)
+            for where, settings in every_way:
+                _check_projection(model, name, where, settings)
+
+
+def _check_projection(model: ModelConfig, name: str, where: str, settings: ProjectionConfig) -> None:
+    key = f"model.projections.{name}"
+    check_numbers(settings, key, where)
+    model.structure(name, settings=settings).check(key, where)
 
 
 def _check_layers(key: str, by_layer: dict[str, int | str], num_layers: int) -> None:
@@ -61,8 +61,10 @@ def _check_layers(key: str, by_layer: dict[str, int | str], num_layers: int) -> 
                     "layer once"
                 )
         taken.append((meant, layers))
-        if isinstance(built, str) and built != "dense":
-            raise UserError(f"{key} is {shown(built)} for layers {layers}; give dense, or a rank")
+        if isinstance(built, str) and built not in PLAIN:
+            raise UserError(
+                f"{key} is {shown(built)} for layers {layers}; give {' or '.join(PLAIN)}, or a rank"
+            )
 
 
 def _built(key: str, projection: ProjectionConfig) -> Iterator[tuple[str, ProjectionConfig]]:
@@ -72,32 +74,12 @@ def _built(key: str, projection: ProjectionConfig) -> Iterator[tuple[str, Projec
         yield f"{key}.by_layer, layers {layers}", projection.at_layer(layers_meant(layers).start)
 
 
-def _check_projection(key: str, projection: ProjectionConfig, where: str = "") -> None:
-    """Check one way in which a projection is built, where ``by_layer`` says so."""
-    rank = f"{where}: rank" if where.startswith(f"{key}.") else f"{key}.rank"
-    if projection.kind == "dense":
-        if projection.rank is not None:
-            raise UserError(
-                f"{rank} is {projection.rank} but {key}.kind is dense; set the kind to lowdim, or the "
-                "rank to null"
-            )
-    elif projection.rank is None:
-        raise UserError(f"{rank} is empty but {key}.kind is {projection.kind}; set the rank")
-    else:
-        at_least(rank, projection.rank, 1)
-        at_most(rank, projection.rank, MOST_SIZE)
-    if projection.bias in ("latent", "both") and projection.kind != "lowdim":
-        raise UserError(
-            f"{key}.bias is {projection.bias} but {where or key} is {projection.kind}, which has no bias on a latent; "
-            "use output, default or none"
-        )
-
-
-def built_projections(model: ModelConfig) -> Iterator[tuple[str, str, ProjectionConfig]]:
-    """Each way in which a linear that the model has is built: where that is said, its name, and what it is."""
+def _structures(model: ModelConfig) -> Iterator[tuple[str, str, Structure]]:
+    """Each way in which a linear that the model has is built: its key, where that is said, and what it is."""
     for name in model.projection_widths():
-        for where, projection in _built(f"model.projections.{name}", getattr(model.projections, name)):
-            yield where, name, projection
+        key = f"model.projections.{name}"
+        for where, settings in _built(key, getattr(model.projections, name)):
+            yield key, where, model.structure(name, settings=settings)
 
 
 def split_sizes(model: ModelConfig) -> dict[str, int]:
@@ -107,28 +89,20 @@ def split_sizes(model: ModelConfig) -> dict[str, int]:
         "model.num_kv_heads": model.kv_heads,
         "model.ffn_hidden_size": model.ffn_hidden_size,
     }
-    for where, _, projection in built_projections(model):
-        if projection.kind == "lowdim":
-            assert projection.rank is not None
-            split[_rank_of(where)] = projection.rank
+    for key, where, structure in _structures(model):
+        split |= structure.split_sizes(key, where)
     return split
 
 
 def rank_warnings(model: ModelConfig) -> list[str]:
-    """Pairs that have as many parameters as the dense matrix."""
+    """Factors that have as many parameters as the dense matrix."""
     warnings = []
-    widths = model.projection_widths()
-    for where, name, projection in built_projections(model):
-        d_in, d_out = widths[name]
-        if projection.rank is None or projection.elements(d_in, d_out) < d_in * d_out:
+    for key, where, structure in _structures(model):
+        rank, whole = structure.settings.rank, structure.d_in * structure.d_out
+        if rank is None or (elements := structure.elements(matrices=True)) < whole:
             continue
-        of_each_rank = projection.elements(d_in, d_out) // projection.rank
         warnings.append(
-            f"{_rank_of(where)} is {projection.rank}: the factors have as many parameters as the dense {d_out} x {d_in} "
-            f"matrix or more; they save from {(d_in * d_out - 1) // of_each_rank} down"
+            f"{said_of('rank', key, where)} is {rank}: the factors have as many parameters as the dense "
+            f"{structure.d_out} x {structure.d_in} matrix or more; they save from {(whole - 1) // (elements // rank)} down"
         )
     return warnings
-
-
-def _rank_of(where: str) -> str:
-    return f"{where}: rank" if "," in where else f"{where}.rank"

@@ -10,22 +10,18 @@ import struct
 
 from megatron_lpa.config.data_validation import (
     MOST_NAME_BYTES,
-    at_least,
-    at_most,
     check_data,
     check_path,
-    positive,
 )
 from megatron_lpa.config.model import ModelConfig
 from megatron_lpa.config.projection_validation import (
-    MOST_SIZE,
     check_projections,
-    divisors,
     rank_warnings,
     split_sizes,
 )
 from megatron_lpa.config.run import LoggingConfig, OptimConfig, RunConfig, TrainConfig
 from megatron_lpa.errors import UserError, shown
+from megatron_lpa.number_checks import MOST_SIZE, at_least, at_most, divisors, positive
 
 
 def validate_config(config: RunConfig, world_size: int | None, *, need_data: bool = True) -> list[str]:

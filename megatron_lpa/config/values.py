@@ -9,12 +9,12 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from megatron_lpa.config.kernels import EARLIER_LOWDIM_PATHS
-from megatron_lpa.config.model import layers_meant
 from megatron_lpa.config.paths import PATH_KEYS, expanded
 from megatron_lpa.config.run import EARLIER_LAYOUTS
 from megatron_lpa.config.schema import ByLayer, ConfigKey
 from megatron_lpa.config.yaml_io import parse_yaml
 from megatron_lpa.errors import UserError, named, shown
+from megatron_lpa.structures.projection import PLAIN, layers_meant
 
 MOST_CHARACTERS = 4096
 """Of a text: the longest path that Linux takes."""
@@ -151,12 +151,12 @@ def _numbers_by_name(value: Any) -> dict[str, float] | None:
 
 
 def _by_layer(value: Any) -> dict[str, int | str] | None:
-    """Names of layers, which YAML may give as numbers, and ``dense`` or a whole number; raises ValueError for other names."""
+    """Names of layers, which YAML may give as numbers, and a kind or a whole number; raises ValueError for other names."""
     if not isinstance(value, dict) or any(type(name) not in (int, str) for name in value):
         return None
     found: dict[str, int | str] = {}
     for name, built in value.items():
-        rank = built if built == "dense" else _whole(built)
+        rank = built if built in PLAIN else _whole(built)
         if rank is None or abs(rank if isinstance(rank, int) else 0) > MOST_WHOLE or str(name) in found:
             return None
         layers_meant(str(name))

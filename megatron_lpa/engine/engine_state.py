@@ -24,7 +24,8 @@ from megatron_lpa.checkpoint.training_state import KINDS, MASTER, MOMENTS, Fragm
 from megatron_lpa.engine.joining import deepspeed
 from megatron_lpa.engine.stepping import Engine, OneReplica
 from megatron_lpa.parallel.groups import ParallelGroups
-from megatron_lpa.parallel.sharding import ParameterSpec, merge
+from megatron_lpa.parallel.sharding import merge
+from megatron_lpa.structures.parameter_spec import ParameterSpec
 
 
 @dataclass(frozen=True, eq=False)

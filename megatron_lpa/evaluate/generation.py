@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_lpa.config.data_validation import FLOAT32
 from megatron_lpa.config.values import MOST_WHOLE
 from megatron_lpa.data.tokenizers.opening import Tokenizer
 from megatron_lpa.errors import UserError, shown
-from megatron_lpa.layers.loss import mask_padded_ids
+from megatron_lpa.layers.cross_entropy import mask_padded_ids
 from megatron_lpa.model.transformer import Decoder
+from megatron_lpa.number_checks import FLOAT32
 
 
 @dataclass(frozen=True)

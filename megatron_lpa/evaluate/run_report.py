@@ -26,7 +26,8 @@ from megatron_lpa.evaluate.comparable import (
 )
 from megatron_lpa.evaluate.metrics_file import Record, read_metrics, records_of
 from megatron_lpa.evaluate.trained import read_config
-from megatron_lpa.planning.accounting import count_parameters, flops_per_token_training
+from megatron_lpa.planning.flops import flops_per_token_training
+from megatron_lpa.planning.parameters import count_parameters
 from megatron_lpa.records import is_finite_number, perplexity
 from megatron_lpa.run_folder import CHECKPOINTS
 

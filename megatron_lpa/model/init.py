@@ -12,7 +12,8 @@ from torch import nn
 from megatron_lpa.config import ModelConfig
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.rng import named_generator
-from megatron_lpa.parallel.sharding import ParameterSpec, spec_of, split
+from megatron_lpa.parallel.sharding import spec_of, split
+from megatron_lpa.structures.parameter_spec import ParameterSpec
 
 
 def initial_value(name: str, spec: ParameterSpec, model: ModelConfig, seed: int) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""The decoder: one class covers every model of the paper by config. No collectives in sight."""
+"""The decoder: one class covers every model of the paper by config.
+
+Norms, embeddings, a layer, the language-model head, all of them. The sublayers are in ``layers/sublayers.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,96 @@ from torch import nn
 from torch.nn import functional
 
 from megatron_lpa.config import KernelConfig, ModelConfig
-from megatron_lpa.layers.attention import Attention, rope_tables
-from megatron_lpa.layers.embedding import LanguageModelHead, PositionEmbedding, TokenEmbedding
-from megatron_lpa.layers.ffn import FeedForward
-from megatron_lpa.layers.norm import RMSNorm, build_norm
+from megatron_lpa.config.kernels import most_whole_logits_bytes
+from megatron_lpa.layers.cross_entropy import chunked_cross_entropy, vocab_parallel_cross_entropy
+from megatron_lpa.layers.sublayers import Attention, FeedForward, rope_tables
+from megatron_lpa.ops.elementwise import layer_norm, rms_norm
+from megatron_lpa.ops.products import Norm, as_product_input
+from megatron_lpa.parallel.collectives import copy_to_tp, reduce_from_tp
 from megatron_lpa.parallel.groups import ParallelGroups
+from megatron_lpa.parallel.sharding import new_parameter
+from megatron_lpa.structures.parameter_spec import ParameterSpec
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 Recompute = Callable[[Callable[..., torch.Tensor], torch.Tensor, Rope | None], torch.Tensor]
 """Calls ``function(x, rope)`` now and again in the backward pass, keeping ``x`` and perhaps some results."""
+
+
+class LayerNorm(nn.Module):
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last axis."""
+
+    def __init__(self, width: int, eps: float, backend: str = "eager") -> None:
+        super().__init__()
+        self.eps, self.backend = eps, backend
+        self.weight = new_parameter(ParameterSpec((width,), "norm_weight", width), 1)
+        self.bias = new_parameter(ParameterSpec((width,), "norm_bias", width), 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> (..., width)"""
+        return layer_norm(x, self.weight, self.bias, self.eps, self.backend)
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis."""
+
+    def __init__(self, width: int, eps: float, backend: str = "eager") -> None:
+        super().__init__()
+        self.eps, self.backend = eps, backend
+        self.weight = new_parameter(ParameterSpec((width,), "norm_weight", width), 1)
+
+    @property
+    def folded(self) -> Norm:
+        """What a product needs in order to compute this norm itself."""
+        return Norm(self.weight, self.eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> (..., width)"""
+        return rms_norm(x, self.weight, self.eps, self.backend)
+
+
+def build_norm(model: ModelConfig, kernels: KernelConfig) -> nn.Module:
+    """The norm that ``model.norm`` asks for."""
+    kind = LayerNorm if model.norm == "layernorm" else RMSNorm
+    return kind(model.hidden_size, model.norm_eps, kernels.elementwise)
+
+
+class TokenEmbedding(nn.Module):
+    """Rows of a (V, D) matrix split over ranks; each rank looks up its own ids, then all are summed."""
+
+    def __init__(self, model: ModelConfig, groups: ParallelGroups) -> None:
+        super().__init__()
+        self.groups = groups
+        self.rows = model.padded_vocab_size // groups.tp_size
+        spec = ParameterSpec(
+            (model.padded_vocab_size, model.hidden_size),
+            "embedding",
+            model.hidden_size,
+            tp_dim=0,
+            real_rows=model.vocab_size,
+        )
+        self.weight = new_parameter(spec, groups.tp_size)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Ids (B, S) int64 -> (B, S, D)"""
+        if self.groups.tp_size == 1:
+            return functional.embedding(tokens, self.weight)
+        local = tokens - self.groups.tp_rank * self.rows
+        elsewhere = (local < 0) | (local >= self.rows)
+        found = functional.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return reduce_from_tp(found.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.groups)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned absolute positions, replicated over ranks."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        super().__init__()
+        shape = (model.sequence_length, model.hidden_size)
+        self.weight = new_parameter(ParameterSpec(shape, "embedding", model.hidden_size), 1)
+
+    def forward(self, length: int) -> torch.Tensor:
+        """-> (length, D), positions 0 to length - 1"""
+        return self.weight[:length]
 
 
 class DecoderLayer(nn.Module):
@@ -75,6 +159,58 @@ class DecoderLayer(nn.Module):
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         return functional.dropout(x, self.dropout, self.training)
+
+
+class LanguageModelHead(nn.Module):
+    """Column-parallel projection to the vocabulary, and the loss; logits stay split over ranks.
+
+    The loss is computed in here because *chunked* needs the weight, and ZeRO-3 gathers that only while the module
+    that owns it runs.
+
+    Args:
+        model: the decoder's config.
+        groups: process groups.
+        tied: the token embedding whose matrix is reused; None for a matrix of its own.
+        kernels: how the loss is computed.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        groups: ParallelGroups,
+        tied: TokenEmbedding | None,
+        kernels: KernelConfig,
+    ) -> None:
+        super().__init__()
+        self.groups, self.vocab_size = groups, model.vocab_size
+        self.backend, self.most_bytes = kernels.elementwise, most_whole_logits_bytes(kernels.loss)
+        rows, width = model.padded_vocab_size, model.hidden_size
+        if tied is None:
+            spec = ParameterSpec((rows, width), "head", width, tp_dim=0, real_rows=model.vocab_size)
+            self.weight = new_parameter(spec, groups.tp_size)
+        else:
+            self.weight = tied.weight
+        self.bias: nn.Parameter | None = None
+        if model.lm_head_bias:
+            bias_spec = ParameterSpec((rows,), "bias", width, tp_dim=0, real_rows=model.vocab_size)
+            self.bias = new_parameter(bias_spec, groups.tp_size)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, S, D) -> logits (B, S, V/T) of this rank's ids; with labels (B, S), losses (B, S)."""
+        x = as_product_input(x)
+        if self.groups.tp_size > 1:
+            x = copy_to_tp(x, self.groups)
+        backend = self.backend
+        if labels is not None and labels.numel() * self.weight.shape[0] * x.element_size() > self.most_bytes:
+            return chunked_cross_entropy(
+                x, self.weight, self.bias, labels, self.groups, self.vocab_size, backend
+            )
+        logits = functional.linear(x, self.weight, self.bias)
+        if labels is None:
+            return logits
+        return vocab_parallel_cross_entropy(
+            logits, labels, self.groups, self.vocab_size, backend, overwrite=True
+        )
 
 
 class Decoder(nn.Module):

@@ -27,7 +27,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from megatron_lpa.errors import UserError
-from megatron_lpa.ops import elementwise_math as formulas
 
 HALF = (torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "eager", "compiled", "liger")
@@ -204,7 +203,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        y, rstd = compiled(formulas.rms_norm)(_rows(x), weight.detach(), eps)
+        y, rstd = compiled(rms_norm_rows)(_rows(x), weight.detach(), eps)
         ctx.save_for_backward(x, weight, rstd)
         return y.view(x.shape)
 
@@ -212,7 +211,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
-        dx, dw = compiled(formulas.rms_norm_backward)(_rows(dy), _rows(x), weight.detach(), dynamic(rstd, 0))
+        dx, dw = compiled(rms_norm_rows_backward)(_rows(dy), _rows(x), weight.detach(), dynamic(rstd, 0))
         return dx.view(x.shape), dw, None
 
 
@@ -223,7 +222,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
     ) -> torch.Tensor:
-        y, mean, rstd = compiled(formulas.layer_norm)(_rows(x), weight.detach(), bias.detach(), eps)
+        y, mean, rstd = compiled(layer_norm_rows)(_rows(x), weight.detach(), bias.detach(), eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y.view(x.shape)
 
@@ -231,7 +230,7 @@ class _LayerNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         x, weight, mean, rstd = ctx.saved_tensors
-        dx, dw, db = compiled(formulas.layer_norm_backward)(
+        dx, dw, db = compiled(layer_norm_rows_backward)(
             _rows(dy), _rows(x), weight.detach(), dynamic(mean, 0), dynamic(rstd, 0)
         )
         return dx.view(x.shape), dw, db, None
@@ -243,13 +242,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        return compiled(formulas.swiglu)(_rows(gate), _rows(up)).view(gate.shape)
+        return compiled(swiglu_rows)(_rows(gate), _rows(up)).view(gate.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        dgate, dup = compiled(formulas.swiglu_backward)(_rows(dy), _rows(gate), _rows(up))
+        dgate, dup = compiled(swiglu_rows_backward)(_rows(dy), _rows(gate), _rows(up))
         return dgate.view(gate.shape), dup.view(up.shape)
 
 
@@ -261,17 +260,106 @@ class _Rotate(torch.autograd.Function):
         ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotated(formulas.rotate, q, k, cos, sin)
+        return _rotated(rotate_heads, q, k, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, dq: torch.Tensor, dk: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        return *_rotated(formulas.rotate_back, dq, dk, *ctx.saved_tensors), None, None
+        return *_rotated(rotate_heads_back, dq, dk, *ctx.saved_tensors), None, None
 
 
 def _rotated(
     function: Callable[..., Any], q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return compiled(function)(dynamic(q, 0, 1), dynamic(k, 0, 1), dynamic(cos, 0), dynamic(sin, 0))
+
+
+# What is compiled: functions of tensors, without autograd. M is the number of rows. Each computes in fp32, or fp64 for
+# fp64, and rounds its results once.
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """``x`` in the dtype that is computed in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm_rows(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M, D), (D,) -> the normed x (M, D), and 1/rms (M,) in fp32."""
+    h = wide(x)
+    rstd = torch.rsqrt((h * h).mean(-1) + eps)
+    return (h * rstd.unsqueeze(-1) * wide(weight)).to(x.dtype), rstd
+
+
+def rms_norm_rows_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x (M, D) and of the weight (D,)."""
+    rstd = rstd.unsqueeze(-1)
+    g, normed = wide(dy), wide(x) * rstd
+    scaled = g * wide(weight)
+    dx = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    return dx.to(x.dtype), (g * normed).sum(0).to(weight.dtype)
+
+
+def layer_norm_rows(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(M, D), (D,), (D,) -> the normed x (M, D), and mean and 1/deviation (M,) in fp32."""
+    h = wide(x)
+    mean = h.mean(-1)
+    centred = h - mean.unsqueeze(-1)  # before squaring: E[x^2] - E[x]^2 cancels where the mean is large
+    rstd = torch.rsqrt((centred * centred).mean(-1) + eps)
+    return (centred * rstd.unsqueeze(-1) * wide(weight) + wide(bias)).to(x.dtype), mean, rstd
+
+
+def layer_norm_rows_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x (M, D), of the weight (D,) and of the bias (D,)."""
+    rstd = rstd.unsqueeze(-1)
+    g, normed = wide(dy), (wide(x) - mean.unsqueeze(-1)) * rstd
+    scaled = g * wide(weight)
+    along = (scaled * normed).mean(-1, keepdim=True)
+    dx = rstd * (scaled - scaled.mean(-1, keepdim=True) - normed * along)
+    return dx.to(x.dtype), (g * normed).sum(0).to(weight.dtype), g.sum(0).to(weight.dtype)
+
+
+def swiglu_rows(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """(M, F) twice -> (M, F)"""
+    g = wide(gate)
+    return (g * torch.sigmoid(g) * wide(up)).to(gate.dtype)
+
+
+def swiglu_rows_backward(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up, (M, F) each."""
+    d, g = wide(dy), wide(gate)
+    s = torch.sigmoid(g)
+    dgate = d * wide(up) * s * (1 + g * (1 - s))
+    return dgate.to(gate.dtype), (d * g * s).to(up.dtype)
+
+
+def rotate_heads(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, S, H, E), (B, S, K, E), tables (S, E) -> q and k rotated."""
+    half = q.shape[-1] // 2
+    c, s = cos[:, None, :half], sin[:, None, :half]
+    return _rotate_by(q, c, s), _rotate_by(k, c, s)
+
+
+def rotate_heads_back(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse and adjoint of ``rotate_heads``."""
+    half = q.shape[-1] // 2
+    c, s = cos[:, None, :half], -sin[:, None, :half]
+    return _rotate_by(q, c, s), _rotate_by(k, c, s)
+
+
+def _rotate_by(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = wide(x).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -146,7 +146,7 @@ class Rotary(NamedTuple):
 
     Args:
         cos: (S, E) fp32 for x of (..., S, d_in), the second half of E repeating the first
-            (``layers.attention.rope_tables``).
+            (``layers.sublayers.rope_tables``).
         sin: the same of sines.
     """
 

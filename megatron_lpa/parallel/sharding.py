@@ -7,56 +7,12 @@ parameter is laid out (initial values, gradient norms, checkpoints, exports) rea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import nn
 
-from megatron_lpa.config import OptimConfig
-
-Role = Literal["embedding", "input", "output", "head", "bias", "norm_weight", "norm_bias"]
-
-
-@dataclass(frozen=True)
-class ParameterSpec:
-    """The unsharded parameter behind a shard.
-
-    Args:
-        shape: shape of the unsharded parameter.
-        role: what it is for; decides initial values and weight decay. ``input`` and ``output`` are
-            matrices that read, or write, the residual stream.
-        fan_in: input width of the linear that the parameter belongs to.
-        tp_dim: dimension split over tensor-parallel ranks; None where every rank holds all of it.
-        rank: ``r`` of the low-dimensional module the parameter belongs to; None for dense ones.
-        real_rows: rows before vocabulary padding; None where rows are not vocabulary ids.
-    """
-
-    shape: tuple[int, ...]
-    role: Role
-    fan_in: int
-    tp_dim: int | None = None
-    rank: int | None = None
-    real_rows: int | None = None
-
-    def local_shape(self, tp_size: int) -> tuple[int, ...]:
-        """Shape of one rank's shard."""
-        shape = list(self.shape)
-        if self.tp_dim is not None:
-            assert shape[self.tp_dim] % tp_size == 0, (self, tp_size)
-            shape[self.tp_dim] //= tp_size
-        return tuple(shape)
-
-    @property
-    def decays(self) -> bool:
-        """Whether weight decay applies, unless something else is asked for: to matrices only."""
-        return self.decays_by(OptimConfig())
-
-    def decays_by(self, optim: OptimConfig) -> bool:
-        """Whether weight decay applies with these settings."""
-        if self.role in ("norm_weight", "norm_bias"):
-            return optim.decay_norms
-        return optim.decay_biases or self.role != "bias"
+from megatron_lpa.structures.parameter_spec import ParameterSpec
 
 
 def new_parameter(spec: ParameterSpec, tp_size: int) -> nn.Parameter:

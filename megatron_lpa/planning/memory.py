@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_lpa.config.kernels import KernelConfig, chunk_tokens, takes_chunks
-from megatron_lpa.config.model import INPUT_PROJECTIONS, ModelConfig
+from megatron_lpa.config.kernels import LOSS_CHUNK_BYTES, KernelConfig, most_whole_logits_bytes
+from megatron_lpa.config.model import ModelConfig
 from megatron_lpa.config.precision import PRECISIONS
 from megatron_lpa.config.run import ParallelConfig, TrainConfig
-from megatron_lpa.planning.accounting import count_parameters, projection_parameters
+from megatron_lpa.planning.parameters import parameters_per_tensor_rank
+from megatron_lpa.structures.structure import Structure
 
 DEFAULT = KernelConfig()
 
@@ -35,30 +36,10 @@ class MemoryEstimate:
         )
 
 
-def parameters_per_tensor_rank(model: ModelConfig, parallel: ParallelConfig) -> int:
-    """Parameters that one tensor-parallel rank holds before ZeRO shards them.
-
-    Whole on every rank: norms, learned positions, biases on the output of o and down, and, in layout ``latent``, W_B
-    and the bias on the latent of a low-dimensional o or down. Everything else is split.
-    """
-    size = parallel.tensor_parallel_size
-    counts = count_parameters(model)
-    positions = model.sequence_length * model.hidden_size if model.position_embedding == "learned" else 0
-    whole = counts.norm + positions
-    for layer, count in model.layer_kinds():
-        whole += count * sum(_whole_on_every_rank(layer, parallel, name) for name in ("o", "down"))
-    assert (counts.total - whole) % size == 0, (counts, whole, size)
-    return whole + (counts.total - whole) // size
-
-
-def _whole_on_every_rank(model: ModelConfig, parallel: ParallelConfig, name: str) -> int:
-    """Parameters of one layer's o or down that tensor parallelism does not split."""
-    projection = getattr(model.projections, name)
-    latent_bias, output_bias = model.biases(name)
-    whole = model.hidden_size if output_bias else 0
-    if projection.kind == "lowdim" and parallel.lowdim_layout == "latent":
-        whole += projection.rank * (model.hidden_size + int(latent_bias))
-    return whole
+def _structures(model: ModelConfig, parallel: ParallelConfig) -> list[Structure]:
+    """The projections of one layer; ``model`` is that layer's."""
+    size, layout = parallel.tensor_parallel_size, parallel.lowdim_layout
+    return [model.structure(name, size, layout) for name in model.projection_widths()]
 
 
 def _cast_in_layer(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> int:
@@ -66,12 +47,9 @@ def _cast_in_layer(model: ModelConfig, parallel: ParallelConfig, train: TrainCon
     precision = PRECISIONS[train.precision]
     if not precision.mixed:
         return 0
-    whole = 0
-    if parallel.lowdim_layout == "latent":  # W_B of o and down
-        projections = [getattr(model.projections, name) for name in ("o", "down")]
-        whole = sum(p.rank * model.hidden_size for p in projections if p.kind == "lowdim")
-    matrices = sum(projection_parameters(model, name)[0] for name in model.projection_widths())
-    return (whole + (matrices - whole) // parallel.tensor_parallel_size) * precision.product_bytes
+    specs = [spec for structure in _structures(model, parallel) for spec in structure.specs().values()]
+    matrices = sum(s.local_elements(parallel.tensor_parallel_size) for s in specs if s.role != "bias")
+    return matrices * precision.product_bytes
 
 
 def bytes_cast_weights(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> tuple[int, int]:
@@ -103,7 +81,7 @@ def saved_bytes_per_token_layer(
       o's input; the log-sum-exp, fp32, ``H / T``;
     - FFN: relu keeps its output ``F/T``, also down's input; gelu its input and output, ``2F/T``; swiglu
       gate, up and their product, ``3F/T``, and with ``kernels.elementwise=eager`` silu(gate) too;
-    - each low-dimensional module: its latent, r in layout ``latent``, ``r/T`` in ``column_row``.
+    - each projection: what its structure keeps between its products.
     """
     size, precision = parallel.tensor_parallel_size, PRECISIONS[train.precision]
     b, stream = precision.product_bytes, precision.weight_bytes
@@ -119,14 +97,8 @@ def saved_bytes_per_token_layer(
         // size
         * b
     )
-    latents = sum(_saved_latent(model, parallel, name) for name in model.projection_widths())
-    return sublayers + attention + ffn + latents * b, d * stream
-
-
-def _saved_latent(model: ModelConfig, parallel: ParallelConfig, name: str) -> int:
-    """Elements of a projection's latent that one rank keeps per token."""
-    r = getattr(model.projections, name).rank or 0
-    return r // parallel.tensor_parallel_size if parallel.lowdim_layout == "column_row" else r
+    inside = sum(structure.kept() for structure in _structures(model, parallel))
+    return sublayers + attention + ffn + inside * b, d * stream
 
 
 def kept_bytes_per_token_layer(
@@ -135,25 +107,16 @@ def kept_bytes_per_token_layer(
     """Bytes that one layer keeps per token from its forward to its backward pass; ``model`` is that layer's.
 
     ``full`` checkpointing keeps its input. ``selective`` keeps its input, attention's output and log-sum-exp, and
-    the result of each product: of a dense projection its output, of a low-dimensional one both results as this
-    rank computes them, before the collective. A gathered latent is gathered again. Layout ``column_row`` computes
-    outputs of whole width on every rank, so there it keeps more than ``none`` does with much tensor parallelism.
+    the result of each product as this rank computes it, before the collective. A gathered latent is gathered again.
+    Layout ``column_row`` computes outputs of whole width on every rank, so there it keeps more than ``none`` does with
+    much tensor parallelism.
     """
     saved, layer_input = saved_bytes_per_token_layer(model, parallel, train, kernels)
     if train.activation_checkpointing != "selective":
         return layer_input if train.activation_checkpointing == "full" else saved
     size, b = parallel.tensor_parallel_size, PRECISIONS[train.precision].product_bytes
     kept = model.num_heads * model.head_width // size * b + 4 * model.num_heads // size
-    for name, (_, d_out) in model.projection_widths().items():
-        projection = getattr(model.projections, name)
-        # Which of the two products has its inner axis split decides what is whole on every rank.
-        if projection.kind == "dense":
-            kept += (d_out // size if name in INPUT_PROJECTIONS else d_out) * b
-        elif name in INPUT_PROJECTIONS:
-            out = d_out // size if parallel.lowdim_layout == "latent" else d_out
-            kept += (projection.rank // size + out) * b
-        else:
-            kept += (projection.rank + d_out) * b
+    kept += sum(structure.products() for structure in _structures(model, parallel)) * b
     return layer_input + kept
 
 
@@ -169,8 +132,8 @@ def bytes_loss(
     tokens = train.micro_batch_size * model.sequence_length
     b = PRECISIONS[train.precision].product_bytes
     columns = model.padded_vocab_size // parallel.tensor_parallel_size
-    chunk = min(tokens, chunk_tokens(columns, 4)) * columns
-    if takes_chunks(kernels.loss, tokens, columns, b):
+    chunk = min(tokens, max(1, LOSS_CHUNK_BYTES // (columns * 4))) * columns
+    if tokens * columns * b > most_whole_logits_bytes(kernels.loss):
         return chunk * (b + 4) + tokens * model.hidden_size * b + columns * model.hidden_size * 4
     return tokens * columns * b + chunk * 4
 

@@ -33,7 +33,8 @@ from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.launcher import tell_launcher
 from megatron_lpa.parallel.meeting import Meeting, meet
 from megatron_lpa.parallel.place import place_from_environment
-from megatron_lpa.planning.accounting import count_parameters, flops_per_token_training
+from megatron_lpa.planning.flops import flops_per_token_training
+from megatron_lpa.planning.parameters import count_parameters
 from megatron_lpa.run_folder import CHECKPOINTS, CONFIG, TOKENIZER, refuse_links, refuse_unwritable
 from megatron_lpa.train.alike import data_facts, sample_order, start_facts
 from megatron_lpa.train.callbacks.callback import Callback, Sink

@@ -7,6 +7,7 @@ import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -127,9 +128,9 @@ def test_commands_in_running_text_name_existing_files_and_targets(page: Path) ->
         r"\b(?:megatron_lpa|tests|ds_configs|docs)/[\w/.]*\w\.(?:py|yaml|json|md)\b", text
     ):
         # The page about adding a structure names the file that its reader will write.
-        assert (ROOT / name).is_file() or name == "megatron_lpa/layers/blockdense.py", name
+        assert (ROOT / name).is_file() or name == "megatron_lpa/structures/blockdense.py", name
     for name in re.findall(
-        r"`((?:config|parallel|data|ops|layers|model|engine|train|evaluate)/[\w/]*\.py)`", text
+        r"`((?:config|parallel|data|ops|layers|structures|model|engine|train|evaluate)/[\w/]*\.py)`", text
     ):
         assert (ROOT / "megatron_lpa" / name).is_file(), name
 
@@ -187,7 +188,7 @@ def test_every_preset_is_in_the_table_of_models() -> None:
 
 
 def test_the_table_of_models_has_the_counts_of_the_presets() -> None:
-    from megatron_lpa.planning.accounting import count_parameters
+    from megatron_lpa.planning.parameters import count_parameters
 
     text = (ROOT / "docs" / "models.md").read_text()
     counts = dict(re.findall(r"^\| `(\w+/\w+)` \|[^|]*\| ([\d,]+) \|", text, re.MULTILINE))
@@ -228,13 +229,17 @@ def test_messages_that_the_page_on_running_explains_are_said() -> None:
 def test_the_worked_structure_equals_the_whole_matrix(end: str, tmp_path: Path) -> None:
     import torch
 
+    from megatron_lpa.config import KernelConfig
+    from megatron_lpa.layers.sublayers import BoundOperations
     from megatron_lpa.parallel.groups import ParallelGroups
 
     page = ROOT / "docs" / "adding_a_structure.md"
     (source,) = (code for code in code_blocks(page, "python") if "class BlockDenseInput" in code)
     path = tmp_path / "blockdense.py"
     path.write_text(source)
-    structure = runpy.run_path(str(path))[f"BlockDense{end}"](48, 96, 24, 4, True)
+    settings = SimpleNamespace(rank=24, blocks=4, bias="default")
+    structure = runpy.run_path(str(path))[f"BlockDense{end}"](settings, 48, 96, True, 1, "latent")
+    ops = BoundOperations(KernelConfig(), ParallelGroups.single())
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -244,9 +249,10 @@ def test_the_worked_structure_equals_the_whole_matrix(end: str, tmp_path: Path) 
     x = draw(5, 48)
     whole = p["w_b"] @ torch.block_diag(*p["a"])
     if end == "Input":
-        z = structure.after(structure.before(x, p).unsqueeze(-2), p)
+        (latent,) = structure.before([(structure, p)], x, ops)
+        z = structure.after(latent.unsqueeze(-2), p, ops)
     else:
-        z = structure.apply(x, p, ParallelGroups.single())
+        z = structure.apply(x, p, ops)
     torch.testing.assert_close(z, x @ whole.T + p["bias"])
 
 

@@ -17,8 +17,9 @@ from support.world import groups_for
 from megatron_lpa.checkpoint.progress import Progress, SampleOrder
 from megatron_lpa.config import ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_lpa.parallel.groups import ParallelGroups
-from megatron_lpa.parallel.sharding import ParameterSpec, merge, spec_of
+from megatron_lpa.parallel.sharding import merge, spec_of
 from megatron_lpa.run_folder import MANIFEST
+from megatron_lpa.structures.parameter_spec import ParameterSpec
 
 BATCH = 8
 ORDER = SampleOrder(seed=27, samples_per_epoch=1000, samples_per_step=BATCH)
@@ -228,8 +229,11 @@ def pytorch_adamw(model: ModelConfig) -> State:
     initialize(decoder, model, ParallelGroups.single(), TrainConfig().seed)
     named = dict(decoder.named_parameters())
     groups = [
-        {"params": [p for p in named.values() if spec_of(p).decays], "weight_decay": 0.1},
-        {"params": [p for p in named.values() if not spec_of(p).decays], "weight_decay": 0.0},
+        {"params": [p for p in named.values() if spec_of(p).decays_by(OptimConfig())], "weight_decay": 0.1},
+        {
+            "params": [p for p in named.values() if not spec_of(p).decays_by(OptimConfig())],
+            "weight_decay": 0.0,
+        },
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-5)
     for number in range(2):

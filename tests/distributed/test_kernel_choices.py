@@ -14,7 +14,7 @@ from support.models import MODELS
 from support.world import groups_for
 
 from megatron_lpa.config import KernelConfig, ModelConfig
-from megatron_lpa.layers import loss
+from megatron_lpa.layers import cross_entropy
 from megatron_lpa.model.recompute import recompute_for
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.sharding import merge, spec_of
@@ -32,7 +32,8 @@ def sharded(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Losses, local gradients, and what the loss alone made this rank send."""
-    before, loss.chunk_tokens = loss.chunk_tokens, lambda *_: 5
+    chunk_bytes = 5 * max(4, dtype.itemsize) * model.padded_vocab_size // tp_size  # of 5 tokens
+    before, cross_entropy.LOSS_CHUNK_BYTES = cross_entropy.LOSS_CHUNK_BYTES, chunk_bytes
     try:
         groups = groups_for(tp_size)
         decoder = Decoder(model, groups, "latent", recompute_for(mode), kernels).to(dtype)
@@ -47,7 +48,7 @@ def sharded(
         losses = decoder(ids[:, :-1], ids[:, 1:])
         losses.mean().backward()
     finally:
-        loss.chunk_tokens = before
+        cross_entropy.LOSS_CHUNK_BYTES = before
     return {
         "losses": losses.detach().numpy(),
         "gradients": {name: p.grad.numpy() for name, p in decoder.named_parameters()},

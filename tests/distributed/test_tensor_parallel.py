@@ -11,12 +11,12 @@ from support.models import LPA, MODELS, SETTING_1, lowdim
 from support.world import groups_for
 
 from megatron_lpa.config import KernelConfig, ModelConfig, ParallelConfig
-from megatron_lpa.layers.attention import Attention
+from megatron_lpa.layers.sublayers import Attention
 from megatron_lpa.model.init import initialize
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import merge, spec_of
-from megatron_lpa.planning.accounting import collective_elements_per_token
+from megatron_lpa.planning.traffic import collective_elements_per_token
 
 BATCH, SEED = 3, 5
 LAYOUTS = ("column_row", "latent")

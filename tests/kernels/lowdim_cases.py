@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from megatron_lpa.layers.attention import rope_tables
+from megatron_lpa.layers.sublayers import rope_tables
 from megatron_lpa.ops.products import Norm, Pair, Rotary, lowdim_linears
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -142,7 +142,7 @@ def test_bounds_by_hand(shape: tuple[int, int, int], forward_us: float, training
 
 
 def test_rotation_is_the_models() -> None:
-    from megatron_lpa.layers.attention import rope_tables
+    from megatron_lpa.layers.sublayers import rope_tables
     from megatron_lpa.ops.elementwise import apply_rope
 
     cos, sin = rope_tables(7, 8, 10000.0, torch.device("cpu"))

@@ -23,8 +23,9 @@ from megatron_lpa.config import ModelConfig, ParallelConfig, RunConfig, TrainCon
 from megatron_lpa.model.init import named_parameters_once
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
-from megatron_lpa.parallel.sharding import ParameterSpec, merge, spec_of, split
+from megatron_lpa.parallel.sharding import merge, spec_of, split
 from megatron_lpa.run_folder import MANIFEST
+from megatron_lpa.structures.parameter_spec import ParameterSpec
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 State = dict[tuple[str, str], torch.Tensor]

@@ -34,12 +34,13 @@ from megatron_lpa.config import (
     validate_config,
 )
 from megatron_lpa.errors import UserError
-from megatron_lpa.layers.attention import Attention
+from megatron_lpa.layers.sublayers import Attention
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import merge, spec_of
-from megatron_lpa.planning.accounting import collective_elements_per_token, count_parameters
-from megatron_lpa.planning.memory import parameters_per_tensor_rank, saved_bytes_per_token_layer
+from megatron_lpa.planning.memory import saved_bytes_per_token_layer
+from megatron_lpa.planning.parameters import count_parameters, parameters_per_tensor_rank
+from megatron_lpa.planning.traffic import collective_elements_per_token
 from support import reference
 from support.checkpoints import reassembled
 from support.models import SETTING_1
@@ -187,8 +188,8 @@ def wrong_numbers_are_refused() -> None:
         f"{q}blocks=-2": "q.blocks is -2 but must be at least 1",
         f"{q}blocks=3": "q.blocks is 3 but does not divide model.projections.q.rank 32; use one of 1, 2, 4",
         f"{q}blocks=64": "q.blocks is 64 but does not divide",
-        f"{q}blocks=null": "set it for kind blockdense",
-        f"{q}kind=lowdim": "set it for kind blockdense, and only for it",
+        f"{q}blocks=null": "q.blocks is empty but model.projections.q.kind is blockdense; set the blocks",
+        f"{q}kind=lowdim": "q.blocks is 4 but model.projections.q.kind is lowdim; set the kind to blockdense",
         f"{q}rank=0": "q.rank is 0 but must be at least 1",
         f"{q}rank=null": "q.rank is empty",
         f"{q}by_layer={{0: 6}}": "does not divide model.projections.q.by_layer, layers 0: rank 6",

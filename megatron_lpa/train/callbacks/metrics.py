@@ -14,7 +14,7 @@ from megatron_lpa.checkpoint.progress import NOTHING_UNRECORDED, Unrecorded
 from megatron_lpa.checkpoint.resume import Resumed
 from megatron_lpa.errors import TryAgain, UserError, shown
 from megatron_lpa.parallel.agreement import gather_numbers, largest_of_all, together
-from megatron_lpa.planning.accounting import flops_per_token_training
+from megatron_lpa.planning.flops import flops_per_token_training
 from megatron_lpa.record_values import CannotRecord, finished
 from megatron_lpa.records import Record
 from megatron_lpa.train.callbacks.callback import SAID, Callback, Sink, StepReport

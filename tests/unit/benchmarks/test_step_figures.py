@@ -18,7 +18,7 @@ from benchmarks.step_figures import (
 )
 from megatron_lpa.config import load_config, preset_names
 from megatron_lpa.errors import UserError
-from megatron_lpa.planning.accounting import flops_per_token_forward
+from megatron_lpa.planning.flops import flops_per_token_forward
 
 DENSE = run_config("3b/transformer", {}).model
 LPA = run_config("3b/lpa", {}).model

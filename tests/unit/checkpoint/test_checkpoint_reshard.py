@@ -16,7 +16,8 @@ from megatron_lpa.checkpoint.reshard import StateReader, shard_box
 from megatron_lpa.checkpoint.tensor_file import write_tensors
 from megatron_lpa.checkpoint.training_state import fragment_key, shard_name
 from megatron_lpa.files import sha256
-from megatron_lpa.parallel.sharding import ParameterSpec, split
+from megatron_lpa.parallel.sharding import split
+from megatron_lpa.structures.parameter_spec import ParameterSpec
 
 SHAPES = [
     ((8, 12), (None, 0, 1)),

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_lpa.config import fitted_to_world, load_config, preset_names, validate_config
 from megatron_lpa.config.compare import differences
-from megatron_lpa.planning.accounting import count_parameters
 from megatron_lpa.planning.memory import estimate_memory
+from megatron_lpa.planning.parameters import count_parameters
 
 COUNTS_MILLIONS = {
     "s1_small/transformer": 135,

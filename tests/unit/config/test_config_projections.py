@@ -17,7 +17,7 @@ from megatron_lpa.config import (
     validate_config,
 )
 from megatron_lpa.errors import UserError
-from megatron_lpa.planning.accounting import count_parameters
+from megatron_lpa.planning.parameters import count_parameters
 
 Q = "--model.projections.q."
 
@@ -155,8 +155,8 @@ def test_it_comes_back_from_a_file_and_may_be_written_in_one(tmp_path) -> None:
 def test_which_factor_has_a_bias(bias, linear_bias, dense, pair_in, pair_out) -> None:
     pair, plain = ProjectionConfig("lowdim", 8, bias), ProjectionConfig(bias=bias)
     model = ModelConfig(linear_bias=linear_bias, projections=ProjectionsConfig(q=pair, up=plain, o=pair))
-    assert (model.biases("q"), model.biases("o")) == (pair_in, pair_out)
-    assert dense is None or model.biases("up") == dense
+    assert (model.structure("q").biases, model.structure("o").biases) == (pair_in, pair_out)
+    assert dense is None or model.structure("up").biases == dense
 
 
 def test_the_companion_s_model_on_the_page_is_what_its_code_counts(tmp_path) -> None:

@@ -13,11 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_lpa.config import KernelConfig
-from megatron_lpa.config.kernels import chunk_tokens, takes_chunks
-from megatron_lpa.layers import loss
-from megatron_lpa.layers.embedding import LanguageModelHead
-from megatron_lpa.layers.loss import chunked_cross_entropy, vocab_parallel_cross_entropy
-from megatron_lpa.ops import cross_entropy
+from megatron_lpa.config.kernels import most_whole_logits_bytes
+from megatron_lpa.layers import cross_entropy
+from megatron_lpa.layers.cross_entropy import chunked_cross_entropy, vocab_parallel_cross_entropy
+from megatron_lpa.model.transformer import LanguageModelHead
 from megatron_lpa.parallel.groups import ParallelGroups
 
 SINGLE = ParallelGroups.single()
@@ -57,7 +56,7 @@ def exact(inputs: list[torch.Tensor | None], labels: torch.Tensor) -> list[torch
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("kind", ["whole", "chunked"])
 def test_losses_and_gradients_equal_torch(kind, dtype, bias, tokens, backend, monkeypatch):
-    monkeypatch.setattr(loss, "chunk_tokens", lambda *_: tokens)
+    monkeypatch.setattr(cross_entropy, "LOSS_CHUNK_BYTES", tokens * IDS * max(4, dtype.itemsize))
     inputs, labels = draw(dtype, bias)
     if kind == "chunked":
         losses = chunked_cross_entropy(*inputs, labels, SINGLE, REAL, backend)
@@ -152,7 +151,7 @@ def test_chunks_never_hold_all_logits_and_keep_a_few_numbers_per_token(monkeypat
     x = torch.randn(1, tokens, 8, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(ids, 8, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(ids, (1, tokens))
-    monkeypatch.setattr(loss, "chunk_tokens", lambda *_: 16)
+    monkeypatch.setattr(cross_entropy, "LOSS_CHUNK_BYTES", 16 * ids * 4)
 
     def chunked() -> torch.Tensor:
         return chunked_cross_entropy(x, weight, None, labels, SINGLE, ids)
@@ -172,19 +171,18 @@ def test_chunks_never_hold_all_logits_and_keep_a_few_numbers_per_token(monkeypat
 
 
 def test_auto_takes_chunks_for_large_logits():
-    assert not takes_chunks("auto", 16384, 32000, 2)  # 1.05 GB
-    assert takes_chunks("auto", 16384, 128000, 2)  # 4.2 GB
-    assert takes_chunks("chunked", 1, 1, 2) and not takes_chunks("whole", 10**6, 10**6, 4)
+    assert 16384 * 32000 * 2 < most_whole_logits_bytes("auto") < 16384 * 128000 * 2
+    assert most_whole_logits_bytes("chunked") < 0 and most_whole_logits_bytes("whole") > 10**15
 
 
 def test_a_chunk_has_at_least_one_token():
-    assert chunk_tokens(10**9, 4) == 1
-    assert chunk_tokens(32000, 4) == 4194
+    assert list(cross_entropy._chunks(2, 10**9, torch.float32)) == [slice(0, 1), slice(1, 2)]
+    assert next(cross_entropy._chunks(10**6, 32000, torch.bfloat16)) == slice(0, 4194)
 
 
 @pytest.mark.parametrize("times", [1.0, 20.0])
 def test_under_autocast_gradients_are_those_of_the_logits_that_the_loss_saw(times, monkeypatch):
-    monkeypatch.setattr(loss, "chunk_tokens", lambda *_: 4)
+    monkeypatch.setattr(cross_entropy, "LOSS_CHUNK_BYTES", 4 * IDS * 4)
     inputs, labels = draw(torch.float32, bias=False)
     inputs[1] = (inputs[1].detach() * times).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megatron_lpa.layers.loss import mask_padded_ids, vocab_parallel_cross_entropy
+from megatron_lpa.layers.cross_entropy import mask_padded_ids, vocab_parallel_cross_entropy
 from megatron_lpa.parallel.groups import ParallelGroups
 
 SINGLE = ParallelGroups.single()

@@ -8,22 +8,18 @@ import pytest
 from support.models import LPA, MODELS, SETTING_1, lowdim
 
 from megatron_lpa.config import ModelConfig, OptimConfig, ParallelConfig, ProjectionConfig, TrainConfig
-from megatron_lpa.layers.linear import input_structure, output_structure
 from megatron_lpa.model.init import initialize
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.parallel.sharding import spec_of
-from megatron_lpa.planning.accounting import (
-    collective_elements_per_token,
-    count_parameters,
-    flops_per_token_forward,
-)
+from megatron_lpa.planning.flops import flops_per_token_forward
 from megatron_lpa.planning.memory import (
     bytes_activations,
     kept_bytes_per_token_layer,
-    parameters_per_tensor_rank,
     saved_bytes_per_token_layer,
 )
+from megatron_lpa.planning.parameters import count_parameters, parameters_per_tensor_rank
+from megatron_lpa.planning.traffic import collective_elements_per_token
 
 BY_LAYER = replace(SETTING_1, num_layers=3, projections=lowdim(by_layer={"0": "dense", "2": 4}, q=8, o=8))
 
@@ -118,9 +114,9 @@ def test_what_decays(biases: bool, norms: bool) -> None:
 
 
 def test_structures_are_those_of_the_layer() -> None:
-    dense, pair = (output_structure("o", BY_LAYER.at_layer(n), 1, "latent") for n in (0, 2))
+    dense, pair = (BY_LAYER.at_layer(n).structure("o") for n in (0, 2))
     assert set(dense.specs()) == {"weight", "bias"} and pair.specs()["w_a"].shape == (4, 32)
-    assert set(input_structure("q", MODELS["output_biases"], 2, "column_row").specs()) == {
+    assert set(MODELS["output_biases"].structure("q", 2, "column_row").specs()) == {
         "w_a",
         "w_b",
         "bias_b",

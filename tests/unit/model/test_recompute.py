@@ -114,7 +114,7 @@ def test_selective_keeps_the_bytes_of_the_estimate(name, monkeypatch):
 
     monkeypatch.setattr(recompute, "create_selective_checkpoint_contexts", remember)
     x = torch.randn(2, 12, model.hidden_size, requires_grad=True)
-    from megatron_lpa.layers.attention import rope_tables
+    from megatron_lpa.layers.sublayers import rope_tables
 
     rope = rope_tables(12, model.head_width, 1e4, x.device) if model.position_embedding == "rope" else None
     layer(x, rope)

@@ -11,7 +11,7 @@ from support import reference
 from support.models import MODELS, SETTING_1, SETTING_2
 
 from megatron_lpa.config import ModelConfig
-from megatron_lpa.layers.attention import rope_tables
+from megatron_lpa.layers.sublayers import rope_tables
 from megatron_lpa.model.init import initialize
 from megatron_lpa.model.transformer import Decoder
 from megatron_lpa.ops.elementwise import apply_rope

@@ -11,7 +11,7 @@ from support import reference
 from torch._dynamo.utils import counters
 
 from megatron_lpa.errors import UserError
-from megatron_lpa.layers.attention import rope_tables
+from megatron_lpa.layers.sublayers import rope_tables
 from megatron_lpa.ops import elementwise
 
 EPS = 1e-5

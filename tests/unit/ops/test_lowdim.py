@@ -7,7 +7,7 @@ import torch
 from kernels.lowdim_cases import Problem, assert_near, draw, reference
 from torch.nn import functional
 
-from megatron_lpa.layers.norm import RMSNorm
+from megatron_lpa.model.transformer import RMSNorm
 from megatron_lpa.ops.dispatch import Plan
 from megatron_lpa.ops.lowdim_math import inverse_rms
 from megatron_lpa.ops.lowdim_operator import Arguments, lowdim, lowdim_operator

@@ -18,14 +18,11 @@ from megatron_lpa.config import (
     load_config,
     preset_names,
 )
-from megatron_lpa.layers.attention import rope_tables
-from megatron_lpa.layers.linear import input_structure, output_structure
+from megatron_lpa.layers.sublayers import rope_tables
 from megatron_lpa.model.dtypes import autocast_dtype
 from megatron_lpa.model.transformer import Decoder, DecoderLayer
 from megatron_lpa.parallel.groups import ParallelGroups
-from megatron_lpa.planning.accounting import (
-    collective_elements_per_token,
-    count_parameters,
+from megatron_lpa.planning.flops import (
     flops_per_token_forward,
     flops_per_token_training,
     hardware_flops_per_token_training,
@@ -34,9 +31,10 @@ from megatron_lpa.planning.memory import (
     bytes_activations,
     bytes_cast_weights,
     estimate_memory,
-    parameters_per_tensor_rank,
     saved_bytes_per_token_layer,
 )
+from megatron_lpa.planning.parameters import count_parameters, parameters_per_tensor_rank
+from megatron_lpa.planning.traffic import collective_elements_per_token
 
 
 def pair(rank: int) -> ProjectionConfig:
@@ -166,8 +164,7 @@ def test_projections_agree_with_what_the_layers_allocate(name: str, tp_size: int
         model = replace(model, pad_vocab_to_multiple_of=tp_size)
     full = shard = 0
     for projection in model.projection_widths():
-        structure = input_structure if projection in ("q", "k", "v", "up", "gate") else output_structure
-        for spec in structure(projection, model, tp_size, layout).specs().values():
+        for spec in model.structure(projection, tp_size, layout).specs().values():
             full += model.num_layers * math.prod(spec.shape)
             shard += model.num_layers * math.prod(spec.local_shape(tp_size))
     count = count_parameters(model)

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from megatron_lpa.ops import cross_entropy
-from megatron_lpa.ops import elementwise_math as formulas
+from megatron_lpa.layers import cross_entropy
+from megatron_lpa.ops.elementwise import wide
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,7 +26,7 @@ def drawn(rows: int, columns: int, dtype: torch.dtype, spare: int) -> list[torch
     generator = torch.Generator().manual_seed(rows + columns)
     scores = (5 * torch.randn(rows, columns + spare, generator=generator)).to(dtype)[:, :columns]
     local = torch.randint(-1, columns, (rows,), generator=generator)
-    return [scores, local, torch.randn(rows, generator=generator, dtype=formulas.wide(scores).dtype)]
+    return [scores, local, torch.randn(rows, generator=generator, dtype=wide(scores).dtype)]
 
 
 @pytest.mark.parametrize("spare", [0, 3])
@@ -40,9 +40,9 @@ def test_blocks_give_the_bits_of_all_rows_at_once(dtype, spare, threads, monkeyp
         whole = cross_entropy.shard_statistics(scores, local, "eager")
         at_once = torch.empty_like(scores)
         cross_entropy.shard_gradient(scores, local, *whole[:2], upstream, "eager", at_once)
-        for found, expected in zip(whole, formulas.shard_statistics(scores, local), strict=True):
+        for found, expected in zip(whole, cross_entropy.statistics_at_once(scores, local), strict=True):
             assert torch.equal(found, expected)
-        assert torch.equal(at_once, formulas.shard_gradient(scores, local, *whole[:2], upstream))
+        assert torch.equal(at_once, cross_entropy.gradient_at_once(scores, local, *whole[:2], upstream))
         monkeypatch.setattr(cross_entropy, "BLOCK_BYTES", block_bytes)
         blocks = cross_entropy.shard_statistics(scores, local, "eager")
         for found, expected in zip(blocks, whole, strict=True):

@@ -11,13 +11,17 @@ V/T is the number of this rank's ids, M the number of tokens, b the bytes of an 
   beside the 6 V D of the head and about 6 per parameter of everything else: for 3B (V = 32,000, D = 4096) 0.26 of
   20.1 GFLOP, 1.3 % of a step. What it saves at 16,384 tokens in bf16 is 1.0 GB of logits.
 
-Keeping half-precision logits chunk by chunk instead would be *whole* with the memory of *whole*. Computing
-gradients in the forward pass, as some libraries do, needs the loss of every token to have the same weight, and
-this function returns a loss per token. So ``auto`` takes *whole* until the logits are large.
+``auto`` takes *whole* until the logits are large. Computing gradients in the forward pass, as some libraries do, needs
+the loss of every token to have the same weight; here the loss of each token is returned.
+
+One rank's columns are computed as in ``ops/elementwise.py``: ``compiled`` reads the logits once and writes no fp32 copy
+of them; ``liger`` has no function of this shape and is computed as ``compiled``. ``eager`` on a CPU takes a few rows at
+a time, so that all passes but the first find them in the cache; the bits are those of all rows at once.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,11 +30,14 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from megatron_lpa.config.kernels import chunk_tokens
-from megatron_lpa.ops import cross_entropy as ops
+from megatron_lpa.config.kernels import LOSS_CHUNK_BYTES
+from megatron_lpa.ops.elementwise import compiled, dynamic, resolve, wide
 from megatron_lpa.ops.products import autocast_dtype
 from megatron_lpa.parallel.collectives import all_reduce_no_grad
 from megatron_lpa.parallel.groups import ParallelGroups
+
+BLOCK_BYTES = 2**20
+"""fp32 logits that one thread takes at a time on a CPU: they stay in a core's second-level cache."""
 
 
 def mask_padded_ids(logits: torch.Tensor, vocab_size: int, first_id: int) -> torch.Tensor:
@@ -54,7 +61,7 @@ def real_columns(columns: int, vocab_size: int, first_id: int) -> int:
 
 
 def _chunks(tokens: int, columns: int, dtype: torch.dtype) -> Iterator[slice]:
-    step = chunk_tokens(columns, 8 if dtype == torch.float64 else 4)
+    step = max(1, LOSS_CHUNK_BYTES // (columns * (8 if dtype == torch.float64 else 4)))
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
@@ -75,25 +82,28 @@ class _Statistics:
         self.backend = backend
         local = labels - first_id
         self.local = local.masked_fill((local < 0) | (local >= real), -1)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        sums = torch.float64 if dtype == torch.float64 else torch.float32
         # A rank without real ids adds nothing: finite, because -inf minus -inf is no number.
-        self.largest = labels.new_full(labels.shape, torch.finfo(wide).min, dtype=wide)
-        self.total = labels.new_zeros(labels.shape, dtype=wide)
-        self.target = labels.new_zeros(labels.shape, dtype=wide)
+        self.largest = labels.new_full(labels.shape, torch.finfo(sums).min, dtype=sums)
+        self.total = labels.new_zeros(labels.shape, dtype=sums)
+        self.target = labels.new_zeros(labels.shape, dtype=sums)
 
     def add(self, chunk: slice, scores: torch.Tensor) -> None:
         """Take in the real logits (m, real) of a chunk of tokens."""
-        self.largest[chunk], self.total[chunk], self.target[chunk] = ops.shard_statistics(
+        self.largest[chunk], self.total[chunk], self.target[chunk] = shard_statistics(
             scores, self.local[chunk], self.backend
         )
 
     def losses(self, groups: ParallelGroups) -> torch.Tensor:
         """(M,); afterwards the statistics are those of all ranks. Two all-reduces, whatever the chunks."""
         own = self.largest
-        self.largest = all_reduce_no_grad(own.clone(), groups, dist.ReduceOp.MAX)
+        if groups.tp_size > 1:
+            self.largest = all_reduce_no_grad(own.clone(), groups, dist.ReduceOp.MAX)
         target = (self.target - self.largest).masked_fill(self.local < 0, 0.0)
         sums = torch.stack((self.total * torch.exp(own - self.largest), target))
-        self.total, target = all_reduce_no_grad(sums, groups, dist.ReduceOp.SUM)
+        if groups.tp_size > 1:
+            sums = all_reduce_no_grad(sums, groups, dist.ReduceOp.SUM)
+        self.total, target = sums
         return self.total.log() - target
 
 
@@ -115,9 +125,8 @@ class _Whole(torch.autograd.Function):
         ctx.overwrite = overwrite and not torch.compiler.is_compiling()
         rows = logits.reshape(-1, columns)
         found = _Statistics(labels.reshape(-1), first_id, ctx.real, logits.dtype, backend)
-        if ctx.real:
-            for chunk in _chunks(len(rows), columns, logits.dtype):
-                found.add(chunk, rows[chunk, : ctx.real])
+        for chunk in _chunks(len(rows), columns, logits.dtype) if ctx.real else ():
+            found.add(chunk, rows[chunk, : ctx.real])
         losses = found.losses(groups)
         ctx.save_for_backward(logits, found.local, found.largest, found.total)
         return losses.view(labels.shape)
@@ -130,17 +139,11 @@ class _Whole(torch.autograd.Function):
         rows, upstream = logits.detach().reshape(-1, columns), upstream.reshape(-1)
         gradient = rows if ctx.overwrite else torch.empty_like(rows, memory_format=torch.contiguous_format)
         gradient[:, ctx.real :] = 0
-        if ctx.real:
-            for chunk in _chunks(len(rows), columns, logits.dtype):
-                ops.shard_gradient(
-                    rows[chunk, : ctx.real],
-                    local[chunk],
-                    largest[chunk],
-                    total[chunk],
-                    upstream[chunk],
-                    ctx.backend,
-                    out=gradient[chunk, : ctx.real],
-                )
+        for chunk in _chunks(len(rows), columns, logits.dtype) if ctx.real else ():
+            shard_gradient(
+                rows[chunk, : ctx.real], local[chunk], largest[chunk], total[chunk], upstream[chunk],
+                ctx.backend, gradient[chunk, : ctx.real],
+            )  # fmt: skip
         return gradient.view(logits.shape), None, None, None, None, None
 
 
@@ -164,9 +167,8 @@ class _Chunked(torch.autograd.Function):
         ctx.real, ctx.backend = real_columns(columns, vocab_size, first_id), backend
         rows = x.reshape(-1, x.shape[-1])
         found = _Statistics(labels.reshape(-1), first_id, ctx.real, x.dtype, backend)
-        if ctx.real:
-            for chunk in _chunks(len(rows), columns, x.dtype):
-                found.add(chunk, _scores(rows[chunk], weight, bias, ctx.real))
+        for chunk in _chunks(len(rows), columns, x.dtype) if ctx.real else ():
+            found.add(chunk, _scores(rows[chunk], weight, bias, ctx.real))
         losses = found.losses(groups)
         ctx.save_for_backward(x, weight, bias, found.local, found.largest, found.total)
         return losses.view(labels.shape)
@@ -178,26 +180,25 @@ class _Chunked(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         rows, upstream, real = x.reshape(-1, x.shape[-1]), upstream.reshape(-1), ctx.real
         # Sums over chunks in fp32: rounding after every chunk would add up.
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        sums = torch.float64 if x.dtype == torch.float64 else torch.float32
         dx = torch.zeros_like(rows) if need_x else None
-        dw = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        db = torch.zeros_like(bias, dtype=wide) if need_bias else None
+        dw = torch.zeros_like(weight, dtype=sums) if need_weight else None
+        db = torch.zeros_like(bias, dtype=sums) if need_bias else None
         for chunk in _chunks(len(rows), weight.shape[0], x.dtype) if real else ():
             part = rows[chunk]
             scores = _scores(part, weight, bias, real)
-            ops.shard_gradient(
+            shard_gradient(
                 scores, local[chunk], largest[chunk], total[chunk], upstream[chunk], ctx.backend, out=scores
             )
-            grads = scores
             if dx is not None:
-                torch.mm(grads, weight[:real], out=dx[chunk])
+                torch.mm(scores, weight[:real], out=dx[chunk])
             if dw is not None:
-                if dw.dtype == grads.dtype:
-                    dw[:real].addmm_(grads.t(), part)
+                if dw.dtype == scores.dtype:
+                    dw[:real].addmm_(scores.t(), part)
                 else:
-                    dw[:real] += grads.t() @ part
+                    dw[:real] += scores.t() @ part
             if db is not None:
-                db[:real] += grads.sum(0, dtype=wide)
+                db[:real] += scores.sum(0, dtype=sums)
         return (
             None if dx is None else dx.view(x.shape),
             None if dw is None else dw.to(weight.dtype),
@@ -262,3 +263,137 @@ def chunked_cross_entropy(
     dtype = autocast_dtype(x)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return _Chunked.apply(x, weight, bias, labels, groups, vocab_size, backend)
+
+
+def shard_statistics(
+    scores: torch.Tensor, local: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Largest logit, sum of ``exp(logit - largest)`` and label's logit of each row; see ``statistics_at_once``.
+
+    Args:
+        scores: (M, W), W at least 1.
+        local: (M,) int64, the label's column or -1.
+        backend: one of ``elementwise.BACKENDS``.
+
+    Raises:
+        UserError: as ``elementwise.resolve``.
+    """
+    if resolve(backend, scores) != "eager":
+        return compiled(statistics_at_once)(dynamic(scores, 0), dynamic(local, 0))
+    if not _takes_blocks(scores):
+        return statistics_at_once(scores, local)
+    space = _space(scores)
+    largest, total = (space.new_empty(len(scores)) for _ in range(2))
+    for rows in _blocks(scores, space):
+        part = _widened(scores[rows], space)
+        torch.amax(part, -1, out=largest[rows])
+        shifted = torch.sub(part, largest[rows].unsqueeze(-1), out=space[: len(part)])
+        torch.sum(shifted.exp_(), -1, out=total[rows])
+    return largest, total, label_logits(scores, local)
+
+
+def shard_gradient(
+    scores: torch.Tensor,
+    local: torch.Tensor,
+    largest: torch.Tensor,
+    total: torch.Tensor,
+    upstream: torch.Tensor,
+    backend: str,
+    out: torch.Tensor,
+) -> None:
+    """Gradient of the loss by this rank's logits, (M, W) in their dtype: ``(softmax - one-hot) * upstream``.
+
+    Args:
+        scores, local: as in ``shard_statistics``.
+        largest: (M,) over all ranks.
+        total: (M,) over all ranks, of ``exp(logit - largest)``.
+        upstream: (M,).
+        backend: one of ``elementwise.BACKENDS``.
+        out: (M, W), where it is written; may be ``scores``.
+
+    Raises:
+        UserError: as ``elementwise.resolve``.
+    """
+    if resolve(backend, scores) != "eager":
+        tensors = (scores, local, largest, total, upstream)
+        out.copy_(compiled(gradient_at_once)(*(dynamic(t, 0) for t in tensors)))
+        return
+    one = (local >= 0).to(largest.dtype).neg().unsqueeze(-1)
+    column = local.clamp(min=0).unsqueeze(-1)
+    largest, total, upstream = (t.unsqueeze(-1) for t in (largest, total, upstream))
+    blocks, space = [slice(None)], None
+    if _takes_blocks(scores):
+        space = _space(scores)
+        blocks = _blocks(scores, space)
+    for rows in blocks:
+        # In place: this is the largest tensor of a step.
+        own = out[rows] if out.dtype == largest.dtype else None
+        part = wide(scores[rows]) if space is None else _widened(scores[rows], space)
+        gradient = torch.sub(part, largest[rows], out=part if own is None else own)
+        gradient.exp_().div_(total[rows]).scatter_add_(-1, column[rows], one[rows]).mul_(upstream[rows])
+        if own is None:
+            out[rows] = gradient
+
+
+def _takes_blocks(scores: torch.Tensor) -> bool:
+    """Whether there is a cache to keep, and no compiler that looks on."""
+    return scores.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _space(scores: torch.Tensor) -> torch.Tensor:
+    """Memory for one block, (rows, W) in the dtype that is computed in: used again and again, so it stays cached."""
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    rows = max(2, BLOCK_BYTES * torch.get_num_threads() // (dtype.itemsize * scores.shape[-1]))
+    return scores.new_empty((min(rows + 1, len(scores)), scores.shape[-1]), dtype=dtype)
+
+
+def _blocks(scores: torch.Tensor, space: torch.Tensor) -> list[slice]:
+    """Rows that ``space`` has room for. Never one of several alone: threads share its sum, and its last bits differ."""
+    count, step = len(scores), max(1, len(space) - 1)
+    starts = list(range(0, count, step))
+    if count > 1 and count - starts[-1] == 1:
+        starts.pop()
+    return [slice(start, stop) for start, stop in itertools.pairwise([*starts, count])]
+
+
+def _widened(part: torch.Tensor, space: torch.Tensor) -> torch.Tensor:
+    """The block as it is, or in ``space`` in the dtype that is computed in."""
+    return part if part.dtype == space.dtype else space[: len(part)].copy_(part)
+
+
+def statistics_at_once(
+    scores: torch.Tensor, local: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a row's cross-entropy needs of this rank's logits.
+
+    Args:
+        scores: (M, W) logits.
+        local: (M,) int64, the label's column, or -1 where it is not among these columns.
+
+    Returns:
+        (M,) each in fp32: the largest logit, the sum of ``exp(logit - largest)``, the label's logit (0 for -1).
+    """
+    h = wide(scores)
+    largest = h.amax(-1)
+    total = torch.exp(h - largest.unsqueeze(-1)).sum(-1)
+    return largest, total, label_logits(scores, local)
+
+
+def label_logits(scores: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """The third of ``statistics_at_once``: (M, W), (M,) -> (M,)"""
+    target = wide(scores.gather(-1, local.clamp(min=0).unsqueeze(-1)).squeeze(-1))
+    return torch.where(local < 0, 0.0, target)
+
+
+def gradient_at_once(
+    scores: torch.Tensor,
+    local: torch.Tensor,
+    largest: torch.Tensor,
+    total: torch.Tensor,
+    upstream: torch.Tensor,
+) -> torch.Tensor:
+    """``shard_gradient`` of all rows at once, in tensors of its own."""
+    softmax = torch.exp(wide(scores) - largest.unsqueeze(-1)) / total.unsqueeze(-1)
+    columns = torch.arange(scores.shape[-1], device=scores.device)
+    hit = columns == local.unsqueeze(-1)
+    return ((softmax - hit.to(softmax.dtype)) * upstream.unsqueeze(-1)).to(scores.dtype)

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from megatron_lpa.errors import UserError
-from megatron_lpa.ops import attention
-from megatron_lpa.ops.attention import causal_attention
+from megatron_lpa.layers.sublayers import _check_flash_attn, causal_attention
 
 
 def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -47,10 +46,10 @@ def test_heads_come_back_next_to_each_other():
 )
 def test_flash_attn_says_why_it_cannot_run(device, dtype, there, message, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if there else None)
-    attention._check_flash_attn.cache_clear()
+    _check_flash_attn.cache_clear()
     with pytest.raises(UserError, match=f"{message}.*kernels.attention=auto"):
-        attention._check_flash_attn(device, dtype)
-    attention._check_flash_attn.cache_clear()
+        _check_flash_attn(device, dtype)
+    _check_flash_attn.cache_clear()
 
 
 def test_flash_attn_is_refused_on_a_cpu():
