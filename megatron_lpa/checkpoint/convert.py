@@ -33,11 +33,13 @@ from megatron_lpa.checkpoint.new_folder import new_folder
 from megatron_lpa.checkpoint.tensor_file import (
     SHARD_BYTES,
     LazyTensor,
+    fragment_key,
+    shard_name,
     weights_name,
     write_index,
     write_lazily,
 )
-from megatron_lpa.checkpoint.training_state import MASTER, fragment_key, shard_name
+from megatron_lpa.checkpoint.training_state import MASTER
 from megatron_lpa.config.precision import PRECISIONS
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import write_whole

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from megatron_lpa.checkpoint.manifest import DamagedCheckpoint
+from megatron_lpa.checkpoint.tensor_file import shard_name
 from megatron_lpa.checkpoint.tensor_reader import TensorFiles
-from megatron_lpa.checkpoint.training_state import shard_name
 from megatron_lpa.run_folder import MANIFEST
 
 BLOCK_ELEMENTS = 1 << 18

@@ -42,8 +42,8 @@ from megatron_lpa.checkpoint.progress import (
     due_at,
 )
 from megatron_lpa.checkpoint.store import Retention, check_free_space, partial_of, prune, publish, remove
-from megatron_lpa.checkpoint.tensor_file import write_tensors, write_weights
-from megatron_lpa.checkpoint.training_state import KINDS, MASTER, TrainingState, fragment_key, shard_name
+from megatron_lpa.checkpoint.tensor_file import fragment_key, shard_name, write_tensors, write_weights
+from megatron_lpa.checkpoint.training_state import KINDS, MASTER, TrainingState
 from megatron_lpa.errors import UserError
 from megatron_lpa.files import patiently
 from megatron_lpa.parallel.agreement import gather_json, gather_messages, largest_of_all
@@ -270,7 +270,10 @@ def _own_tensors(state: TrainingState, kinds: Sequence[str]) -> Tensors:
     groups = state.groups
     tensors = []
     for fragment in state.fragments():
-        first, end = fragment.share()
+        # The copies divide it.
+        first, end = (
+            fragment.length * part // fragment.copies for part in (fragment.copy, fragment.copy + 1)
+        )
         if first == end:
             continue
         shard = shard_name(fragment.spec.tp_dim, groups.tp_rank, groups.tp_size)

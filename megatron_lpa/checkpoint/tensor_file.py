@@ -20,6 +20,7 @@ import torch
 from megatron_lpa.checkpoint.manifest import WrittenFile
 from megatron_lpa.files import fsync_folder, write_whole
 
+WHOLE = "whole"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
@@ -48,6 +49,16 @@ class LazyTensor:
     def bytes(self) -> int:
         """What it takes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def shard_name(tp_dim: int | None, tp_rank: int, tp_size: int) -> str:
+    """How files call a shard: its tensor-parallel rank, or ``whole``."""
+    return WHOLE if tp_dim is None or tp_size == 1 else str(tp_rank)
+
+
+def fragment_key(name: str, kind: str, shard: str, start: int) -> str:
+    """The key of a fragment in a file."""
+    return f"{name}/{kind}/{shard}/{start}"
 
 
 def write_tensors(

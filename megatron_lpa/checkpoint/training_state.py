@@ -1,4 +1,4 @@
-"""What a checkpoint asks of a model in training, and how files call the parts of its state.
+"""What a checkpoint asks of a model in training.
 
 A *shard* is a parameter's part on one tensor-parallel rank, flattened. A *fragment* is a range of it whose state one
 process holds.
@@ -16,21 +16,10 @@ from megatron_lpa.config import RunConfig
 from megatron_lpa.parallel.groups import ParallelGroups
 from megatron_lpa.structures.parameter_spec import ParameterSpec
 
-WHOLE = "whole"
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KINDS = (MASTER, *MOMENTS)
 """What a state holds of each parameter: the fp32 value, and AdamW's moments once there are any."""
-
-
-def shard_name(tp_dim: int | None, tp_rank: int, tp_size: int) -> str:
-    """How files call a shard: its tensor-parallel rank, or ``whole``."""
-    return WHOLE if tp_dim is None or tp_size == 1 else str(tp_rank)
-
-
-def fragment_key(name: str, kind: str, shard: str, start: int) -> str:
-    """The key of a fragment in a file."""
-    return f"{name}/{kind}/{shard}/{start}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +45,6 @@ class Fragment:
     def view(self, kind: str) -> torch.Tensor:
         """(length,) fp32: the state of one of ``KINDS`` itself, not a copy."""
         raise NotImplementedError
-
-    def share(self) -> tuple[int, int]:
-        """``(first, end)`` inside the fragment of what this process writes; the copies divide it."""
-        return self.length * self.copy // self.copies, self.length * (self.copy + 1) // self.copies
 
 
 class TrainingState(Protocol):

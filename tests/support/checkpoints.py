@@ -16,8 +16,7 @@ from megatron_lpa.checkpoint.convert_source import find_source
 from megatron_lpa.checkpoint.manifest import sealed
 from megatron_lpa.checkpoint.progress import Progress, SampleOrder
 from megatron_lpa.checkpoint.store import partial_of, publish
-from megatron_lpa.checkpoint.tensor_file import write_tensors
-from megatron_lpa.checkpoint.training_state import fragment_key, shard_name
+from megatron_lpa.checkpoint.tensor_file import fragment_key, shard_name, write_tensors
 from megatron_lpa.checkpoint.universal import write_universal
 from megatron_lpa.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_lpa.model.init import named_parameters_once

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_lpa.checkpoint import reshard
 from megatron_lpa.checkpoint.manifest import DamagedCheckpoint
 from megatron_lpa.checkpoint.reshard import StateReader, shard_box
-from megatron_lpa.checkpoint.tensor_file import write_tensors
-from megatron_lpa.checkpoint.training_state import fragment_key, shard_name
+from megatron_lpa.checkpoint.tensor_file import fragment_key, shard_name, write_tensors
 from megatron_lpa.files import sha256
 from megatron_lpa.parallel.sharding import split
 from megatron_lpa.structures.parameter_spec import ParameterSpec
