@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MOST_FILES_OF_A_STEP = 28
+MOST_FILES_OF_A_STEP = 20
 MOST_FILES_OF_A_SAVE = 10
 
 SMALL = """
