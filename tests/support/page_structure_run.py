@@ -219,4 +219,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    # Under its own name, by which the processes of a world find its functions.
+    import support.page_structure_run
+
+    support.page_structure_run.main(Path(sys.argv[1]))
