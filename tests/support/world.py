@@ -61,9 +61,9 @@ def serve() -> None:
 
     log_to_stderr()
     start_distributed(1)
-    while (message := _received(pipe)) is not None:
-        case, arguments = message
+    while message := pipe.recv_bytes():
         try:
+            case, arguments = pickle.loads(message)
             _send(pipe, (True, case(*arguments)))
         except BaseException:
             _send(pipe, (False, traceback.format_exc()))
@@ -98,7 +98,8 @@ class World:
         world ends; the fixture starts another for the next test.
         """
         for pipe in self._pipes:
-            _send(pipe, (case, arguments))
+            with contextlib.suppress(OSError):  # it is gone, which shows below
+                _send(pipe, (case, arguments))
         results: dict[int, Any] = {}
         failed: list[str] = []
         deadline = time.monotonic() + CASE_TIMEOUT_S
@@ -106,7 +107,10 @@ class World:
             waiting = [self._pipes[rank] for rank in range(self.size) if rank not in results]
             for ready in wait(waiting, timeout=max(0.0, deadline - time.monotonic())):
                 rank = self._pipes.index(ready)
-                ok, results[rank] = _received(ready)
+                try:
+                    ok, results[rank] = _received(ready)
+                except (EOFError, OSError):
+                    ok, results[rank] = False, f"the process is gone: {self._processes[rank].poll()}"
                 if not ok:
                     failed.append(f"rank {rank}:\n{results[rank]}")
                     deadline = min(deadline, time.monotonic() + AFTER_FAILURE_S)
@@ -121,7 +125,7 @@ class World:
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             if process.poll() is None:
                 with contextlib.suppress(OSError):
-                    _send(pipe, None)
+                    pipe.send_bytes(b"")
         for process, pipe in zip(self._processes, self._pipes, strict=True):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(3)
