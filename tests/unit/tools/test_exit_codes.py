@@ -123,7 +123,7 @@ def test_every_logger_is_of_the_package() -> None:
     """Its name has to be spelt out where a module is run by itself, as ``__main__``."""
     for path in [*(ROOT / "megatron_lpa").rglob("*.py"), *TOOLS.values()]:
         source = path.read_text()
-        if "logging.getLogger(" in source and path.name != "command_line.py":
+        if "logger = logging.getLogger(" in source and path.name != "command_line.py":
             by_itself = 'if __name__ == "__main__"' in source
             assert ("logging.getLogger(__name__)" not in source) == by_itself, path
             assert by_itself == ('logging.getLogger("megatron_lpa.' in source), path
