@@ -27,9 +27,6 @@ PAGE_IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 FAMILIES = {name.partition("/")[0] for name in preset_names()}
 FILE_ENDINGS = {"py", "md", "json", "yaml", "bin", "idx", "safetensors", "model", "jsonl"}
 
-LONG_LINES = {"CHANGELOG.md", "adding_a_structure.md"}
-"""Pages whose lines are still to be wrapped."""
-
 pages = pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
 
 
@@ -135,10 +132,10 @@ def test_commands_in_running_text_name_existing_files_and_targets(page: Path) ->
         assert (ROOT / "megatron_lpa" / name).is_file(), name
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name not in LONG_LINES], ids=lambda page: page.name
-)
+@pages
 def test_lines_of_prose_are_short(page: Path) -> None:
+    if page.name == "CHANGELOG.md":
+        pytest.skip("its lines are still to be wrapped")
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert [line for line in text.splitlines() if len(line) > 110 and not line.startswith(("|", "!"))] == []
 
