@@ -1,4 +1,5 @@
-"""What pyproject.toml cannot say: ``ds_configs/`` lies beside the package here, and inside it where it is installed."""
+"""What pyproject.toml cannot say: ``ds_configs/`` lies beside the package here, and inside it where it is
+installed."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ KNOBS = "ds_configs"
 
 
 class BuildWithKnobs(build_py):
-    """Copies ``ds_configs/*.json`` into the built package. An editable installation reads them where they are."""
+    """Copies ``ds_configs/*.json`` into the built package. An editable installation reads them where they
+    are."""
 
     def run(self) -> None:
         """Build the package, then add the files."""

@@ -1,9 +1,10 @@
 """How long training waits for a checkpoint, written at once and beside training, and how fast it is written.
 
 The engine with a preset's model trains a few steps around every checkpoint, in this process, alternately with
-``train.checkpoint_overlap`` off and on. ``blocked`` is all that training waits: with overlap the copy to the CPU's
-memory and the agreement at the end. ``slower`` is what the steps that a write runs beside take more than others, in
-all. Loading verifies every file and fills the state. Rates are of the checkpoint's bytes, 10^9 to the GB.
+``train.checkpoint_overlap`` off and on. ``blocked`` is all that training waits: with overlap the copy to the
+CPU's memory and the agreement at the end. ``slower`` is what the steps that a write runs beside take more
+than others, in all. Loading verifies every file and fills the state. Rates are of the checkpoint's bytes,
+10^9 to the GB.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="s1_small/lpa", help="the model (default: s1_small/lpa)")
     parser.add_argument("--layers", type=int, metavar="N", help="fewer decoder layers")
     parser.add_argument("--deepspeed-config", default="zero3", metavar="NAME", help="default: zero3")
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="checkpoints of each kind (default: 3)")  # fmt: skip
-    parser.add_argument("--folder", type=Path, metavar="PATH", help="where to write; the disk decides (default: a temporary folder)")  # fmt: skip
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="checkpoints of each kind (default: 3)")  # fmt: skip  # noqa: E501
+    parser.add_argument("--folder", type=Path, metavar="PATH", help="where to write; the disk decides (default: a temporary folder)")  # fmt: skip  # noqa: E501
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to record the result")
 
 
@@ -65,7 +66,7 @@ def _measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     overrides = [] if arguments.layers is None else ["--model.num_layers", str(arguments.layers)]
     config = load_config(
         ["--preset", arguments.preset, "--train.deepspeed_config", arguments.deepspeed_config,
-         "--train.global_batch_size", "1", "--train.micro_batch_size", "1", "--model.dropout", "0", *overrides]
+         "--train.global_batch_size", "1", "--train.micro_batch_size", "1", "--model.dropout", "0", *overrides]  # noqa: E501
     )  # fmt: skip
     engine = build_engine(config, start_distributed(1))
     ids = torch.randint(config.model.vocab_size, (1, config.model.sequence_length + 1))
@@ -152,8 +153,8 @@ def table(result: dict[str, Any]) -> str:
         cost_s = row["blocked_s"] + row.get("slower_s", 0.0)
         gigabytes = row["bytes"] / 1e9
         lines.append(
-            f"{name:10} {row['blocked_s']:8.2f} {row.get('slower_s', 0.0):9.2f} {row['total_s']:8.2f} {gigabytes:6.2f} "
-            f"{gigabytes / row['total_s']:6.2f} {100 * cost_s / INTERVAL_S:8.2f} %"
+            f"{name:10} {row['blocked_s']:8.2f} {row.get('slower_s', 0.0):9.2f} {row['total_s']:8.2f} "
+            f"{gigabytes:6.2f} {gigabytes / row['total_s']:6.2f} {100 * cost_s / INTERVAL_S:8.2f} %"
         )
     row = result["kinds"]["beside"]
     lines.append(f"loading: {result['load_s']:.2f} s, {row['bytes'] / 1e9 / result['load_s']:.2f} GB/s")

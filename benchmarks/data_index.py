@@ -1,8 +1,9 @@
 """How long a run waits for its data: the sample index of 51.2 million documents, made, found again, and read.
 
-Makes a dataset of the wanted size with a real index and token ids that are all zero (a sparse file, so it needs
-20 bytes of disk per document), opens it in fresh processes with this package and, where it is installed, with
-megatron-core, and reads shuffled samples of a smaller dataset with real bytes. Page caches are as they are after
+Makes a dataset of the wanted size with a real index and token ids that are all zero (a sparse file, so it
+needs 20 bytes of disk per document), opens it in fresh processes with this package and, where it is
+installed, with megatron-core, and reads shuffled samples of a smaller dataset with real bytes. Page caches
+are as they are after
 writing: warm.
 """
 

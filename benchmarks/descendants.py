@@ -1,4 +1,5 @@
-"""Ending all that a process has started, also what became an orphan or a session of its own. Linux, standard library."""
+"""Ending all that a process has started, also what became an orphan or a session of its own. Linux, standard
+library."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ _SET_DEATH_SIGNAL, _SET_CHILD_SUBREAPER = 1, 36
 
 
 def adopt_orphans() -> None:
-    """From now on this process becomes the parent of descendants that lose theirs, so that ``end_descendants`` finds them."""
+    """From now on this process becomes the parent of descendants that lose theirs, so that
+    ``end_descendants`` finds them."""
     ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def end_with_parent() -> None:
-    """For a child before it runs its program: it gets SIGTERM when its parent is gone, even one that was killed."""
+    """For a child before it runs its program: it gets SIGTERM when its parent is gone, even one that was
+    killed."""
     ctypes.CDLL(None, use_errno=True).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM, 0, 0, 0)
 
 

@@ -1,8 +1,9 @@
 """Table 2 of the paper on this device: time and memory of an evaluation step, Transformer against LPA.
 
-An evaluation step is forward and loss of one batch without gradients, weights in the given precision. The paper states
-neither batch nor precision; here every model gets the same number of tokens per step. All models are in memory at
-once and take turns of a few steps; the memory of one is its weights and what its step takes on top.
+An evaluation step is forward and loss of one batch without gradients, weights in the given precision. The
+paper states neither batch nor precision; here every model gets the same number of tokens per step. All models
+are in memory at once and take turns of a few steps; the memory of one is its weights and what its step takes
+on top.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from megatron_lpa.errors import UserError
 from megatron_lpa.train.hardware import peak_flops_per_second
 
 HELP = "the paper's Table 2: time and memory of an evaluation step, Transformer against LPA"
-MODELS = tuple(f"{family}/{variant}" for family in ("s1_small", "s1_medium", "3b") for variant in ("transformer", "lpa"))  # fmt: skip
+MODELS = tuple(f"{family}/{variant}" for family in ("s1_small", "s1_medium", "3b") for variant in ("transformer", "lpa"))  # fmt: skip  # noqa: E501
 PAPER = {
     "s1_small/transformer": {"step_ms": 153.4, "memory_mib": 2302},
     "s1_small/lpa": {"step_ms": 150.6, "memory_mib": 2276},
@@ -36,7 +37,8 @@ PAPER = {
     "3b/transformer": {"step_ms": 6923.0, "memory_mib": 71.94 * 1024},
     "3b/lpa": {"step_ms": 6066.0, "memory_mib": 70.26 * 1024},
 }
-"""Table 2, on the paper's GPUs and batches: the ratios within a size can be compared with ours, the figures not."""
+"""Table 2, on the paper's GPUs and batches: the ratios within a size can be compared with ours, the figures
+not."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Evaluated:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="PRESET", help="default: Table 2's six")  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=32768, metavar="N", help="tokens per step, rounded to whole sequences (default: 32768)")  # fmt: skip
+    parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="PRESET", help="default: Table 2's six")  # fmt: skip  # noqa: E501
+    parser.add_argument("--tokens", type=int, default=32768, metavar="N", help="tokens per step, rounded to whole sequences (default: 32768)")  # fmt: skip  # noqa: E501
     parser.add_argument(
         "--steps", type=int, default=30, metavar="N", help="steps measured of each (default: 30)"
     )
@@ -60,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--layers", type=int, metavar="N", help="decoder layers instead of the presets'")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the run, as kernels.lowdim=joined; can be given again")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the run, as kernels.lowdim=joined; can be given again")  # fmt: skip  # noqa: E501
     parser.add_argument("--dry-run", action="store_true", help="tiny models, to try the command")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to record the result")
 
@@ -110,7 +112,7 @@ def evaluated(preset: str, arguments: argparse.Namespace, device: torch.device) 
     def step() -> torch.Tensor:
         return decoder(ids[:, :-1], ids[:, 1:]).mean()
 
-    return Evaluated(model, sequences, Loop(config, step, sum(p.numel() for p in decoder.parameters())), weight_bytes)  # fmt: skip
+    return Evaluated(model, sequences, Loop(config, step, sum(p.numel() for p in decoder.parameters())), weight_bytes)  # fmt: skip  # noqa: E501
 
 
 def peak_on_top(step: Callable[[], Any], device: torch.device) -> int | None:

@@ -1,9 +1,9 @@
 """One call on a GPU machine without network: checks, installs the missing wheels, and runs the GPU suite.
 
-Runs with the machine's own Python and nothing but its standard library. All that is refused is refused before anything
-is measured: one line on stderr and exit code 2. Wheels are unpacked into a temporary folder. Results, the tuning
-table, logs and traces go into one folder, at most eight files of at most 16 MiB, and are there after every figure, however
-the call ends. SIGTERM and SIGINT end it with all that it started.
+Runs with the machine's own Python and nothing but its standard library. All that is refused is refused before
+anything is measured: one line on stderr and exit code 2. Wheels are unpacked into a temporary folder.
+Results, the tuning table, logs and traces go into one folder, at most eight files of at most 16 MiB, and are
+there after every figure, however the call ends. SIGTERM and SIGINT end it with all that it started.
 """
 
 from __future__ import annotations
@@ -45,17 +45,18 @@ if torch.cuda.is_available():
     except Exception as error:
         found["compiler"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
 print(json.dumps(found))
-"""
-"""What the GPU is, and why nothing can be compiled for it, if so: Triton needs a C compiler and Python's headers."""
+"""  # noqa: E501
+"""What the GPU is, and why nothing can be compiled for it, if so: Triton needs a C compiler and Python's
+headers."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--wheels", type=Path, required=True, metavar="FOLDER", help="what python -m benchmarks.gpu_wheels made")  # fmt: skip
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for results, logs and traces")  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=8.5, metavar="N", help="no figure is begun after this, the installation included (default: 8.5); half a minute later all has ended")  # fmt: skip
-    parser.add_argument("--continue", dest="earlier", type=Path, metavar="FILE.json", help="an earlier result: measure only what is missing in it")  # fmt: skip
+    parser.add_argument("--wheels", type=Path, required=True, metavar="FOLDER", help="what python -m benchmarks.gpu_wheels made")  # fmt: skip  # noqa: E501
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for results, logs and traces")  # fmt: skip  # noqa: E501
+    parser.add_argument("--minutes", type=float, default=8.5, metavar="N", help="no figure is begun after this, the installation included (default: 8.5); half a minute later all has ended")  # fmt: skip  # noqa: E501
+    parser.add_argument("--continue", dest="earlier", type=Path, metavar="FILE.json", help="an earlier result: measure only what is missing in it")  # fmt: skip  # noqa: E501
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, to try the call without a GPU")
-    parser.add_argument("suite", nargs="*", metavar="-- OPTION", help="after --: further options of benchmarks.gpu_suite, as -- --parts gate steps")  # fmt: skip
+    parser.add_argument("suite", nargs="*", metavar="-- OPTION", help="after --: further options of benchmarks.gpu_suite, as -- --parts gate steps")  # fmt: skip  # noqa: E501
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,7 +95,8 @@ def check_output(folder: Path, goes_on: bool) -> None:
     """
     if not goes_on and (folder / RESULT).exists():
         raise UserError(
-            f"--output {folder}: holds a result already; go on with it (--continue {folder / RESULT}) or choose another folder"
+            f"--output {folder}: holds a result already; go on with it (--continue {folder / RESULT}) or "
+            "choose another folder"
         )
     probe = folder / "probe.partial"
     try:
@@ -125,8 +127,9 @@ def check_gpu() -> dict[str, Any]:
         known = " and ".join(f"{major}.{minor}" for major, minor in CAPABILITIES)
         major, minor = gpu["capability"]
         raise UserError(
-            f"{gpu['name']} has compute capability {major}.{minor}, and kernels are written for {known}: use such a GPU "
-            "(A100, A800, H100, H200); python -m benchmarks.gpu_suite measures any other without this check"
+            f"{gpu['name']} has compute capability {major}.{minor}, and kernels are written for {known}: use "
+            "such a GPU (A100, A800, H100, H200); python -m benchmarks.gpu_suite measures any other without "
+            "this check"
         )
     if gpu.get("compiler"):
         print(
@@ -138,8 +141,8 @@ def check_gpu() -> dict[str, Any]:
 
 
 def prepared(wheels: Sequence[Path], work: Path) -> dict[str, str]:
-    """Unpacks the wheels into a folder, and returns the environment that finds them. Without DeepSpeed all but the
-    engine can be measured, so a failing import is told, and no more.
+    """Unpacks the wheels into a folder, and returns the environment that finds them. Without DeepSpeed all
+    but the engine can be measured, so a failing import is told, and no more.
 
     Raises:
         UserError: a wheel cannot be unpacked.
@@ -253,7 +256,8 @@ class SuiteProcess:
         return child.returncode
 
     def watch(self, child: subprocess.Popen[bytes], log: Path, start: int, stopped_by: Sequence[int]) -> None:
-        """Shows the log as it grows beyond ``start``, until the suite ends, is told to, or does not heed its limit."""
+        """Shows the log as it grows beyond ``start``, until the suite ends, is told to, or does not heed its
+        limit."""
         kill_at: float | None = None
         with log.open("rb") as shown:
             shown.seek(start)

@@ -14,13 +14,15 @@ from pathlib import Path
 from megatron_lpa.errors import UserError
 
 CARRIED = (
-    "deepspeed", "hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection", "typing-extensions",
+    "deepspeed", "hjson", "pydantic", "pydantic-core", "annotated-types", "typing-inspection",
+    "typing-extensions",
 )  # fmt: skip
-"""Distributions that a machine with PyTorch usually lacks, or has in a version that the others are too new for; they
-travel as wheels, and go before what is installed."""
+"""Distributions that a machine with PyTorch usually lacks, or has in a version that the others are too new
+for; they travel as wheels, and go before what is installed."""
 
 EXPECTED = (
-    "torch", "triton", "numpy", "transformers", "pytest", "pytest-xdist", "pytest-timeout", "psutil", "pyyaml",
+    "torch", "triton", "numpy", "transformers", "pytest", "pytest-xdist", "pytest-timeout", "psutil",
+    "pyyaml",
     "safetensors", "ninja", "einops", "msgpack", "py-cpuinfo", "tqdm", "packaging",
 )  # fmt: skip
 """Distributions that such a machine has. One that it lacks can be put into the folder of wheels, too."""
@@ -97,7 +99,8 @@ def to_install(here: Iterable[str], wheels: dict[str, Path]) -> list[Path]:
     if lacking:
         further = " ".join(name for name in lacking if name not in CARRIED)
         raise UserError(
-            f"neither installed nor among the wheels: {', '.join(lacking)}; where a package index can be reached: "
-            f"python -m benchmarks.gpu_wheels --python {version_here()}{' --add ' if further else ''}{further}"
+            f"neither installed nor among the wheels: {', '.join(lacking)}; where a package index can be "
+            "reached: python -m benchmarks.gpu_wheels --python "
+            f"{version_here()}{' --add ' if further else ''}{further}"
         )
     return [wheels[name] for name in sorted({*missing, *(set(CARRIED) & set(wheels))})]

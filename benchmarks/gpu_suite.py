@@ -1,11 +1,12 @@
 """Everything that needs a GPU, within a time limit: tests, ceilings, whole steps, kernels, tuning, profiles.
 
-The result file is written anew after every figure, so what was measured stays if time runs out; ``--continue`` goes on
-with it. Tests of the kernels come first: figures of a wrong kernel are worth nothing. If they fail the rest is measured all
-the same, but the tuning table stays beside the result instead of going where models look, and the exit code is 1.
-Each part has to end at its time; what a part leaves goes to those after it.
-Needs torch, Triton, pytest, psutil and PyYAML when it is run as ``python -m benchmarks.gpu_suite``; what needs
-DeepSpeed or transformers besides is recorded as missing without them. ``benchmarks/gpu_call.py`` brings DeepSpeed along.
+The result file is written anew after every figure, so what was measured stays if time runs out;
+``--continue`` goes on with it. Tests of the kernels come first: figures of a wrong kernel are worth nothing.
+If they fail the rest is measured all the same, but the tuning table stays beside the result instead of going
+where models look, and the exit code is 1. Each part has to end at its time; what a part leaves goes to those
+after it. Needs torch, Triton, pytest, psutil and PyYAML when it is run as ``python -m benchmarks.gpu_suite``;
+what needs DeepSpeed or transformers besides is recorded as missing without them. ``benchmarks/gpu_call.py``
+brings DeepSpeed along.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ from megatron_lpa.ops import dispatch
 
 HELP = "GPU tests, whole steps, kernels, tuning and profiles, within a time limit"
 BUDGETS_S = {
-    "gate": 75,  # 106 tests on 14 cores: 10 s to start the processes, then about 10 kernels of 1 to 3 s in each
+    # 106 tests on 14 cores: 10 s to start the processes, then about 10 kernels of 1 to 3 s in each
+    "gate": 75,
     "ceilings": 4,  # most of it the start of CUDA
-    # 8 processes of 25 s, the first ones longer: 10 s of imports, 3 s of weights, 3 to 20 s of compiling, 3 + 6 steps of 0.7 s
+    # 8 processes of 25 s, the first ones longer: 10 s of imports, 3 s of weights, 3 to 20 s of compiling, 3 +
+    # 6 steps of 0.7 s
     "steps": 215,
     "steps-65k": 100,  # 4 processes of 25 s: 1 + 2 steps of 2.4 s
     "projections": 45,  # 4 shapes in 10 variants of 0.3 s, and 23 kernels of 1 to 2 s to compile
@@ -46,25 +49,25 @@ BUDGETS_S = {
     "profile-bare": 45,  # 2 processes of 22 s
     "same-param": 70,  # 4 processes of 18 s
 }
-"""The parts, the most telling first, and what each may take: estimates, not measured. One call's nine minutes hold those up
-to the engine's profile; a second one with ``--continue`` has the rest."""
+"""The parts, the most telling first, and what each may take: estimates, not measured. One call's nine minutes
+hold those up to the engine's profile; a second one with ``--continue`` has the rest."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=9.0, metavar="N", help="limit on everything (default: 9)")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=9.0, metavar="N", help="limit on everything (default: 9)")  # fmt: skip  # noqa: E501
     parser.add_argument(
         "--until", type=float, help=argparse.SUPPRESS
     )  # limit on the clock of time.monotonic, for gpu_call
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the result (default: gpu_suite.json)")  # fmt: skip
-    parser.add_argument("--continue", dest="earlier", type=Path, metavar="FILE.json", help="keep this result's figures and measure what is missing; may be the same file as --output")  # fmt: skip
-    parser.add_argument("--table", type=Path, metavar="FILE.json", help="write the tuning table here too, if the tests passed; it is always written beside the result")  # fmt: skip
-    parser.add_argument("--record", action="store_true", help="write into the repository: the result under benchmarks/results/, the tuning table that models choose by; logs and traces go to build/")  # fmt: skip
-    parser.add_argument("--tiles", type=int, default=5, metavar="N", help="candidates per kernel and shape (default: 5)")  # fmt: skip
-    parser.add_argument("--parts", nargs="+", choices=tuple(BUDGETS_S), default=list(BUDGETS_S), metavar="PART", help=f"only these of {', '.join(BUDGETS_S)}")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="the result (default: gpu_suite.json)")  # fmt: skip  # noqa: E501
+    parser.add_argument("--continue", dest="earlier", type=Path, metavar="FILE.json", help="keep this result's figures and measure what is missing; may be the same file as --output")  # fmt: skip  # noqa: E501
+    parser.add_argument("--table", type=Path, metavar="FILE.json", help="write the tuning table here too, if the tests passed; it is always written beside the result")  # fmt: skip  # noqa: E501
+    parser.add_argument("--record", action="store_true", help="write into the repository: the result under benchmarks/results/, the tuning table that models choose by; logs and traces go to build/")  # fmt: skip  # noqa: E501
+    parser.add_argument("--tiles", type=int, default=5, metavar="N", help="candidates per kernel and shape (default: 5)")  # fmt: skip  # noqa: E501
+    parser.add_argument("--parts", nargs="+", choices=tuple(BUDGETS_S), default=list(BUDGETS_S), metavar="PART", help=f"only these of {', '.join(BUDGETS_S)}")  # fmt: skip  # noqa: E501
     parser.add_argument("--skip-tests", action="store_true", help="measure only")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the whole steps' runs, as kernels.lowdim=joined")  # fmt: skip
-    parser.add_argument("--micro-batch", type=int, default=4, metavar="N", help="sequences per forward pass of whole steps (default: 4)")  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes and a few tests, to try the command without a GPU")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the whole steps' runs, as kernels.lowdim=joined")  # fmt: skip  # noqa: E501
+    parser.add_argument("--micro-batch", type=int, default=4, metavar="N", help="sequences per forward pass of whole steps (default: 4)")  # fmt: skip  # noqa: E501
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes and a few tests, to try the command without a GPU")  # fmt: skip  # noqa: E501
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -105,7 +108,8 @@ def works(suite: Suite, arguments: argparse.Namespace, table: Path | None) -> di
         "gate": suite.gate,
         "ceilings": suite.ceilings,
         "steps": lambda: suite.train_step("train_step", [*two, "--loops", "bare", "engine", *timed]),
-        "steps-65k": lambda: suite.train_step("train_step_65k", ["--models", "transformer", "--loops", "bare", "engine", *many]),
+        "steps-65k": lambda: suite.train_step("train_step_65k", ["--models", "transformer", "--loops",
+        "bare", "engine", *many]),
         "projections": lambda: suite.projections(quick=True),
         "profile": lambda: suite.profile("engine", profile),
         # The goal for memory is stated at one sequence, where the times of a step say little.
@@ -121,12 +125,14 @@ def works(suite: Suite, arguments: argparse.Namespace, table: Path | None) -> di
 
 
 def memory_loop() -> str:
-    """The loop whose memory is compared. Both hold the same states, so the bare one will do without DeepSpeed."""
+    """The loop whose memory is compared. Both hold the same states, so the bare one will do without
+    DeepSpeed."""
     return "engine" if importlib.util.find_spec("deepspeed") is not None else "bare"
 
 
 def ends_s(parts: Sequence[str], total_s: float) -> list[float]:
-    """When each part has to end, in seconds from the start: by the budgets, which are stretched where they leave time."""
+    """When each part has to end, in seconds from the start: by the budgets, which are stretched where they
+    leave time."""
     whole = sum(BUDGETS_S[part] for part in parts)
     stretch = max(1.0, total_s / whole)
     return [stretch * sum(BUDGETS_S[part] for part in parts[: number + 1]) for number in range(len(parts))]

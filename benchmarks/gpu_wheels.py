@@ -1,7 +1,8 @@
 """Fetches wheels of what a GPU machine without network lacks, into a folder that travels there.
 
-Runs where a package index can be reached, in the project's environment. Versions are those of ``constraints.txt``.
-DeepSpeed has no wheel on package indexes: it is built here, without any of its compiled operators.
+Runs where a package index can be reached, in the project's environment. Versions are those of
+``constraints.txt``. DeepSpeed has no wheel on package indexes: it is built here, without any of its compiled
+operators.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ PLATFORMS = ("manylinux_2_28", "manylinux_2_17", "manylinux2014", "manylinux1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("build/gpu_wheels"), metavar="FOLDER", help="default: build/gpu_wheels; its wheels are replaced")  # fmt: skip
+    parser.add_argument("--output", type=Path, default=Path("build/gpu_wheels"), metavar="FOLDER", help="default: build/gpu_wheels; its wheels are replaced")  # fmt: skip  # noqa: E501
     parser.add_argument("--python", default="3.12", metavar="X.Y", help="of the GPU machine (default: 3.12)")
     parser.add_argument("--machine", default="x86_64", help="its architecture (default: x86_64)")
-    parser.add_argument("--add", nargs="+", default=[], metavar="NAME", help="further packages of constraints.txt")  # fmt: skip
+    parser.add_argument("--add", nargs="+", default=[], metavar="NAME", help="further packages of constraints.txt")  # fmt: skip  # noqa: E501
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,7 +56,8 @@ def fetch(arguments: argparse.Namespace) -> list[Path]:
     """The wheels in the folder, which then holds nothing else that pip could install.
 
     Raises:
-        UserError: a version that is not pinned, an index that has none for that Python, or versions that do not match.
+        UserError: a version that is not pinned, an index that has none for that Python, or versions that do
+            not match.
     """
     if not re.fullmatch(r"3\.\d+", arguments.python):
         raise UserError(f"--python {arguments.python}: write it as 3.12")
@@ -112,7 +114,7 @@ def pip(words: list[str]) -> None:
     Raises:
         UserError: it failed; with its last line of error.
     """
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", words[0], "--no-deps", *words[1:]]  # fmt: skip
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", words[0], "--no-deps", *words[1:]]  # fmt: skip  # noqa: E501
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "DS_BUILD_OPS": "0"})
     if done.returncode:
         told = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
@@ -120,7 +122,8 @@ def pip(words: list[str]) -> None:
 
 
 def check_pydantic(folder: Path) -> None:
-    """pydantic works with exactly one version of its compiled part, and refuses all others when it is imported.
+    """pydantic works with exactly one version of its compiled part, and refuses all others when it is
+    imported.
 
     Raises:
         UserError: the two wheels do not belong together.

@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict:
     prefix = random_dataset(folder, 500, 400_000)
     config = load_config(
         ["--preset", arguments.preset, "--data.prefix", str(prefix), "--data.split", "1,0,0",
-         "--train.precision", "fp32", "--train.deepspeed_config", arguments.deepspeed_config, *arguments.overrides]
+         "--train.precision", "fp32", "--train.deepspeed_config", arguments.deepspeed_config, *arguments.overrides]  # noqa: E501
     )  # fmt: skip
     validate_config(config, 1)
     groups = start_distributed(1)

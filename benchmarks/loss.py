@@ -1,7 +1,8 @@
 """The loss on one device, from the logits to their gradient: ours against torch.nn.functional.cross_entropy.
 
-Both are computed in turns in one process, so that whatever slows the machine slows both alike. Each has logits of its
-own, made anew before every turn and outside the time: ours may write the gradient over them, as in training.
+Both are computed in turns in one process, so that whatever slows the machine slows both alike. Each has
+logits of its own, made anew before every turn and outside the time: ours may write the gradient over them, as
+in training.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ids", type=int, default=32000, metavar="N", help="columns (default: 32000)")
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     parser.add_argument("--repeats", type=int, default=50, metavar="N", help="of each (default: 50)")
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: time that this process computed, for a shared machine without a GPU")  # fmt: skip
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: time that this process computed, for a shared machine without a GPU")  # fmt: skip  # noqa: E501
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to record the result")
 
 

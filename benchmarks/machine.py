@@ -50,7 +50,8 @@ def warn_if_busy(machine: dict[str, Any]) -> None:
     load = machine["load_average_1min"]
     if load > BUSY_LOAD:
         print(
-            f"warning: the load average is {load}; times are only good on an idle machine (below {BUSY_LOAD})",
+            f"warning: the load average is {load}; times are only good on an idle machine (below "
+            f"{BUSY_LOAD})",
             file=sys.stderr,
         )
 

@@ -1,4 +1,5 @@
-"""The models of the paper's public code, from a copy of it that lies beside the benchmarks and is no part of them."""
+"""The models of the paper's public code, from a copy of it that lies beside the benchmarks and is no part of
+them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ CLONE = "git clone https://github.com/TsinghuaC3I/LPA build/LPA"
 
 
 def official_file(model: ModelConfig) -> Path:
-    """The public code's file for a model: it has one for Setting 1 (LayerNorm) and one for Setting 2 (RMSNorm).
+    """The public code's file for a model: it has one for Setting 1 (LayerNorm) and one for Setting 2
+    (RMSNorm).
 
     Raises:
         UserError: there is no copy of the public code.
@@ -69,6 +71,7 @@ def official_model(model: ModelConfig) -> nn.Module:
 
 
 def _low(model: ModelConfig, names: tuple[str, ...]) -> tuple[str, int]:
-    """The public code's switch and rank for some projections; with a rank for each, the count of parameters differs."""
+    """The public code's switch and rank for some projections; with a rank for each, the count of parameters
+    differs."""
     first = getattr(model.projections, names[0])
     return ("yes", first.rank) if first.kind == "lowdim" else ("no", 1)

@@ -1,8 +1,9 @@
 """What the engine costs in one process, at each ZeRO stage, beside the bare loop of the same model.
 
-Bare: the decoder with its loss, clipping and PyTorch's fused AdamW. Both loops are in this process and take turns of one
-step, in alternating order, so that whatever slows the machine slows both; each stage has a bare loop beside it. The
-ratio is of the two medians. ``cpu_ratio`` is that of the processor's time, which leaves out what other processes took. One
+Bare: the decoder with its loss, clipping and PyTorch's fused AdamW. Both loops are in this process and take
+turns of one step, in alternating order, so that whatever slows the machine slows both; each stage has a bare
+loop beside it. The ratio is of the two medians. ``cpu_ratio`` is that of the processor's time, which leaves
+out what other processes took. One
 thread: OMP_NUM_THREADS=1.
 """
 
@@ -29,24 +30,25 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="s2_small/lpa", metavar="FAMILY/VARIANT", help="default: s2_small/lpa")  # fmt: skip
-    parser.add_argument("--micro-batches", nargs="+", type=int, default=[2, 8], metavar="N", help="sequences per step, one comparison each (default: 2 8: 512 and 2,048 tokens)")  # fmt: skip
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: 1)")  # fmt: skip
+    parser.add_argument("--preset", default="s2_small/lpa", metavar="FAMILY/VARIANT", help="default: s2_small/lpa")  # fmt: skip  # noqa: E501
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=[2, 8], metavar="N", help="sequences per step, one comparison each (default: 2 8: 512 and 2,048 tokens)")  # fmt: skip  # noqa: E501
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: 1)")  # fmt: skip  # noqa: E501
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
-    parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps measured of each (default: 20)")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="steps measured of each (default: 20)")  # fmt: skip  # noqa: E501
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32")
     parser.add_argument("--layers", type=int, metavar="N", help="decoder layers instead of the preset's")
-    parser.add_argument("--sequence", type=int, metavar="N", help="tokens per sequence instead of the preset's")  # fmt: skip
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the run, as kernels.loss=chunked; can be given again")  # fmt: skip
+    parser.add_argument("--sequence", type=int, metavar="N", help="tokens per sequence instead of the preset's")  # fmt: skip  # noqa: E501
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the run, as kernels.loss=chunked; can be given again")  # fmt: skip  # noqa: E501
     parser.add_argument("--dry-run", action="store_true", help="a tiny model, to try the command")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to record the result, after each comparison")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to record the result, after each comparison")  # fmt: skip  # noqa: E501
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measures, prints a line for each comparison, records where asked.
 
     Raises:
-        UserError: a number that cannot be, a model that does not exist, or bf16 at stage 0, which the engine refuses.
+        UserError: a number that cannot be, a model that does not exist, or bf16 at stage 0, which the engine
+            refuses.
     """
     if arguments.steps < 1 or min(arguments.micro_batches) < 1 or arguments.accumulate < 1:
         raise UserError("--steps, --micro-batches and --accumulate: give 1 or more")
@@ -70,8 +72,9 @@ def run(arguments: argparse.Namespace) -> None:
             line = compared(arguments, micro_batch, stage)
             result["comparisons"].append(line)
             print(
-                f"{line['preset']}, {line['tokens_per_step']:,} tokens, {stage}: engine {line['engine_ms']['median']:.1f} ms, "
-                f"bare {line['bare_ms']['median']:.1f} ms, ratio {line['ratio']:.3f}, of CPU time {line['cpu_ratio']:.3f}",
+                f"{line['preset']}, {line['tokens_per_step']:,} tokens, {stage}: engine "
+                f"{line['engine_ms']['median']:.1f} ms, bare {line['bare_ms']['median']:.1f} ms, ratio "
+                f"{line['ratio']:.3f}, of CPU time {line['cpu_ratio']:.3f}",
                 flush=True,
             )
             write_result(arguments.output, result)

@@ -41,13 +41,15 @@ METHODS = {
 }
 NOTES = (
     "seconds: the whole command, from its start to its end; the median of its runs.",
-    "seconds_bare: of the peers without their start-up (imports) and without zstd -d, which their tools lack; of ours everything.",
+    "seconds_bare: of the peers without their start-up (imports) and without zstd -d, which their tools "
+    "lack; of ours everything.",
     "The plain method gets its lines from a decompressing stream, which its tool lacks; this favours it.",
-    "Ours also checks the text, counts, checksums, writes a manifest, can resume, and brings its files to disk (fsync).",
+    "Ours also checks the text, counts, checksums, writes a manifest, can resume, and brings its files to "
+    "disk (fsync).",
     "Memory is of a run of its own, because sampling costs time; with --quick of the timed run.",
     "MB and MB/s are of UTF-8 text, 10^6 bytes.",
 )
-_PACKAGES = ("megatron_lpa", "megatron-core", "gigatoken", "awkward", "tokenizers", "sentencepiece", "orjson", "zstandard", "numpy", "torch")  # fmt: skip
+_PACKAGES = ("megatron_lpa", "megatron-core", "gigatoken", "awkward", "tokenizers", "sentencepiece", "orjson", "zstandard", "numpy", "torch")  # fmt: skip  # noqa: E501
 _DEFAULT_SIZE_MB = 100.0
 
 
@@ -102,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size-mb",
         type=float,
         metavar="N",
-        help=f"repeat the text, with variation, up to this size (default without --input: {_DEFAULT_SIZE_MB:.0f})",
+        help=f"repeat the text, with variation, up to this size (default without --input: {_DEFAULT_SIZE_MB:.0f})",  # noqa: E501
     )
     parser.add_argument(
         "--tokenizer",
@@ -122,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast-may-differ",
         action="store_true",
-        help="go on where the fast methods, which do not use the tokenizer's own library, give other ids than "
+        help="go on where the fast methods, which do not use the tokenizer's own library, give other ids than "  # noqa: E501
         "the plain method and ours, and record in how many documents",
     )
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to record the result")
@@ -196,7 +198,8 @@ def open_case(input_path: Path, tokenizer_path: Path) -> Case:
     """Finds the tokenizer's file, which the peers need to be named.
 
     Raises:
-        UserError: there is none, it is of a kind that the peers cannot read, or it has no end-of-document token.
+        UserError: there is none, it is of a kind that the peers cannot read, or it has no end-of-document
+            token.
     """
     path = tokenizer_path.resolve()
     if path.is_dir():
@@ -242,13 +245,14 @@ def measure(
             expected = expected or digests
             if digests != expected:
                 message = (
-                    f"outputs differ with tokenizer {case.tokenizer_path.name}: {METHODS[method]} ({method}) gave "
-                    f"a .bin of SHA-256 {digests['.bin']}, tools/preprocess_data.py one of {expected['.bin']}"
+                    f"outputs differ with tokenizer {case.tokenizer_path.name}: {METHODS[method]} ({method}) "
+                    f"gave a .bin of SHA-256 {digests['.bin']}, tools/preprocess_data.py one of "
+                    f"{expected['.bin']}"
                 )
                 if not (fast_may_differ and method.startswith("fast")):
                     raise UserError(
-                        f"{message}; times of different work cannot be compared (--fast-may-differ goes on where "
-                        "only the fast methods are wrong)"
+                        f"{message}; times of different work cannot be compared (--fast-may-differ goes on "
+                        "where only the fast methods are wrong)"
                     )
                 runs[method].different_documents = different_documents(kept / "out_text_document", prefix)
             folders.close()
@@ -357,18 +361,20 @@ def table(result: dict[str, Any], tokenizer: dict[str, Any]) -> str:
     source = result["input"]
     kinds = {values["memory_kind"] for values in tokenizer["methods"].values()}
     lines = [
-        f"{tokenizer['name']} ({tokenizer['vocab_size']} tokens, engine {tokenizer['engine']}) on {source['name']}: "
-        f"{source['text_bytes'] / 1e6:.1f} MB of text, {source['documents']} documents, {tokenizer['tokens']} tokens, "
+        f"{tokenizer['name']} ({tokenizer['vocab_size']} tokens, engine {tokenizer['engine']}) on "
+        f"{source['name']}: {source['text_bytes'] / 1e6:.1f} MB of text, {source['documents']} documents, "
+        f"{tokenizer['tokens']} tokens, "
         f"{result['machine']['cores']} cores; " + _equality(tokenizer),
         "",
         f"{'method':<10} {'seconds':>8} {'bare':>8} {'MB/s':>7} {'docs/s':>8} {'Mtok/s':>7} {'per core':>8} "
         f"{'peak MB':>8} {'ours x':>7} {'x bare':>7}",
     ]
     lines += [
-        f"{method:<10} {values['seconds']:>8.2f} {values['seconds_bare']:>8.2f} {values['mb_per_second']:>7.1f} "
-        f"{values['documents_per_second']:>8.0f} {values['tokens_per_second'] / 1e6:>7.2f} "
-        f"{values['tokens_per_second_per_core'] / 1e6:>8.2f} {values['peak_memory_mb']:>8.0f} "
-        f"{values['ours_is_faster_by']:>7.2f} {values['ours_is_faster_by_bare']:>7.2f}"
+        f"{method:<10} {values['seconds']:>8.2f} {values['seconds_bare']:>8.2f} "
+        f"{values['mb_per_second']:>7.1f} {values['documents_per_second']:>8.0f} "
+        f"{values['tokens_per_second'] / 1e6:>7.2f} {values['tokens_per_second_per_core'] / 1e6:>8.2f} "
+        f"{values['peak_memory_mb']:>8.0f} {values['ours_is_faster_by']:>7.2f} "
+        f"{values['ours_is_faster_by_bare']:>7.2f}"
         for method, values in tokenizer["methods"].items()
     ]
     lines += [

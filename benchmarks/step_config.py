@@ -20,7 +20,8 @@ LOOPS = ("bare", "engine", "llama")
 """``bare``: PyTorch alone. ``engine``: what training runs. ``llama``: ``transformers``, compiled."""
 
 PEERS = ("llama_plain", "official")
-"""Others' models in the bare loop, measured on request: ``transformers`` as it is, and the paper's public code."""
+"""Others' models in the bare loop, measured on request: ``transformers`` as it is, and the paper's public
+code."""
 
 LLAMA_WIDTH_MULTIPLE = 128
 """Widths of its FFN are rounded to this, as matrix products on a GPU like it."""
@@ -152,8 +153,8 @@ def _built(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
 def llama_equivalent(model: ModelConfig) -> ModelConfig:
     """The dense model of these widths in Llama's form: RMSNorm, SwiGLU, rotary positions, no biases.
 
-    An FFN of two matrices becomes one of three with as many elements, up to rounding of its width: FLOPs are then
-    nearly equal, and the accounting of this form gives the exact ones.
+    An FFN of two matrices becomes one of three with as many elements, up to rounding of its width: FLOPs are
+    then nearly equal, and the accounting of this form gives the exact ones.
 
     Raises:
         UserError: the model has low-dimensional projections.

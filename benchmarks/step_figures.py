@@ -21,8 +21,8 @@ def saving_limit(model: ModelConfig, dense: ModelConfig) -> float:
 def expected_saving(limit: float, mfu: float, reachable_mfu: float) -> float:
     """The share of a step saved if matrix time alone shrinks.
 
-    At MFU ``mfu`` and with products running at ``reachable_mfu`` of peak, products take ``mfu / reachable_mfu``
-    of the step; that part shrinks by ``limit``.
+    At MFU ``mfu`` and with products running at ``reachable_mfu`` of peak, products take ``mfu /
+    reachable_mfu`` of the step; that part shrinks by ``limit``.
     """
     return limit * mfu / reachable_mfu
 
@@ -128,7 +128,8 @@ def _of_calls(line: Record, *records: Record) -> Record:
 def _saved(what: str, record: Record, dense: Record, limit: float) -> Record:
     line = {"what": what, "time": 1 - _median(record) / _median(dense), "limit": limit}
     line["time_ratio"] = _median(record) / _median(dense)
-    # On a busy machine the fast steps are those that nobody disturbed; on an idle one this is the median's saving.
+    # On a busy machine the fast steps are those that nobody disturbed; on an idle one this is the median's
+    # saving.
     line["time_of_fast_steps"] = 1 - record["step_ms"]["p10"] / dense["step_ms"]["p10"]
     peaks = record.get("peak_memory_bytes"), dense.get("peak_memory_bytes")
     if None not in peaks:
@@ -152,7 +153,7 @@ def table(records: Sequence[Record], comparisons: Sequence[Record]) -> str:
         memory = r.get("peak_memory_bytes")
         lines.append(
             f"{name:<30}{_median(r):>10.1f}{r['tokens_per_second']:>12,.0f}"
-            f"{r['model_flops_per_second'] / 1e12:>10.4g}{mfu:>8}{'' if memory is None else f'{memory / 2**30:.2f}':>12}"
+            f"{r['model_flops_per_second'] / 1e12:>10.4g}{mfu:>8}{'' if memory is None else f'{memory / 2**30:.2f}':>12}"  # noqa: E501
         )
     for line in comparisons:
         shares = {key: value for key, value in line.items() if key not in ("what", "limit")}

@@ -1,10 +1,10 @@
 """One optimizer step of a model, in loops that do the same arithmetic.
 
 Weights and activations in bf16; gradients summed, clipped and applied in fp32; AdamW's moments and the master
-weights in fp32. That is what the engine does (2 + 4 + 12 bytes per parameter), so a bare loop in plain bf16 would
-win by leaving work out, and one under autocast would lose by casting every weight on every use. ``bare`` and
-``llama`` differ in the model alone, as do ``llama_plain`` and ``official``; ``bare`` and ``engine`` in what
-steps alone.
+weights in fp32. That is what the engine does (2 + 4 + 12 bytes per parameter), so a bare loop in plain bf16
+would win by leaving work out, and one under autocast would lose by casting every weight on every use.
+``bare`` and ``llama`` differ in the model alone, as do ``llama_plain`` and ``official``; ``bare`` and
+``engine`` in what steps alone.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def random_values(
     seed: int,
     writable: Callable[[nn.Parameter], Any] = lambda _: contextlib.nullcontext(),
 ) -> None:
-    """Weights drawn on the device; takes the place of ``model.init.initialize``, which draws a run's exact values on
-    the CPU and takes a minute for 3B. Random and not zero: a GPU multiplies zeros faster."""
+    """Weights drawn on the device; takes the place of ``model.init.initialize``, which draws a run's exact
+    values on the CPU and takes a minute for 3B. Random and not zero: a GPU multiplies zeros faster."""
     for parameter in module.parameters():
         role = spec_of(parameter).role
         with writable(parameter), torch.no_grad():
@@ -197,7 +197,8 @@ def bare_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
 
 
 def llama_loop(config: RunConfig, device: torch.device, dry: bool, compiled: bool) -> Loop:
-    """``transformers``' Llama with its own loss, under ``torch.compile`` or as it is; a dry run compiles no code."""
+    """``transformers``' Llama with its own loss, under ``torch.compile`` or as it is; a dry run compiles no
+    code."""
     import transformers
 
     model, mode = config.model, config.train.activation_checkpointing
@@ -246,7 +247,8 @@ def official_loop(config: RunConfig, device: torch.device, dry: bool) -> Loop:
 
 @contextlib.contextmanager
 def annotated_deepspeed() -> Iterator[None]:
-    """Puts annotations around what the engine does beside the model, for a profile: its kernels have no names."""
+    """Puts annotations around what the engine does beside the model, for a profile: its kernels have no
+    names."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 

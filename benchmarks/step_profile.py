@@ -1,7 +1,7 @@
 """Where the time of a training step goes: a profiler's trace, and a table by kind of work, for one model.
 
-The trace opens in chrome://tracing and in Perfetto. The profiler slows the host, so idle gaps are larger than without it:
-``train-step`` has the true time of a step.
+The trace opens in chrome://tracing and in Perfetto. The profiler slows the host, so idle gaps are larger than
+without it: ``train-step`` has the true time of a step.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ HELP = "where the time of a training step goes: a profiler's trace and a table"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="3b/lpa", metavar="FAMILY/VARIANT", help="default: 3b/lpa")
-    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=["bare"], help="as in train-step, each in a process of its own (default: bare)")  # fmt: skip
-    parser.add_argument("--micro-batch", type=int, default=4, metavar="N", help="sequences per forward pass (default: 4)")  # fmt: skip
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: 1)")  # fmt: skip
+    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=["bare"], help="as in train-step, each in a process of its own (default: bare)")  # fmt: skip  # noqa: E501
+    parser.add_argument("--micro-batch", type=int, default=4, metavar="N", help="sequences per forward pass (default: 4)")  # fmt: skip  # noqa: E501
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: 1)")  # fmt: skip  # noqa: E501
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="steps in the trace (default: 3)")
     parser.add_argument(
         "--warm-up", type=int, default=4, metavar="N", help="steps before the trace (default: 4)"
     )
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--layers", type=int, metavar="N", help="decoder layers instead of the preset's")
-    parser.add_argument("--sequence", type=int, metavar="N", help="tokens per sequence instead of the preset's")  # fmt: skip
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the run, as kernels.lowdim=joined; can be given again")  # fmt: skip
+    parser.add_argument("--sequence", type=int, metavar="N", help="tokens per sequence instead of the preset's")  # fmt: skip  # noqa: E501
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the run, as kernels.lowdim=joined; can be given again")  # fmt: skip  # noqa: E501
     parser.add_argument("--dry-run", action="store_true", help="a tiny model, to try the command")
-    parser.add_argument("--trace", type=Path, metavar="FILE.json.gz", help="where the trace goes, with the loop before its name where there are several (default: profile.json.gz)")  # fmt: skip
+    parser.add_argument("--trace", type=Path, metavar="FILE.json.gz", help="where the trace goes, with the loop before its name where there are several (default: profile.json.gz)")  # fmt: skip  # noqa: E501
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to record the tables")
 
 

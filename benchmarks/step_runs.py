@@ -114,7 +114,8 @@ def run_together(
     deadline: float | None,
     clock: str = "wall",
 ) -> list[dict[str, Any]]:
-    """All models in this process, in turns of a few steps, so that whatever slows the machine slows all alike.
+    """All models in this process, in turns of a few steps, so that whatever slows the machine slows all
+    alike.
 
     Memory has to hold all of them, and no figure of memory is given.
 

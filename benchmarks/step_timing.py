@@ -12,7 +12,8 @@ import torch
 from benchmarks.step_loops import Loop
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""``cpu`` is the time that this process's threads computed: on a shared machine, without what the others took."""
+"""``cpu`` is the time that this process's threads computed: on a shared machine, without what the others
+took."""
 
 TURN_STEPS = 3
 """Steps in a row of one model before the next one's turn, in one process."""
@@ -31,8 +32,8 @@ def synchronize(device: torch.device) -> None:
 def timed_steps(loop: Loop, count: int, device: torch.device, clock: str = "wall") -> list[float]:
     """Milliseconds from the end of one step to the end of the next, on a CPU by one of ``CLOCKS``.
 
-    On a GPU between events, without waiting between steps: what the host does while the device still works costs
-    nothing, and where the device has to wait for the host, the wait counts. That is how training runs.
+    On a GPU between events, without waiting between steps: what the host does while the device still works
+    costs nothing, and where the device has to wait for the host, the wait counts. That is how training runs.
     """
     synchronize(device)
     if device.type != "cuda":

@@ -1,7 +1,7 @@
 """Where a step's time goes, from a profiler's trace (Chrome's format). Reads events; runs nothing.
 
-On a GPU what counts is the time of kernels and copies on the device; on a CPU the time of operators without the
-operators inside them.
+On a GPU what counts is the time of kernels and copies on the device; on a CPU the time of operators without
+the operators inside them.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ ANNOTATED = (
     ("ZeRO-3 gradient reduction", re.compile(r"^benchmark gradient reduction")),
     ("optimizer", re.compile(r"^Optimizer\.step#|^benchmark optimizer")),
 )
-"""Work whose kernels have no names of their own, by the annotations that it is launched in, first match first. PyTorch's
-optimizers have one; the others are made in ``step_loops``: around clipping and rounding, and around what DeepSpeed does."""
+"""Work whose kernels have no names of their own, by the annotations that it is launched in, first match
+first. PyTorch's optimizers have one; the others are made in ``step_loops``: around clipping and rounding, and
+around what DeepSpeed does."""
 
 CATEGORIES = (
     ("communication", r"nccl|all_?reduce|all_?gather|reduce_?scatter|broadcast|c10d::|gloo"),
     ("low-dimensional kernels", r"^forward_kernel|^input_gradient_kernel|megatron_lpa::lowdim"),
     ("attention", r"flash|fmha|scaled_dot_product|sdpa|cudnn_attention|_attention"),
     ("optimizer", r"adam"),
-    ("matrix products", r"gemm|gemv|cutlass|nvjet|cublas|splitk|aten::(mm|bmm|addmm|baddbmm|matmul|linear)$|mkldnn"),
-    ("copies", r"memcpy|memset|aten::(copy_|_to_copy|clone|contiguous|cat|fill_|zero_)$|catarray|direct_copy"),
+    ("matrix products",
+    r"gemm|gemv|cutlass|nvjet|cublas|splitk|aten::(mm|bmm|addmm|baddbmm|matmul|linear)$|mkldnn"),
+    ("copies", r"memcpy|memset|aten::(copy_|_to_copy|clone|contiguous|cat|fill_|zero_)$|catarray|direct_copy"),  # noqa: E501
 )  # fmt: skip
-"""Name of a category and what the names of its kernels contain, first match first; the rest is elementwise: norms,
-activations, rotary embedding, loss, residual additions, reductions, and kernels made by torch.compile."""
+"""Name of a category and what the names of its kernels contain, first match first; the rest is elementwise:
+norms, activations, rotary embedding, loss, residual additions, reductions, and kernels made by
+torch.compile."""
 
 REST = "elementwise"
 WAITS = {
@@ -189,7 +192,7 @@ def summary(events: Sequence[Event]) -> dict[str, Any]:
         "attention_backend": attention_backend(names),
         "values_read_back_per_step": sum(e["name"] == "aten::_local_scalar_dense" for e in inside) / count,
         "largest": [
-            {"name": name[:160], "ms_per_step": time_us / 1e3 / count, "calls_per_step": calls / count, "category": category_of(name)}
+            {"name": name[:160], "ms_per_step": time_us / 1e3 / count, "calls_per_step": calls / count, "category": category_of(name)}  # noqa: E501
             for name, (time_us, calls) in largest
         ],
     }  # fmt: skip
@@ -198,12 +201,12 @@ def summary(events: Sequence[Event]) -> dict[str, Any]:
 def table(figures: dict[str, Any]) -> str:
     """For a person. Shares are of the step; on several streams they can add up to more than all of it."""
     step = figures["step_ms"]
-    lines = [f"{figures['steps']} steps of {step:.2f} ms, time of {'the GPU' if figures['on_gpu'] else 'operators on the CPU'}"]  # fmt: skip
+    lines = [f"{figures['steps']} steps of {step:.2f} ms, time of {'the GPU' if figures['on_gpu'] else 'operators on the CPU'}"]  # fmt: skip  # noqa: E501
     for name, time_ms in [*figures["categories_ms"].items(), ("idle gaps", figures["idle_ms"])]:
         lines.append(f"  {name:<26}{time_ms:>10.3f} ms{time_ms / step:>8.1%}")
     lines.append(
-        f"  per step: {figures['launches_per_step']:.0f} {'kernels and copies' if figures['on_gpu'] else 'operators'}, "
-        f"waits of the host "
+        f"  per step: {figures['launches_per_step']:.0f} "
+        f"{'kernels and copies' if figures['on_gpu'] else 'operators'}, waits of the host "
         f"{', '.join(f'{n:.1f} ({kind})' for kind, n in figures['host_waits_per_step'].items())}, "
         f"{figures['values_read_back_per_step']:.1f} values read back"
     )

@@ -3,14 +3,14 @@
 * bare: our decoder and PyTorch's fused AdamW, no DeepSpeed;
 * engine: what training runs; on one device it goes without DeepSpeed, unless it offloads;
 * llama: the dense model in Llama's form as transformers runs it, with torch.compile and the same AdamW;
-* on request llama_plain: the same without torch.compile, and official: the model of the paper's public code, which has
-  to lie in build/LPA.
+* on request llama_plain: the same without torch.compile, and official: the model of the paper's public code,
+  which has to lie in build/LPA.
 
-All keep fp32 master weights and sum gradients in fp32 (benchmarks/step_loops.py says why). Ids are random, and so are
-weights. Each model is measured in a process of its own, one after another, and again in the opposite order, so
-that a drift of the machine hits all alike and shows; with --one-process in turns of a few steps. Models that are compared
-with each other form a group, which is finished in both orders before the next one starts: if time runs out, the first
-comparisons are whole.
+All keep fp32 master weights and sum gradients in fp32 (benchmarks/step_loops.py says why). Ids are random,
+and so are weights. Each model is measured in a process of its own, one after another, and again in the
+opposite order, so that a drift of the machine hits all alike and shows; with --one-process in turns of a few
+steps. Models that are compared with each other form a group, which is finished in both orders before the next
+one starts: if time runs out, the first comparisons are whole.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ NEEDED = {"engine": "deepspeed", "llama": "transformers", "llama_plain": "transf
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="3b", metavar="FAMILY", help="family of presets, as 3b or s2_small (default: 3b)")  # fmt: skip
-    parser.add_argument("--models", nargs="+", default=list(VARIANTS), metavar="VARIANT", help=f"variants of the family (default: {' '.join(VARIANTS)})")  # fmt: skip
+    parser.add_argument("--preset", default="3b", metavar="FAMILY", help="family of presets, as 3b or s2_small (default: 3b)")  # fmt: skip  # noqa: E501
+    parser.add_argument("--models", nargs="+", default=list(VARIANTS), metavar="VARIANT", help=f"variants of the family (default: {' '.join(VARIANTS)})")  # fmt: skip  # noqa: E501
     parser.add_argument(
         "--loops", nargs="+", choices=LOOPS + PEERS, default=list(LOOPS), help=f"default: {' '.join(LOOPS)}"
     )
-    parser.add_argument("--micro-batch", type=int, default=4, metavar="N", help="sequences per forward pass (default: 4)")  # fmt: skip
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: 1)")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=30, metavar="N", help="steps measured of each, over all rounds (default: 30)")  # fmt: skip
+    parser.add_argument("--micro-batch", type=int, default=4, metavar="N", help="sequences per forward pass (default: 4)")  # fmt: skip  # noqa: E501
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: 1)")  # fmt: skip  # noqa: E501
+    parser.add_argument("--steps", type=int, default=30, metavar="N", help="steps measured of each, over all rounds (default: 30)")  # fmt: skip  # noqa: E501
     parser.add_argument(
         "--warm-up", type=int, default=4, metavar="N", help="steps before measuring (default: 4)"
     )
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help="turns of each model (default: 2)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--layers", type=int, metavar="N", help="decoder layers instead of the preset's")
-    parser.add_argument("--sequence", type=int, metavar="N", help="tokens per sequence instead of the preset's")  # fmt: skip
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the run, as kernels.lowdim=joined; can be given again")  # fmt: skip
-    parser.add_argument("--one-process", action="store_true", help="all models at once in memory, in turns of a few steps; for small models")  # fmt: skip
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: time that this process computed, for a shared machine without a GPU; needs --one-process")  # fmt: skip
+    parser.add_argument("--sequence", type=int, metavar="N", help="tokens per sequence instead of the preset's")  # fmt: skip  # noqa: E501
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the run, as kernels.lowdim=joined; can be given again")  # fmt: skip  # noqa: E501
+    parser.add_argument("--one-process", action="store_true", help="all models at once in memory, in turns of a few steps; for small models")  # fmt: skip  # noqa: E501
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: time that this process computed, for a shared machine without a GPU; needs --one-process")  # fmt: skip  # noqa: E501
     parser.add_argument("--minutes", type=float, metavar="N", help="no process starts after this")
     parser.add_argument("--dry-run", action="store_true", help="tiny models, to try the command")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to record the result, after each model")  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to record the result, after each model")  # fmt: skip  # noqa: E501
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -120,8 +120,8 @@ def contenders_of(arguments: argparse.Namespace) -> list[Contender]:
 
 
 def group_of(contender: Contender) -> int:
-    """Smaller is more telling: Transformer and LPA in the bare loop and in the engine, then Llama; the model with the
-    least to tell last."""
+    """Smaller is more telling: Transformer and LPA in the bare loop and in the engine, then Llama; the model
+    with the least to tell last."""
     if contender.preset.endswith("/same_param"):
         return 2
     return 1 if contender.loop == "llama" else 0
@@ -194,7 +194,8 @@ def results(
 
 
 def fair_limit_s(left_s: float, processes: int) -> float:
-    """What one process may take, so that one that hangs leaves time to the others: twice its share, and a minute at least."""
+    """What one process may take, so that one that hangs leaves time to the others: twice its share, and a
+    minute at least."""
     return min(left_s, max(60.0, 2 * left_s / processes))
 
 
@@ -217,7 +218,8 @@ def known_or_missing(contender: Contender, known: Sequence[Record]) -> dict[str,
 
 
 def missing(contender: Contender) -> dict[str, Any]:
-    """The failure of a loop whose package is not there: known without the seconds that a process takes to start."""
+    """The failure of a loop whose package is not there: known without the seconds that a process takes to
+    start."""
     package = NEEDED.get(contender.loop)
     if package is None or importlib.util.find_spec(package) is not None:
         return {}
@@ -280,7 +282,7 @@ def finished(
             record |= throughput(model, tokens, record["step_ms"]["median"], peak)
             record["all_steps_ms"] = rounds
         records.append(record)
-    return {**head, "peak_flops_per_second": peak, "contenders": [*records, *kept], "comparisons": comparisons(records, by_name)}  # fmt: skip
+    return {**head, "peak_flops_per_second": peak, "contenders": [*records, *kept], "comparisons": comparisons(records, by_name)}  # fmt: skip  # noqa: E501
 
 
 if __name__ == "__main__":

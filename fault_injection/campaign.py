@@ -182,8 +182,8 @@ def _say(result: Result, count: int) -> None:
     ended = result.fault.kind in (*ENDING, "disk-full")
     codes = f"exit codes {' '.join(map(str, result.codes))}, " if ended else ""
     print(
-        f"  {result.scenario}: {result.fault.number or '+':>3}/{count} {result.fault} after step {result.step}: {codes}"
-        f"{result.steps_lost} steps lost, {result.recovered_s or 0.0:.1f} s",
+        f"  {result.scenario}: {result.fault.number or '+':>3}/{count} {result.fault} after step "
+        f"{result.step}: {codes}{result.steps_lost} steps lost, {result.recovered_s or 0.0:.1f} s",
         flush=True,
     )
     for violation in result.violations:

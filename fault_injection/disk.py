@@ -16,7 +16,8 @@ from megatron_lpa.run_folder import MANIFEST, STEP, checkpoint_name, step_of
 
 
 def keep_mounts_to_ourselves() -> None:
-    """Mounts are seen by this process and its children alone, and go with it, however it ends; where that is allowed."""
+    """Mounts are seen by this process and its children alone, and go with it, however it ends; where that is
+    allowed."""
     new_mounts = 0x00020000  # CLONE_NEWNS of sched.h
     libc = ctypes.CDLL(None)
     if hasattr(libc, "unshare") and libc.unshare(new_mounts) == 0:

@@ -29,8 +29,9 @@ KEPT = 3
 """Newest checkpoints that stay."""
 
 SERIES = ((7, 8, 9), (13, 14, 15))
-"""Global batches in a row in which the gradient is not a number, where runs have to go back. An interval between
-checkpoints ends inside the first series, and before the second; nothing is evaluated at the steps that are stopped.
+"""Global batches in a row in which the gradient is not a number, where runs have to go back. An interval
+between checkpoints ends inside the first series, and before the second; nothing is evaluated at the steps
+that are stopped.
 """
 
 
@@ -93,7 +94,8 @@ class Fault:
         rank: that it strikes, modulo the number of processes.
         all_ranks: strike all of them.
         variant: what else tells it apart: a signal, a sort of damage, a name.
-        amount: seconds (``pause``, delays of ``kill-*``), hours (``clock``), attempts that fail (``open-error``).
+        amount: seconds (``pause``, delays of ``kill-*``), hours (``clock``), attempts that fail
+            (``open-error``).
         batch: global batch behind which it strikes (``stop-between-bad``).
     """
 
@@ -117,7 +119,8 @@ class Fault:
 
 @dataclass
 class Scenario:
-    """A run and the faults that it goes through. A run that is complete with faults left is followed by another.
+    """A run and the faults that it goes through. A run that is complete with faults left is followed by
+    another.
 
     Args:
         number: counts from 1.

@@ -1,7 +1,7 @@
 """What a process asks of its disk, with errors in place of answers and places at which to stand still.
 
-``os.open``, ``open``, ``os.fdopen`` and ``os.pread`` are wrapped; the wrapped ones do the work. Which functions of the
-run call them does not matter, so that nothing here has to follow how it is written.
+``os.open``, ``open``, ``os.fdopen`` and ``os.pread`` are wrapped; the wrapped ones do the work. Which
+functions of the run call them does not matter, so that nothing here has to follow how it is written.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Disk:
     """The wrappers, and what they do.
 
     Args:
-        errors: each with the number of a fault (``id``), a pattern of paths (``path``), the first matching open or read that
-            fails (``nth``), how many do (``times``; 0: all from then on) and with what (``error``). With ``once``, a path,
-            the first process to make that file has the fault, and others have none. With ``hold`` in place of ``error``
-            the process stands still there.
+        errors: each with the number of a fault (``id``), a pattern of paths (``path``), the first matching
+            open or read that fails (``nth``), how many do (``times``; 0: all from then on) and with what
+            (``error``). With ``once``, a path, the first process to make that file has the fault, and others
+            have none. With ``hold`` in place of ``error`` the process stands still there.
         full: steps from and to which nothing can be written into checkpoints.
         tell: sends an event.
         reach: stands still at a place, if told to.

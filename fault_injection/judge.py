@@ -108,7 +108,8 @@ def of_progress(start: Start, newest: int, previous_failures: int) -> list[str]:
     allowed = INTERVAL * (1 + start.scenario.overlap + failed)
     if start.reached - newest > allowed:
         found.append(
-            f"{start.reached} steps were done and the newest checkpoint has {newest}: more than {allowed} lost"
+            f"{start.reached} steps were done and the newest checkpoint has {newest}: more than {allowed} "
+            "lost"
         )
     back = start.went_back_to()
     signals = [r.fault for r in start.struck.values() if r.fault.kind in STOPPING]
@@ -123,7 +124,8 @@ def of_progress(start: Start, newest: int, previous_failures: int) -> list[str]:
     kinds = {result.fault.kind for result in start.struck.values()}
     if kinds & {"read-error", "read-error-lasting"} and "disk-full" not in kinds and newest != start.reached:
         found.append(
-            f"ended in order after {start.reached} steps, as data cannot be read, with a checkpoint of {newest}"
+            f"ended in order after {start.reached} steps, as data cannot be read, with a checkpoint of "
+            f"{newest}"
         )
     return found
 

@@ -17,14 +17,16 @@ SHARES = {
     "kill-one": 22, "kill-all": 14, "kill-random": 24, "kill-in-save": 36, "kill-in-load": 6, "signal": 16,
     "signal-twice": 8, "pause": 12, "stop-for-ever": 3, "damage": 30, "all-damaged": 3, "disk-full": 10,
     "read-error": 6, "read-error-lasting": 4, "nan": 8, "clock": 10, "layout": 8, "rank-mismatch": 24,
-    "open-error": 30, "open-error-lasting": 8, "stop-between-bad": 12, "link": 30, "pipe": 12, "malformed": 24,
+    "open-error": 30, "open-error-lasting": 8, "stop-between-bad": 12, "link": 30, "pipe": 12,
+    "malformed": 24,
     "hang-start": 3,
 }  # fmt: skip
 """How often each kind comes for 363 faults."""
 
 ENDING = {
     "kill-one", "kill-all", "kill-random", "kill-in-save", "kill-in-load", "signal", "signal-twice",
-    "stop-for-ever", "read-error", "read-error-lasting", "open-error-lasting", "stop-between-bad", "hang-start",
+    "stop-for-ever", "read-error", "read-error-lasting", "open-error-lasting", "stop-between-bad",
+    "hang-start",
 }  # fmt: skip
 """End the run, so that it is started again."""
 
@@ -50,7 +52,8 @@ DAMAGES = (
 )  # fmt: skip
 
 OPENED = ("idx", "bin", "data-manifest", "config", "manifest", "state", "weights")
-"""What a disk does not give when it is opened or read: the data's files, the config, the newest checkpoint's files."""
+"""What a disk does not give when it is opened or read: the data's files, the config, the newest checkpoint's
+files."""
 
 OF_CHECKPOINT = ("manifest", "state", "weights")
 """Those of ``OPENED`` for which there has to be a checkpoint."""
@@ -76,7 +79,8 @@ MISMATCHES = {
     "interval": ("train.checkpoint_interval", "4"),
     "skipped": ("train.max_skipped_steps", "4"),
 }  # fmt: skip
-"""Options that one rank is given another value of: the key, and the value, "" where it depends on the layout."""
+"""Options that one rank is given another value of: the key, and the value, "" where it depends on the
+layout."""
 
 LINKED_FILES = (
     LOCK, METRICS, CONFIG, f"{CHECKPOINTS}/{PASSED_OVER}", "metrics.partial",
@@ -99,11 +103,13 @@ MAY_STAY = {
 """Links that a run may leave alone: at a name that it never writes, or writes only when it goes back."""
 
 PIPES = ("config", "data-manifest", METRICS, "manifest", CONFIG, "state", LOCK, "weights")
-"""Where a named pipe lies in place of a file: given to the command, in the run folder, or in its newest checkpoint."""
+"""Where a named pipe lies in place of a file: given to the command, in the run folder, or in its newest
+checkpoint."""
 
 MALFORMED = (
     "files-null", "files-list", "files-empty", "bytes-text", "bytes-infinite", "hash-number", "name-outside",
-    "progress-missing", "progress-negative", "progress-true", "state-missing", "optimizer-step-text", "layout-null",
+    "progress-missing", "progress-negative", "progress-true", "state-missing", "optimizer-step-text",
+    "layout-null",
     "tensor-parallel-huge", "model-list", "order-missing", "parameters-null", "shape-text", "a-list",
 )  # fmt: skip
 """What a manifest says that is sealed like a good one."""

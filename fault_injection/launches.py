@@ -1,7 +1,7 @@
 """The processes of one start: forked from this one, watched, signalled, and waited for.
 
-This process has imported torch and DeepSpeed and started no threads, so a fork is a process that is ready at once; a
-start of its own costs each seconds of imports. ``fresh`` starts interpreters all the same.
+This process has imported torch and DeepSpeed and started no threads, so a fork is a process that is ready at
+once; a start of its own costs each seconds of imports. ``fresh`` starts interpreters all the same.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def refuse_threads() -> None:
 def own_extensions(folder: Path) -> None:
     """Have compiled operators in a folder that no other run uses.
 
-    A process that is killed while DeepSpeed loads its operator leaves PyTorch's lock behind, for which every later
-    start of every run on the machine waits ten minutes.
+    A process that is killed while DeepSpeed loads its operator leaves PyTorch's lock behind, for which every
+    later start of every run on the machine waits ten minutes.
 
     Args:
         folder: for them.
@@ -102,7 +102,8 @@ def own_extensions(folder: Path) -> None:
 
 
 def _build_operator() -> None:
-    """Compile DeepSpeed's operator where no copy fits, or every start would begin with that: in a process that ends."""
+    """Compile DeepSpeed's operator where no copy fits, or every start would begin with that: in a process
+    that ends."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -153,7 +154,8 @@ class Ranks:
                 (logs / f"rank_{rank}.{ending}").touch()
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             environment = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.size), "MASTER_ADDR": "127.0.0.1",
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.size),
+                "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }  # fmt: skip
             pid = os.fork()
@@ -276,7 +278,8 @@ _next_port = 0
 
 
 def free_port() -> int:
-    """One below those that the system gives to connections, which could take it before the first process does."""
+    """One below those that the system gives to connections, which could take it before the first process
+    does."""
     global _next_port
     _next_port = _next_port or 10_000 + os.getpid() * 101 % 9_000
     while True:

@@ -40,8 +40,8 @@ class Result:
         step: optimizer steps done then.
         codes: exit codes of the start that it struck, by rank.
         steps_lost: done and to be done again.
-        recovered_s: seconds from the fault to the first step behind it, or after the next start; of a start that had to be
-            refused, the seconds that it took.
+        recovered_s: seconds from the fault to the first step behind it, or after the next start; of a start
+            that had to be refused, the seconds that it took.
         violations: of promises, in words.
     """
 
@@ -139,7 +139,8 @@ class Start:
         return specs
 
     def _disk_error(self, fault: Fault, specs: list[dict[str, Any]]) -> None:
-        """What ``interposed.Disk`` takes. Which process reads a checkpoint's file is for the run to decide: the first one."""
+        """What ``interposed.Disk`` takes. Which process reads a checkpoint's file is for the run to decide:
+        the first one."""
         what, _, error = (fault.variant or "idx").partition(" ")
         rule = {
             "id": fault.number, "path": path_pattern(what, self.base), "nth": fault.after,
@@ -305,7 +306,8 @@ class Start:
             self.ranks.kill_all()
 
     def resumed_step(self) -> int | None:
-        """The step that rank 0 says it goes on from; 0 from the beginning, None when it did not come that far."""
+        """The step that rank 0 says it goes on from; 0 from the beginning, None when it did not come that
+        far."""
         found = re.search(r"^resuming from \S+ at step ([\d,]+)$", self.ranks.text("out")[0], re.MULTILINE)
         if found:
             return int(found[1].replace(",", ""))

@@ -45,7 +45,8 @@ def tree(folder: Path, without: Sequence[str] = ()) -> dict[str, str]:
 class Planted:
     """Something in a run folder that leads out of it, or that must not be waited for.
 
-    What had the name waits in ``aside`` and comes back with ``remove``, unless the run has put something of its own there.
+    What had the name waits in ``aside`` and comes back with ``remove``, unless the run has put something of
+    its own there.
 
     Args:
         run: the run folder.

@@ -1,7 +1,7 @@
 """One process of a run, with places at which it tells where it is, stands still, or sees what is not there.
 
-Nothing of the run itself is replaced: functions are wrapped, and the wrapped ones do the work. The process and the
-driver are joined by a socket: messages go one way, the word to go on comes back.
+Nothing of the run itself is replaced: functions are wrapped, and the wrapped ones do the work. The process
+and the driver are joined by a socket: messages go one way, the word to go on comes back.
 """
 
 from __future__ import annotations

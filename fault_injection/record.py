@@ -26,7 +26,8 @@ Record = dict[str, Any]
 
 
 def commit_of(root: Path) -> str:
-    """The commit that is checked out, with a hash of what differs from it; "unknown" where that cannot be told."""
+    """The commit that is checked out, with a hash of what differs from it; "unknown" where that cannot be
+    told."""
 
     def said(*words: str) -> bytes:
         return subprocess.run(["git", *words], cwd=root, capture_output=True, check=True).stdout
@@ -183,8 +184,8 @@ def merged(paths: Sequence[Path]) -> Record:
         for key in ("options", "commit"):
             if record[key] != first[key]:
                 raise UserError(
-                    f"{path}: {key} {_short(record[key])}, but {paths[0]} has {_short(first[key])}; run its part again, "
-                    "or leave it out"
+                    f"{path}: {key} {_short(record[key])}, but {paths[0]} has {_short(first[key])}; run its "
+                    "part again, or leave it out"
                 )
     parts = [part for record in records for part in record["parts"]]
     count = parts[0]["part"][1]

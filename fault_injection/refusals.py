@@ -144,8 +144,8 @@ class RefusedStart:
         """Bring the fault about, start, and see what comes of it.
 
         Args:
-            result: of a fault of the kind ``rank-mismatch``, ``pipe`` or ``all-damaged``; codes and violations go there,
-                and as ``recovered_s`` the seconds that it took to be refused.
+            result: of a fault of the kind ``rank-mismatch``, ``pipe`` or ``all-damaged``; codes and
+                violations go there, and as ``recovered_s`` the seconds that it took to be refused.
             name: of the start, for its logs.
         """
         fault, logs = result.fault, self._folder / "logs" / name
@@ -165,7 +165,8 @@ class RefusedStart:
             result.violations += of_attempt(tried) + of_planted(tried.errors, pipe)
 
     def _tree(self, fault: Fault) -> dict[str, str]:
-        """What must not change; a start that looks at checkpoints may first remove what kills have left of others."""
+        """What must not change; a start that looks at checkpoints may first remove what kills have left of
+        others."""
         found = tree(self._run, UNWATCHED)
         if fault.kind == "all-damaged":
             found = {

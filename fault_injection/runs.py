@@ -78,7 +78,8 @@ def arguments(
     """
     options = [
         "--config", str(CONFIG), "--data.prefix", str(data / "data"), "--logging.run_dir", str(run_dir),
-        "--logging.name", name, "--train.steps", str(scenario.steps), "--train.checkpoint_interval", str(INTERVAL),
+        "--logging.name", name, "--train.steps", str(scenario.steps), "--train.checkpoint_interval",
+        str(INTERVAL),
         "--train.keep_checkpoints", str(KEPT), "--train.checkpoint_overlap", str(scenario.overlap).lower(),
         "--train.on_checkpoint_failure", scenario.on_failure,
         "--train.max_skipped_steps", str(scenario.max_skipped),
@@ -110,7 +111,10 @@ class References:
             RuntimeError: it did not end as it should.
         """
         nan = sorted(scenario.nan_batches.items())
-        words = f"{scenario.layout}, {scenario.steps} steps, {scenario.micro_batch}, {scenario.max_skipped}, {nan}"
+        words = (
+            f"{scenario.layout}, {scenario.steps} steps, {scenario.micro_batch}, {scenario.max_skipped}, "
+            f"{nan}"
+        )
         name = f"run_{hashlib.sha256(words.encode()).hexdigest()[:16]}"
         done = self._folder / f"{name}.done"
         with open(self._folder / f"{name}.lock", "w") as lock:
@@ -135,7 +139,8 @@ class References:
             ranks.close()
         if set(ranks.codes.values()) != {0}:
             raise RuntimeError(
-                f"the undisturbed run of {scenario} ended with {sorted(ranks.codes.items())}; look into {ranks.logs}"
+                f"the undisturbed run of {scenario} ended with {sorted(ranks.codes.items())}; look into "
+                f"{ranks.logs}"
             )
 
 

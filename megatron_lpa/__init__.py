@@ -1,7 +1,8 @@
 """Pretraining of language models with low-dimensional projected attention (LPA).
 
-What is listed in ``__all__`` is public: ``docs/api.md`` describes it, and it stays compatible within a minor version.
-It is loaded at its first use, so that ``import megatron_lpa`` needs no PyTorch. Everything else may change at any time.
+What is listed in ``__all__`` is public: ``docs/api.md`` describes it, and it stays compatible within a minor
+version. It is loaded at its first use, so that ``import megatron_lpa`` needs no PyTorch. Everything else may
+change at any time.
 """
 
 from importlib import import_module

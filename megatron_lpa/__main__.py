@@ -38,7 +38,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog=CONSOLE,
         usage=f"{CONSOLE} COMMAND ...",
-        description="Pretraining of language models with low-dimensional projected attention (LPA).\n\ncommands:\n"
+        description=(
+            "Pretraining of language models with low-dimensional projected attention (LPA).\n\ncommands:\n"
+        )
         + "\n".join(f"  {name:<20}{line}" for name, line in COMMANDS.items()),
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,7 +1,7 @@
 """What the commands of ``tools/`` and the entry point share: how they end, and how they take run folders.
 
-Who reads a command may go first: ``| head`` closes the pipe, a closed terminal takes what is written as an error. A tool
-then ends without a word. Training goes on without its output: the run folder has the record.
+Who reads a command may go first: ``| head`` closes the pipe, a closed terminal takes what is written as an
+error. A tool then ends without a word. Training goes on without its output: the run folder has the record.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _RUN_FILES = (CONFIG, METRICS, CHECKPOINTS, MANIFEST)
 class _Lines(logging.Handler):
     """A line on stderr per record: ``warning: ...``, ``error: ...``, and others as they are.
 
-    That is stderr at the time, which ``outlive_readers`` replaces. An error of writing is its caller's, as of ``print``.
+    That is stderr at the time, which ``outlive_readers`` replaces. An error of writing is its caller's, as of
+    ``print``.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -68,7 +69,8 @@ Main = Callable[[Sequence[str]], int]
 def command(interrupted: str = "interrupted") -> Callable[[Main], Main]:
     """Makes a function of options to an exit code the ``main`` of a command.
 
-    What the user can mend is a line, and the exit code of its class (``errors.py``); Ctrl-C is a line and 130.
+    What the user can mend is a line, and the exit code of its class (``errors.py``); Ctrl-C is a line and
+    130.
 
     Args:
         interrupted: that line.
@@ -94,8 +96,9 @@ def command(interrupted: str = "interrupted") -> Callable[[Main], Main]:
 def run_tool(main: Callable[[], int]) -> int:
     """The exit code of a command: that of ``main``, or of how it was ended.
 
-    What the package logs goes to stderr. 141 where nobody reads what it prints any more, 130 for Ctrl-C, 1 with one
-    line where its output cannot be written. What a terminal or a file cannot show is written as an escape.
+    What the package logs goes to stderr. 141 where nobody reads what it prints any more, 130 for Ctrl-C, 1
+    with one line where its output cannot be written. What a terminal or a file cannot show is written as an
+    escape.
     """
     log_to_stderr()
     for stream in (sys.stdout, sys.stderr):
@@ -145,7 +148,8 @@ def _of_console(text: str | None) -> str:
 
 
 def end_politely() -> None:
-    """Let SIGTERM and a closed terminal unwind the stack, which removes what is unfinished. ``nohup`` keeps its meaning."""
+    """Let SIGTERM and a closed terminal unwind the stack, which removes what is unfinished. ``nohup`` keeps
+    its meaning."""
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda number, _frame: sys.exit(128 + number))
@@ -189,8 +193,8 @@ class _Lasting(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """Make this process's output one that it can lose: a run goes on, and saves, when its terminal or ``tee`` is gone, or
-    where it was started without output.
+    """Make this process's output one that it can lose: a run goes on, and saves, when its terminal or ``tee``
+    is gone, or where it was started without output.
     """
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
@@ -206,12 +210,14 @@ def outlive_readers() -> None:
 
 
 def outlive_full_disks() -> None:
-    """From here on the output is no reason to end, either, when the disk of a log is full: a run has its own record."""
+    """From here on the output is no reason to end, either, when the disk of a log is full: a run has its own
+    record."""
     _Lasting.dropped_at = (*_NOBODY_READS, *_NO_ROOM)
 
 
 def take_runs(parser: argparse.ArgumentParser, what: str = "run folders") -> None:
-    """Give a command the option ``--run``, for ``run_folders``: several folders after it, and several times."""
+    """Give a command the option ``--run``, for ``run_folders``: several folders after it, and several
+    times."""
     parser.add_argument(
         "--run",
         nargs="+",
@@ -243,8 +249,8 @@ def run_folders(given: Iterable[str | Sequence[str]], option: str = "--run") -> 
         option: for messages.
 
     Returns:
-        In the order given; what a pattern fits in natural order (2 before 10), each folder once. A pattern fits only
-        folders of runs and of checkpoints.
+        In the order given; what a pattern fits in natural order (2 before 10), each folder once. A pattern
+        fits only folders of runs and of checkpoints.
 
     Raises:
         UserError: a pattern fits no run folder.

@@ -21,7 +21,8 @@ EXIT_USAGE = 2
 """What ``argparse`` ends with: options that a command does not have."""
 
 EXIT_INCOMPLETE = 3
-"""Done, but bad records of the input were left out, as was asked for, or what was to be left out is not there."""
+"""Done, but bad records of the input were left out, as was asked for, or what was to be left out is not
+there."""
 
 EXIT_HANG = 75
 """``EX_TEMPFAIL`` of sysexits.h: some process did not answer; trying again may help."""
@@ -97,7 +98,8 @@ def named(name: object) -> str:
 
 
 def differing_parts(first: str, second: str) -> tuple[str, str]:
-    """Two texts for one message: of what is longer than ``MOST_COMPARED``, the part where they first differ."""
+    """Two texts for one message: of what is longer than ``MOST_COMPARED``, the part where they first
+    differ."""
     pairs = enumerate(zip(first, second, strict=False))
     at = next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
     start = max(0, at - MOST_COMPARED // 3)

@@ -1,8 +1,8 @@
 """Reading from disks that hiccup, and writing files that appear whole: the one place for both.
 
-What is read may lie on a network disk and may come from a stranger. So a disk that does not answer is asked again, only
-regular files are opened, and nothing longer than its kind can be is read. What is written is on disk before it has its
-name, and no link is followed to where it leads.
+Files may lie on a network disk and come from a stranger. A disk that does not answer is asked again, only
+regular files of a sensible length are read, what is written is on disk before it has its name, and no link is
+followed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,9 @@ Result = TypeVar("Result")
 PAUSES_S = (0.2, 1.0, 3.0)
 """Before a file that the disk did not give is asked for again."""
 
-LASTING = (
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.ENAMETOOLONG,
-)  # fmt: skip
-"""What a file system says of names and permissions, for good. Everything else may be gone at the next attempt."""
-
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+LASTING = (*_ABSENT, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+"""What a file system says of names and permissions, for good. The rest may be gone at the next attempt."""
 
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP)
 """What file systems say that cannot bring a folder's names to disk."""
@@ -44,7 +41,7 @@ _READ_BYTES = 1 << 22
 
 
 class UnusableFile(UserError):
-    """A file that is not of the kind that was asked for, whatever the disk does: a device, too long, not JSON."""
+    """A file that is not of the kind that was asked for: a device, too long, not JSON."""
 
 
 def patiently(read: Callable[[], Result], path: str | os.PathLike[str], done: str = "read") -> Result:
@@ -67,8 +64,8 @@ def patiently(read: Callable[[], Result], path: str | os.PathLike[str], done: st
                 raise
             if pause_s is None:
                 raise TryAgain(
-                    f"{path}: cannot be {done} ({error.strerror or error}), at {len(PAUSES_S) + 1} attempts; this need not "
-                    "mean damage: start again when the disk answers"
+                    f"{path}: cannot be {done} ({error.strerror or error}), at {len(PAUSES_S) + 1} attempts; "
+                    "this need not mean damage: start again when the disk answers"
                 ) from error
             time.sleep(pause_s)
     raise AssertionError("the last attempt returns or raises")
@@ -88,17 +85,18 @@ def from_disk(read: Callable[[], Result], path: str | os.PathLike[str]) -> Resul
 
 
 def unreadable(path: str | os.PathLike[str], error: OSError) -> UserError:
-    """What to raise of an error in reading ``path``: :class:`TryAgain` where it may be gone at the next attempt."""
+    """What to raise of an error in reading ``path``: :class:`TryAgain` where it may pass."""
     kind = UserError if error.errno in LASTING else TryAgain
     return kind(
-        f"{error.filename or path}: cannot be read ({error.strerror or error}); check the path and its permissions"
+        f"{error.filename or path}: cannot be read ({error.strerror or error}); check the path and its "
+        "permissions"
     )
 
 
 def status(path: str | os.PathLike[str], follow_links: bool = True) -> os.stat_result | None:
     """What the file system says of a file; None where there is none, as where a link leads to nothing.
 
-    ``Path.is_file`` and its like are not used: some versions of Python take any error of the disk for "no such file".
+    Not ``Path.is_file`` and its like: some versions of Python take any error of the disk for "no such file".
 
     Args:
         path: the file.
@@ -171,7 +169,7 @@ def names_in(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def files_below(folder: str | os.PathLike[str], patterns: Sequence[str] = ("*",)) -> list[Path]:
-    """The regular files whose names any of ``patterns`` fits, in sub-folders too, in order. Links to folders are not entered.
+    """Regular files whose names any of ``patterns`` fits, in sub-folders too, in order; no links to folders.
 
     Raises:
         UserError, TryAgain: as :func:`names_in`.
@@ -301,7 +299,7 @@ def read_json(
     """What a file of JSON holds, by a ``parse`` that raises what ``json.loads`` raises.
 
     Raises:
-        UnusableFile: as ``read_text``, or not JSON: cut short, nested too deeply, a number of too many digits.
+        UnusableFile: as ``read_text``, or not JSON: cut short, nested too deeply, a number too long.
         OSError, TryAgain: as ``read_bytes``.
     """
     text = read_text(path, most_bytes)
@@ -362,8 +360,8 @@ def fsync_folder(folder: str | os.PathLike[str]) -> None:
 def new_file(path: str | os.PathLike[str], durable: bool = True) -> Iterator[BinaryIO]:
     """A file that did not exist, open for writing and, if ``durable``, brought to disk at the end.
 
-    Whatever has the name goes first: a link is removed, not followed, and a file that another name leads to as well
-    (a hard link) keeps its contents there. Permissions are those that the umask gives.
+    What has the name goes first: a link is not followed, a file with another name (a hard link) keeps its
+    contents there. Permissions are those that the umask gives.
 
     Raises:
         OSError: it cannot be made, written or brought to disk, or the name is a folder's.
@@ -381,8 +379,8 @@ def new_file(path: str | os.PathLike[str], durable: bool = True) -> Iterator[Bin
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Write a small file that appears whole or not at all, and is on disk. Its folder must exist.
 
-    It is written as ``.NAME.partial`` beside it; what a killed process leaves has that one name, and the next write
-    takes it over. One process at a time may write a file.
+    It is written as ``.NAME.partial`` beside it; what a killed process leaves has that one name, and the next
+    write takes it over. One process at a time may write a file.
 
     Raises:
         OSError: nothing has changed then, or the name could not be brought to disk.

@@ -2,8 +2,8 @@
 
 Also ``megatron-lpa pretrain`` for one process, and ``torchrun -m`` for several.
 
-Exit codes: 0 complete, 1 an error that may be gone at the next attempt, 75 a hang that the watchdog ended, 78 an
-error that stays until somebody changes something, 128 + n stopped by signal n (``errors.py``).
+Exit codes: 0 complete, 1 an error that may be gone at the next attempt, 75 a hang that the watchdog ended, 78
+an error that stays until somebody changes something, 128 + n stopped by signal n (``errors.py``).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ AFTER_OTHERS_S = 0.3
 """Launchers end all processes when the first has ended: by then, one that tells why should have done so."""
 
 ALONE_S = 2.0
-"""A process that is still here so long after an error has it alone. Before processes have met, nothing else tells."""
+"""A process that is still here so long after an error has it alone. Before processes have met, nothing else
+tells."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -87,11 +88,13 @@ def _number(name: str, default: int) -> int:
 
 
 def _tell(error: UserError) -> None:
-    """Once per machine: whatever all ranks know, or one machine alone lacks. And whatever one rank alone has found."""
+    """Once per machine: whatever all ranks know, or one machine alone lacks. And whatever one rank alone has
+    found."""
     message = str(error)
     rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
     if not isinstance(error, RankError) and local_rank:
-        # Launchers end all processes when the first has ended. Who is still here then is alone with its error.
+        # Launchers end all processes when the first has ended. Who is still here then is alone with its
+        # error.
         time.sleep(AFTER_OTHERS_S if error.known_to_all else ALONE_S)
         if error.known_to_all:
             return
@@ -100,7 +103,8 @@ def _tell(error: UserError) -> None:
     logger.error(message)
     tell_launcher(f"error: {message}")
     if error.exit_code == EXIT_REFUSED:
-        # For slurm/common.sh as well: srun ends the other processes, and then gives theirs instead of this code.
+        # For slurm/common.sh as well: srun ends the other processes, and then gives theirs instead of this
+        # code.
         logger.info(f"exit code {EXIT_REFUSED}: {AGAIN}")
 
 
@@ -118,7 +122,8 @@ def leave(code: int) -> NoReturn:
 
 
 def run(argv: Sequence[str]) -> NoReturn:
-    """All of a training process, which it ends: faults say where, and a lost terminal is no reason to stop."""
+    """All of a training process, which it ends: faults say where, and a lost terminal is no reason to
+    stop."""
     faulthandler.enable()  # a crash in native code, or SIGBUS of a mapped file, says at least where
     outlive_readers()
     leave(main(argv))

@@ -1,7 +1,7 @@
 """What becomes a record: any mapping that a callback hands in, as one line of JSON that every reader takes.
 
-JSON has no number that is not finite. Such a value is written as null, and ``not_finite`` beside it says what it was:
-``{"loss": null, "not_finite": {"loss": "nan"}}``.
+JSON has no number that is not finite. Such a value is written as null, and ``not_finite`` beside it says what
+it was: ``{"loss": null, "not_finite": {"loss": "nan"}}``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Records of runs, as ``metrics.jsonl`` has them: one JSON object per line, with at least ``step`` and ``kind``.
+"""Records of runs, as ``metrics.jsonl`` has them: one JSON object per line, with at least ``step`` and
+``kind``.
 
-Files are read in pieces, since those of long runs are large; and with care, since people edit them, disks damage them,
-and kills tear their last line.
+Files are read in pieces, since those of long runs are large; and with care, since people edit them, disks
+damage them, and kills tear their last line.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Line:
         """What it says.
 
         Raises:
-            NoRecord: not a JSON object with a number ``step`` from 0 on, a text ``kind`` and the ``NUMBERS`` of that kind.
+            NoRecord: not a JSON object with a number ``step`` from 0 on, a text ``kind`` and the ``NUMBERS``
+                of that kind.
             NoStep: it has a kind that is not in ``NUMBERS``, and no step.
         """
         if self.too_long:
@@ -241,8 +243,8 @@ class Kept:
         last_step: the highest step of what stayed; -1 where nothing did.
         steps: of what stayed.
         damage: which lines were no records, and where the file as it was is kept; None when all were.
-        not_on_disk: what the disk said when the new file's name was brought to it; None when it was. A power cut may
-            bring back the file as it was.
+        not_on_disk: what the disk said when the new file's name was brought to it; None when it was. A power
+            cut may bring back the file as it was.
     """
 
     last_step: float = -1
@@ -252,10 +254,11 @@ class Kept:
 
 
 def keep_records(path: Path, wanted: Callable[[Record], bool], aside: str) -> Kept:
-    """Write a file of records anew with those that are ``wanted``, byte for byte as they are. No file is none to write.
+    """Write a file of records anew with those that are ``wanted``, byte for byte as they are. No file is none
+    to write.
 
-    A torn last line goes. Where any other line is no record, the file as it was stays beside the new one. There is
-    always a file with the name, and what other names lead to is not written.
+    A torn last line goes. Where any other line is no record, the file as it was stays beside the new one.
+    There is always a file with the name, and what other names lead to is not written.
 
     Args:
         path: the file; its new contents appear whole or not at all. A link is replaced, not followed.
@@ -292,8 +295,8 @@ def keep_records(path: Path, wanted: Callable[[Record], bool], aside: str) -> Ke
             kept = _set_aside(path, aside)
             more = f"; and {count - _MOST_NAMED} more" if count > _MOST_NAMED else ""
             damage = (
-                f"{path}: {count} line{'s' * (count > 1)} left out that {'are' if count > 1 else 'is'} no record "
-                f"({'; '.join(damaged)}{more}); the file as it was is {kept.name}"
+                f"{path}: {count} line{'s' * (count > 1)} left out that {'are' if count > 1 else 'is'} no "
+                f"record ({'; '.join(damaged)}{more}); the file as it was is {kept.name}"
             )
         os.replace(partial, path)
     except FileNotFoundError:

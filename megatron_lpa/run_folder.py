@@ -1,8 +1,9 @@
 """Names inside a run folder, and what keeps a run from writing outside it.
 
-A run folder may come from a stranger, unpacked from an archive, or lie where others write too. A link in it would lead
-a write, or the removal of old checkpoints, to its target. So a run refuses a folder with links at the names that it
-writes, before it writes anything; the writes themselves follow none either. The run folder itself may be a link.
+A run folder may come from a stranger, unpacked from an archive, or lie where others write too. A link in it
+would lead a write, or the removal of old checkpoints, to its target. So a run refuses a folder with links at
+the names that it writes, before it writes anything; the writes themselves follow none either. The run folder
+itself may be a link.
 """
 
 from __future__ import annotations
@@ -47,17 +48,21 @@ STARTS = "starts.jsonl"
 SNAPSHOT = "snapshot"
 
 _FOLDER, _FILE, _EITHER = "a folder", "a regular file", "a regular file or a folder"
-# A folder comes before what is in it: nothing is looked at through a link. W&B makes links of its own in its folder.
+# A folder comes before what is in it: nothing is looked at through a link. W&B makes links of its own in its
+# folder.
 _WRITTEN = (
-    (CHECKPOINTS, _FOLDER), (LOGS, _FOLDER), (f"{LOGS}/{HANG}", _FOLDER), (TOKENIZER, _FOLDER), (TENSORBOARD, _FOLDER),
+    (CHECKPOINTS, _FOLDER), (LOGS, _FOLDER), (f"{LOGS}/{HANG}", _FOLDER), (TOKENIZER, _FOLDER), (TENSORBOARD,
+    _FOLDER),
     (WANDB, _FOLDER), (f".{WANDB}", _FOLDER), (SUPERSEDED, _FOLDER), (SNAPSHOT, _FOLDER),
     (f".{SNAPSHOT}.*", _FOLDER),
     (LOCK, _FILE), (METRICS, _FILE), ("metrics.damaged*.jsonl", _FILE), (CONFIG, _FILE), (WANDB_ID, _FILE),
     (".*.partial", _FILE),
-    (f"{CHECKPOINTS}/{STEP}*", _FOLDER), (f"{CHECKPOINTS}/.{STEP}*", _FOLDER), (f"{CHECKPOINTS}/{DAMAGED}*", _FOLDER),
+    (f"{CHECKPOINTS}/{STEP}*", _FOLDER), (f"{CHECKPOINTS}/.{STEP}*", _FOLDER), (f"{CHECKPOINTS}/{DAMAGED}*",
+    _FOLDER),
     (f"{CHECKPOINTS}/{PASSED}{STEP}*", _FOLDER),
     (f"{CHECKPOINTS}/{PASSED_OVER}", _FILE), (f"{CHECKPOINTS}/*{STEP}*/{DAMAGE_NOTE}", _FILE),
-    (f"{TOKENIZER}/*", _FILE), (f"{TENSORBOARD}/*", _EITHER), (f"{LOGS}/*", _EITHER), (f"{LOGS}/{HANG}/*", _FILE),
+    (f"{TOKENIZER}/*", _FILE), (f"{TENSORBOARD}/*", _EITHER), (f"{LOGS}/*", _EITHER), (f"{LOGS}/{HANG}/*",
+    _FILE),
 )  # fmt: skip
 _IS: dict[str, Callable[[int], bool]] = {
     _FOLDER: stat.S_ISDIR,
@@ -98,8 +103,8 @@ def refuse_links(folder: Path) -> None:
         folder: the run folder; it may be a link, and need not exist.
 
     Raises:
-        UserError: a link, a device, a pipe, or a folder where a file belongs, or a file where the run folder or one
-            above it belongs; the message names it.
+        UserError: a link, a device, a pipe, or a folder where a file belongs, or a file where the run folder
+            or one above it belongs; the message names it.
         TryAgain: the disk does not answer.
     """
     _refuse_file(folder)
@@ -134,22 +139,24 @@ def refuse_unwritable(folder: Path) -> None:
 
 
 def _refuse_file(folder: Path) -> None:
-    """Raise where the run folder cannot be made, as what has its name, or that of one above it, is no folder."""
+    """Raise where the run folder cannot be made, as what has its name, or that of one above it, is no
+    folder."""
     for path in (folder, *folder.parents):
         try:
             mode = patiently(lambda path=path: os.stat(path).st_mode, path)  # type: ignore[misc]
         except OSError as error:
             if error.errno in _NOT_THERE and os.path.islink(path):
                 raise UserError(
-                    f"{shown(path)}: a link to nothing, where {_needed(path, folder)}; remove it, or make what it leads to"
+                    f"{shown(path)}: a link to nothing, where {_needed(path, folder)}; remove it, or make "
+                    "what it leads to"
                 ) from error
             if error.errno not in _NOT_THERE:
                 return  # the start that needs it says why it cannot be used
             continue
         if not stat.S_ISDIR(mode):
             raise UserError(
-                f"{shown(path)}: {kind_of(mode)}, where {_needed(path, folder)}; choose another logging.run_dir or "
-                "logging.name, or remove it"
+                f"{shown(path)}: {kind_of(mode)}, where {_needed(path, folder)}; choose another "
+                "logging.run_dir or logging.name, or remove it"
             )
         return
 
@@ -186,8 +193,8 @@ def _refusal(path: Path, mode: int, expected: str) -> str:
     except OSError:
         target = "somewhere else"
     return (
-        f"{shown(path)}: a link to {target}, and a run writes only inside its own folder; put {expected} in its place, or "
-        "remove it (the whole run folder, or logging.run_dir, may be a link)"
+        f"{shown(path)}: a link to {target}, and a run writes only inside its own folder; put {expected} in "
+        "its place, or remove it (the whole run folder, or logging.run_dir, may be a link)"
     )
 
 
@@ -202,7 +209,8 @@ def open_own(path: Path, other_names: bool = False) -> BinaryIO:
 
     Args:
         path: the file.
-        other_names: accept one that has another name as well (a hard link), which may lie elsewhere. Do not write it.
+        other_names: accept one that has another name as well (a hard link), which may lie elsewhere. Do not
+            write it.
 
     Raises:
         UnusableFile: a link, no regular file, or a file that has another name as well.
@@ -221,8 +229,8 @@ def open_own(path: Path, other_names: bool = False) -> BinaryIO:
             raise UnusableFile(f"{path}: {kind_of(status.st_mode)}, not a regular file; remove it")
         if status.st_nlink > 1 and not other_names:
             raise UnusableFile(
-                f"{path}: the same file has another name as well (a hard link), and would change there too; remove this "
-                "one, unless a run is writing here"
+                f"{path}: the same file has another name as well (a hard link), and would change there too; "
+                "remove this one, unless a run is writing here"
             )
         return os.fdopen(descriptor, "r+b", buffering=0)
     except BaseException:

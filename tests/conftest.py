@@ -31,8 +31,8 @@ SLOW_FOLDERS = {"integration", "slurm"}
 
 log_to_stderr()  # as in a command
 
-# A shell without job control starts what goes to the background with SIGINT ignored, which processes inherit: those that
-# tests interrupt would not notice.
+# A shell without job control starts what goes to the background with SIGINT ignored, which processes inherit:
+# those that tests interrupt would not notice.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -52,7 +52,8 @@ def world() -> Iterator[Callable[[int], World]]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what is slow, and for several workers put the longest files first, so that none is left alone at the end."""
+    """Mark what is slow, and for several workers put the longest files first, so that none is left alone at
+    the end."""
     seconds: dict[str, int] = json.loads(SECONDS.read_text())
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
@@ -66,7 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def together(nodeid: str) -> str:
-    """Whose tests one worker runs: a file's, whose fixtures they share; and SLURM's, which share a cluster."""
+    """Whose tests one worker runs: a file's, whose fixtures they share; and SLURM's, which share a
+    cluster."""
     file = nodeid.partition("::")[0]
     return "tests/slurm" if file.startswith("tests/slurm/") else file
 

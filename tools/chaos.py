@@ -4,14 +4,15 @@
     python tools/chaos.py --plan short                                  # a dozen faults, a minute
     python tools/chaos.py --faults 200 --jobs 2 --output result.json    # some minutes
 
-Runs of a tiny model in 1 to 4 processes on this machine's CPUs are killed (at random instants and inside saves),
-stopped by signals, paused, cut off from their data and their disk, given gradients that are not numbers and clocks
-that jump; their checkpoints are damaged between starts, links and pipes are planted in their folders, and single ranks
-are given other options. After each fault the same command is started again, until the run is complete. Then its losses
-and its final checkpoint have to be bit for bit those of a run that nothing disturbed.
+Runs of a tiny model in 1 to 4 processes on this machine's CPUs are killed (at random instants and inside
+saves), stopped by signals, paused, cut off from their data and their disk, given gradients that are not
+numbers and clocks that jump; their checkpoints are damaged between starts, links and pipes are planted in
+their folders, and single ranks are given other options. After each fault the same command is started again,
+until the run is complete. Then its losses and its final checkpoint have to be bit for bit those of a run that
+nothing disturbed.
 
-Which faults come, and when, follows from --seed and --faults; the instants of random kills also depend on how fast the
-machine is. A long plan can be gone through in parts, at other times or on other machines:
+Which faults come, and when, follows from --seed and --faults; the instants of random kills also depend on how
+fast the machine is. A long plan can be gone through in parts, at other times or on other machines:
 
     python tools/chaos.py --faults 2000 --part 1/4 --output part1.json  # and so on
     python tools/chaos.py --merge part?.json --output result.json
@@ -19,8 +20,8 @@ machine is. A long plan can be gone through in parts, at other times or on other
 A line is printed per fault, and a table at the end. The exit code is 1 when any promise was broken; the
 folder with all runs and logs then stays, and is named.
 
-Processes are forked from one that has imported everything, which saves seconds per start; --fresh starts interpreters.
-A run pauses a tenth as long as else before it tries again to read.
+Processes are forked from one that has imported everything, which saves seconds per start; --fresh starts
+interpreters. A run pauses a tenth as long as else before it tries again to read.
 The full disk is a small tmpfs where this user may mount one, else a writer that fails.
 """
 

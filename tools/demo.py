@@ -150,8 +150,8 @@ def train(leg: Leg, folder: Path, commands: Commands, processes: int) -> None:
     commands.deepspeed(processes, "megatron_lpa.pretrain", *options)
     if not is_done(run, leg):  # the launcher's exit code is 0 too when what it started was killed
         raise UserError(
-            f"{run}: training ended at the checkpoint of step {newest_step(run)} of {leg.steps}; its messages above say "
-            "why. The same command goes on from there"
+            f"{run}: training ended at the checkpoint of step {newest_step(run)} of {leg.steps}; its "
+            "messages above say why. The same command goes on from there"
         )
 
 

@@ -55,8 +55,8 @@ class Commands:
         compiler = environment.get("CXX", "c++")
         if not has_gpu and shutil.which(compiler) is None:
             raise UserError(
-                f"no C++ compiler ({compiler}), which DeepSpeed needs on a CPU; install one, such as the packages "
-                "build-essential or gcc-c++, or name yours in the environment variable CXX"
+                f"no C++ compiler ({compiler}), which DeepSpeed needs on a CPU; install one, such as the "
+                "packages build-essential or gcc-c++, or name yours in the environment variable CXX"
             )
         # The build also looks for ninja on the PATH.
         self._environment = {
@@ -110,8 +110,8 @@ class Commands:
                 signal.signal(signum, handler)
         if process.returncode:
             raise UserError(
-                f"the command above failed with exit code {process.returncode}; its messages say why. The demo "
-                "goes on from there when it is started again; --start-over begins afresh"
+                f"the command above failed with exit code {process.returncode}; its messages say why. The "
+                "demo goes on from there when it is started again; --start-over begins afresh"
             )
 
 

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Whether every node of a job can train, before training starts.
 
-    srun --ntasks-per-node=1 python tools/health_check.py node --gpus 8 --preset 3b/lpa --data.prefix data/pile |
+    srun --ntasks-per-node=1 python tools/health_check.py node --gpus 8 --preset 3b/lpa --data.prefix
+    data/pile |
         python tools/health_check.py judge node1 node2
 
-``node`` runs once on each node, with the options of megatron_lpa.pretrain: GPUs, free disk, folders that can be
-written, datasets, versions. It prints what it found in lines of JSON and always ends with 0. ``judge`` reads the lines
-of all nodes, compares versions and clocks, says which node has which problem, and ends with 1 if there is any.
+``node`` runs once on each node, with the options of megatron_lpa.pretrain: GPUs, free disk, folders that can
+be written, datasets, versions. It prints what it found in lines of JSON and always ends with 0. ``judge``
+reads the lines of all nodes, compares versions and clocks, says which node has which problem, and ends with 1
+if there is any.
 """
 
 from __future__ import annotations
@@ -64,7 +66,10 @@ def problems_of_node(config: RunConfig, gpus: int) -> Iterator[str]:
     run = Path(config.logging.run_dir) / config.logging.name
     yield from gpu_problems(gpus)
     if not is_dir(run / SNAPSHOT):
-        yield f"does not see {(run / SNAPSHOT).absolute()}; the run folder has to be on a file system that all nodes share"
+        yield (
+            f"does not see {(run / SNAPSHOT).absolute()}; the run folder has to be on a file system that all "
+            "nodes share"
+        )
     else:
         yield from folder_problems(run)
         yield from disk_problems(run, config)
@@ -105,7 +110,10 @@ def gpu_problems(expected: int) -> Iterator[str]:
             yield f"{name} does not work: {error}"
             continue
         if total - free > MAX_GPU_SHARE_IN_USE * total:
-            yield f"{name} has {(total - free) / 2**30:.1f} of {total / 2**30:.0f} GiB in use by another process"
+            yield (
+                f"{name} has {(total - free) / 2**30:.1f} of {total / 2**30:.0f} GiB in use by another "
+                "process"
+            )
 
 
 def folder_problems(folder: Path) -> Iterator[str]:
@@ -125,14 +133,15 @@ def disk_problems(run: Path, config: RunConfig) -> Iterator[str]:
     if complete:
         size = sum(found.st_size for path in files_below(complete[-1]) if (found := status(path)))
     kept = retention_of(config.train)
-    # The newest, the newest at the interval where later ones were written at stops, the best, and the one being written.
+    # The newest, the newest at the interval where later ones were written at stops, the best, and the one
+    # being written.
     most = kept.newest + bool(kept.interval) + kept.best + 1 if kept.newest else 1
     number = max(1, most - len(complete))
     free = shutil.disk_usage(run).free
     if free < number * size:
         yield (
-            f"{run.absolute()} has {free / 1e9:,.1f} GB free, but {number} checkpoints of about {size / 1e9:,.1f} GB are "
-            "to come; free some space or lower train.keep_checkpoints"
+            f"{run.absolute()} has {free / 1e9:,.1f} GB free, but {number} checkpoints of about "
+            f"{size / 1e9:,.1f} GB are to come; free some space or lower train.keep_checkpoints"
         )
 
 
@@ -154,8 +163,9 @@ def dataset_problems(prefix: str) -> Iterator[str]:
         dataset.num_tokens, dataset.num_documents,
     ):  # fmt: skip
         yield (
-            f"{manifest_path(prefix)} tells of {manifest.tokens:,} tokens in {manifest.documents:,} documents, but the files "
-            f"hold {dataset.num_tokens:,} in {dataset.num_documents:,}; they do not belong together"
+            f"{manifest_path(prefix)} tells of {manifest.tokens:,} tokens in {manifest.documents:,} "
+            f"documents, but the files hold {dataset.num_tokens:,} in {dataset.num_documents:,}; they do not "
+            "belong together"
         )
 
 
@@ -228,7 +238,8 @@ def judge(lines: Iterable[str], nodes: Sequence[str]) -> list[str]:
             continue
         if "time" in report and abs(skew := report["time"] - time.time()) > MAX_SKEW_S:
             problems.append(
-                f"{node}: its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}; set up NTP there"
+                f"{node}: its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}; set up NTP "
+                "there"
             )
         if "problem" in report:
             problems.append(f"{node}: {report['problem']}")

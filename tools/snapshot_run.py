@@ -3,10 +3,11 @@
 
     python tools/snapshot_run.py --processes 16 --preset 3b/lpa --data.prefix data/pile_text_document
 
-Takes the options of megatron_lpa.pretrain, checks them for so many processes, and prints the run folder. The first
-start makes ``snapshot/`` there, which later ones never touch: the resolved configuration, the command, the code and
-its commit, the packages, the job. Every start adds a line to ``logs/starts.jsonl``. Of the environment and of what SLURM
-knows, only what holds no text of the user's is recorded, and known secrets are removed from all the rest.
+Takes the options of megatron_lpa.pretrain, checks them for so many processes, and prints the run folder. The
+first start makes ``snapshot/`` there, which later ones never touch: the resolved configuration, the command,
+the code and its commit, the packages, the job. Every start adds a line to ``logs/starts.jsonl``. Of the
+environment and of what SLURM knows, only what holds no text of the user's is recorded, and known secrets are
+removed from all the rest.
 """
 
 from __future__ import annotations
@@ -73,16 +74,18 @@ JOB = re.compile(
     r"|ReqNodeList|NodeList|BatchHost|NumNodes|TRES|ReqTRES|AllocTRES|Socks/Node|MinCPUsNode|Features|OverSubscribe"
     r"|WorkDir|StdErr|StdIn|StdOut|Power|CpusPerTres|TresPerNode|TresPerTask|MemPerTres)="
 )
-"""Lines of what SLURM says of a job. Comment, Command, SubmitLine, Extra and the name are the user's own words."""
+"""Lines of what SLURM says of a job. Comment, Command, SubmitLine, Extra and the name are the user's own
+words."""
 SBATCH = re.compile(
     r"account|array|begin|chdir|clusters?|constraint|core-spec|cores-per-socket|cpu-freq|cpus-per-(gpu|task)|deadline|dependency"
     r"|distribution|error|exclude|exclusive|gpu-bind|gpus(-per-(node|socket|task))?|gres(-flags)?|hint|mem(-bind|-per-(cpu|gpu))?"
     r"|network|nice|nodelist|nodes|ntasks(-per-(core|gpu|node|socket))?|open-mode|output|oversubscribe|partition|priority|qos"
     r"|reservation|signal|sockets-per-node|switches|thread-spec|threads-per-core|time|time-min|tmp|[AaBbCcDdeFGiLMmNnopqStwx]"
 )
-"""Options of ``sbatch`` whose values are recorded. Of others only the name: a comment or ``--export`` may say anything."""
+"""Options of ``sbatch`` whose values are recorded. Of others only the name: a comment or ``--export`` may say
+anything."""
 CALL = re.compile(
-    r"(?:\btrain_on_slurm\b|-m[ \t]+megatron_lpa\b|(?<![\w.-])(?:slurm/(?!common\b)\w+\.sh|tools/\w+\.py)(?![\w.-])).*"
+    r"(?:\btrain_on_slurm\b|-m[ \t]+megatron_lpa\b|(?<![\w.-])(?:slurm/(?!common\b)\w+\.sh|tools/\w+\.py)(?![\w.-])).*"  # noqa: E501
 )
 """Where a job script calls this project, and the rest of that command."""
 COMMAND = re.compile(r"""(?:"(?:[^"\\]|\\.)*"|'[^']*'|\\.|[^;&|"'\\])+""")
@@ -196,7 +199,8 @@ def described_job(text: str) -> str:
 
 
 def described_script(text: str, redaction: Redaction) -> str:
-    """Of a job script, its ``#SBATCH`` lines and what calls this project, without secrets; how many lines are left out."""
+    """Of a job script, its ``#SBATCH`` lines and what calls this project, without secrets; how many lines are
+    left out."""
     lines = redaction.text(text).replace("\\\n", " ").splitlines()
     found = []
     for line in lines:
@@ -244,7 +248,8 @@ def _without_secrets_of_files(diff: str, redaction: Redaction) -> str:
 
 
 def _add_line(path: Path, line: bytes) -> None:
-    """Where the file has another name as well (``cp -al``), it is written anew: what that leads to keeps its contents.
+    """Where the file has another name as well (``cp -al``), it is written anew: what that leads to keeps its
+    contents.
 
     Of such a file only what lines of starts look like is taken over: it may be any of a stranger's choice.
     """
@@ -298,7 +303,8 @@ def prepare(argv: Sequence[str]) -> Path:
     """Check, snapshot, note; the run folder.
 
     Raises:
-        UserError: options that cannot run, or a run folder that cannot be written, or that a link leads out of.
+        UserError: options that cannot run, or a run folder that cannot be written, or that a link leads out
+            of.
         TryAgain: a disk that is full, or does not answer.
     """
     parser = argparse.ArgumentParser(

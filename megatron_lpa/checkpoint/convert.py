@@ -1,15 +1,16 @@
 """Checkpoints rewritten for a named layout, by one process without DeepSpeed.
 
-No run needs this to continue: every process reads the ranges that its layout asks for (``resume.py``). A conversion moves
-a checkpoint: the files of the state are cut as the processes of the target read them, so that each opens its own, and
-the weights may change their precision.
+No run needs this to continue: every process reads the ranges that its layout asks for (``resume.py``). A
+conversion moves a checkpoint: the files of the state are cut as the processes of the target read them, so
+that each opens its own, and the weights may change their precision.
 
-``lowdim_layout`` counts for this: it decides which dimension of a low-dimensional module's W_B is split, so a state cut
-for the other layout would have every process read a part of every file again.
+``lowdim_layout`` counts for this: it decides which dimension of a low-dimensional module's W_B is split, so a
+state cut for the other layout would have every process read a part of every file again.
 
-The state is cut as ZeRO stage 0 saves it: the file of rank ``dp_rank * T + tp_rank`` holds an equal part of every parameter.
-Files of ZeRO-3 would be equally large; what a process of a run holds depends on DeepSpeed's padding, so nothing is gained by
-imitating a stage. Memory: a few times the largest parameter's part of a file, or the largest parameter in ``weights/``.
+The state is cut as ZeRO stage 0 saves it: the file of rank ``dp_rank * T + tp_rank`` holds an equal part of
+every parameter. Files of ZeRO-3 would be equally large; what a process of a run holds depends on DeepSpeed's
+padding, so nothing is gained by imitating a stage. Memory: a few times the largest parameter's part of a
+file, or the largest parameter in ``weights/``.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def convert(
 ) -> Converted:
     """Write the source's state and weights as a complete checkpoint for ``layout``.
 
-    Masters and moments keep every bit. The weights are made from the masters, as training makes those that compute.
+    Masters and moments keep every bit. The weights are made from the masters, as training makes those that
+    compute.
 
     Args:
         source: a verified checkpoint.
@@ -97,8 +99,8 @@ def convert(
         weights_dtype: ``bf16`` or ``fp32``; None keeps the source's.
 
     Raises:
-        UserError: a layout that does not divide the model, an output that exists or has the name of another step, a
-            damaged source, or a disk that cannot hold the result.
+        UserError: a layout that does not divide the model, an output that exists or has the name of another
+            step, a damaged source, or a disk that cannot hold the result.
     """
     parameters = source.parameters(layout.lowdim_layout)
     _check_sizes(parameters, layout)
@@ -130,8 +132,9 @@ def _check_sizes(parameters: list[Parameter], layout: TargetLayout) -> None:
         if parameter.tp_dim is not None and parameter.shape[parameter.tp_dim] % layout.tp_size:
             raise UserError(
                 f"--tensor-parallel-size {layout.tp_size} does not divide dimension {parameter.tp_dim} of "
-                f"{parameter.name}, which has {parameter.shape[parameter.tp_dim]}; choose a divisor of it. If it is the "
-                "vocabulary, resume with another model.pad_vocab_to_multiple_of: that needs no conversion"
+                f"{parameter.name}, which has {parameter.shape[parameter.tp_dim]}; choose a divisor of it. "
+                "If it is the vocabulary, resume with another model.pad_vocab_to_multiple_of: that needs no "
+                "conversion"
             )
 
 

@@ -106,8 +106,8 @@ class Source:
             ]
         if {p.name: p.shape for p in found} != saved:
             raise UserError(
-                f"{self.checkpoint / MANIFEST}: its parameters are not those that this version builds for its model; "
-                "convert with the version that wrote it"
+                f"{self.checkpoint / MANIFEST}: its parameters are not those that this version builds for "
+                "its model; convert with the version that wrote it"
             )
         return found
 
@@ -125,7 +125,8 @@ class SourceState:
     def shard(
         self, parameter: Parameter, kind: str, tp_rank: int, tp_size: int, start: int, end: int
     ) -> torch.Tensor:
-        """(end - start,) fp32: elements ``start`` to ``end`` of the flattened shard of one tensor-parallel rank.
+        """(end - start,) fp32: elements ``start`` to ``end`` of the flattened shard of one tensor-parallel
+        rank.
 
         Raises:
             DamagedCheckpoint: an element is in no file.
@@ -192,8 +193,8 @@ def _decoder_of(source: Source, model: ModelConfig, lowdim_layout: str) -> Decod
         return Decoder(model, ParallelGroups.single(), lowdim_layout)
     except Exception as error:
         raise UserError(
-            f"{source.checkpoint / MANIFEST}: its model cannot be built: {str(error)[:200] or type(error).__name__}; "
-            "convert with the version that wrote it"
+            f"{source.checkpoint / MANIFEST}: its model cannot be built: "
+            f"{str(error)[:200] or type(error).__name__}; convert with the version that wrote it"
         ) from error
 
 
@@ -204,6 +205,6 @@ def _model_of(source: Source) -> ModelConfig:
         return ModelConfig(**{**described, "projections": ProjectionsConfig(**projections)})
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"{source.checkpoint / MANIFEST}: the model has other settings than this version knows: {str(error)[:200]}; convert with "
-            "the version that wrote it"
+            f"{source.checkpoint / MANIFEST}: the model has other settings than this version knows: "
+            f"{str(error)[:200]}; convert with the version that wrote it"
         ) from error

@@ -36,7 +36,8 @@ FORMAT = 1
 STATE_FORMAT = 1
 
 MOST_MANIFEST_BYTES = 64 << 20
-"""Some 150 bytes for each file and 100 for each parameter: that of 10,000 processes and 3,000 parameters has 2 MB."""
+"""Some 150 bytes for each file and 100 for each parameter: that of 10,000 processes and 3,000 parameters has
+2 MB."""
 
 
 class DamagedCheckpoint(UserError):
@@ -97,7 +98,8 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 
 def undamaged(read: Callable[[], Result], path: Path) -> Result:
-    """What ``read`` gives of a file of a checkpoint, with patience. Whoever cannot read it learns whether to try again.
+    """What ``read`` gives of a file of a checkpoint, with patience. Whoever cannot read it learns whether to
+    try again.
 
     Args:
         read: opens and reads ``path``, anew at each attempt.
@@ -130,7 +132,8 @@ def size_of(path: Path) -> int | None:
 
 
 def paths_in(folder: Path, pattern: str) -> list[Path]:
-    """What a folder has under names that a regular expression fits wholly; nothing if there is no such folder.
+    """What a folder has under names that a regular expression fits wholly; nothing if there is no such
+    folder.
 
     Raises:
         TryAgain: the disk does not say. To take that for an empty folder would start a run anew.
@@ -177,7 +180,8 @@ def described(checkpoint: Path, complete: bool = True) -> dict[str, Any]:
         complete: whether to continue from it. To use the weights, less has to be there.
 
     Returns:
-        What it says, with ``progress`` as :class:`Progress`, and what earlier versions did not write filled in.
+        What it says, with ``progress`` as :class:`Progress`, and what earlier versions did not write filled
+        in.
 
     Raises:
         DamagedCheckpoint: a manifest that is missing, changed, or says what cannot be.
@@ -243,8 +247,8 @@ def read_manifest(checkpoint: Path, under: str = "") -> dict[str, Any]:
         As ``described``.
 
     Raises:
-        DamagedCheckpoint: missing or changed manifest, one that says what cannot be, or a file that is missing, of
-            another size, or a link.
+        DamagedCheckpoint: missing or changed manifest, one that says what cannot be, or a file that is
+            missing, of another size, or a link.
         TryAgain: the disk does not give the manifest.
         UserError: a manifest of another version, or one that must not be read.
     """

@@ -1,7 +1,8 @@
-"""What the manifest of a checkpoint may say: every key that anything reads, its type, and how large it can be.
+"""What the manifest of a checkpoint may say: every key that anything reads, its type, and how large it can
+be.
 
-A manifest may come from a stranger, with a checksum that fits whatever it says. What is checked here needs no further
-check where it is used. Keys that are not listed are left alone: a later version may write more.
+A manifest may come from a stranger, with a checksum that fits whatever it says. What is checked here needs no
+further check where it is used. Keys that are not listed are left alone: a later version may write more.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ MOST_COUNT = 1 << 53
 """Of samples of an epoch, a step or a micro-batch: what a double can count."""
 
 MOST_PROGRESS = 1 << 60
-"""Of steps, samples and tokens up to now. Far above ``MOST_COUNT``, so that what any run can have reached is below it
-by more than a run's length, and its next checkpoint is accepted too. Sums of a few fit 64 bits."""
+"""Of steps, samples and tokens up to now. Far above ``MOST_COUNT``, so that what any run can have reached is
+below it by more than a run's length, and its next checkpoint is accepted too. Sums of a few fit 64 bits."""
 
 MOST_BYTES = 1 << 50
 """Of one file."""
@@ -43,7 +44,8 @@ MOST_DIMENSIONS = 16
 """Of one parameter."""
 
 Check = Callable[[Any, str, bool], None]
-"""Raises ValueError for a value, with the dotted key that it is given; the flag says whether keys may be missing."""
+"""Raises ValueError for a value, with the dotted key that it is given; the flag says whether keys may be
+missing."""
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
@@ -54,8 +56,8 @@ def check_manifest(manifest: Any, complete: bool) -> None:
 
     Args:
         manifest: what the file holds.
-        complete: whether the state is needed. The weights alone can be used without many a key, and earlier versions
-            wrote less.
+        complete: whether the state is needed. The weights alone can be used without many a key, and earlier
+            versions wrote less.
 
     Raises:
         ValueError: it is not; a short message names the key.
@@ -72,7 +74,8 @@ def check_manifest(manifest: Any, complete: bool) -> None:
         shape, tp_dim = parameter["shape"], parameter["tp_dim"]
         if tp_dim is not None and (tp_dim >= len(shape) or shape[tp_dim] % tp_size):
             raise ValueError(
-                f"state.parameters: {_short.repr(name)} of shape {shape} is not split over dimension {tp_dim} by {tp_size}"
+                f"state.parameters: {_short.repr(name)} of shape {shape} is not split over dimension "
+                f"{tp_dim} by {tp_size}"
             )
 
 

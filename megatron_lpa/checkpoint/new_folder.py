@@ -15,10 +15,12 @@ from megatron_lpa.files import fsync_folder, status
 
 @contextlib.contextmanager
 def new_folder(output: Path, needed_bytes: int) -> Iterator[Path]:
-    """Where to write what is to become ``output``: ``.NAME.partial`` beside it, renamed when the body has ended.
+    """Where to write what is to become ``output``: ``.NAME.partial`` beside it, renamed when the body has
+    ended.
 
-    The body brings its files to disk itself. Whatever ends it early, an exception or Ctrl-C, removes what it wrote; only a
-    process that is killed leaves the partial folder behind, under a name that nothing takes for a result.
+    The body brings its files to disk itself. Whatever ends it early, an exception or Ctrl-C, removes what it
+    wrote; only a process that is killed leaves the partial folder behind, under a name that nothing takes for
+    a result.
 
     Args:
         output: must not exist; folders above it are made.
@@ -36,8 +38,8 @@ def new_folder(output: Path, needed_bytes: int) -> Iterator[Path]:
             partial.mkdir()  # fails where another process has made it, so that two never write into one
         except FileExistsError:
             raise UserError(
-                f"{partial}: what an earlier conversion left when it was killed, or another one at work; remove it if "
-                "none is"
+                f"{partial}: what an earlier conversion left when it was killed, or another one at work; "
+                "remove it if none is"
             ) from None
         try:
             yield partial

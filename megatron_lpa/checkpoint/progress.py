@@ -1,4 +1,5 @@
-"""What a run has to know of the steps before, besides weights. It is part of every checkpoint, so that no stop changes it."""
+"""What a run has to know of the steps before, besides weights. It is part of every checkpoint, so that no
+stop changes it."""
 
 from __future__ import annotations
 
@@ -69,8 +70,8 @@ class Decisions:
 
     Args:
         skipped_in_a_row: steps up to now that changed nothing because their gradient was not finite.
-        losses: of the last steps that changed something, oldest first, in nats, at most ``WINDOW_STEPS``; empty
-            with ``train.loss_spike=0``.
+        losses: of the last steps that changed something, oldest first, in nats, at most ``WINDOW_STEPS``;
+            empty with ``train.loss_spike=0``.
         rollbacks: how often the run has gone back, over all its starts.
     """
 
@@ -94,14 +95,15 @@ class Decisions:
     def after_going_back(self, checkpoint: Decisions) -> Decisions:
         """What counts after a bad step led back to a checkpoint.
 
-        The losses are the checkpoint's, not those before the bad step: they are what its weights gave. Early in training
-        the later ones can be so much lower that the checkpoint's own level would pass for a spike, at which the run
-        goes back again until it may not any more. Only where the checkpoint has too few to compare with, the ones that
-        followed it directly complete them.
+        The losses are the checkpoint's, not those before the bad step: they are what its weights gave. Early
+        in training the later ones can be so much lower that the checkpoint's own level would pass for a
+        spike, at which the run goes back again until it may not any more. Only where the checkpoint has too
+        few to compare with, the ones that followed it directly complete them.
 
-        The row of skipped steps ends here, also when the checkpoint was written in the middle of it: the data behind it
-        is passed over. Each further going back then takes ``train.max_skipped_steps`` more bad steps and ends behind
-        them, and ``train.max_rollbacks`` bounds how often: it counts what has happened, not what the checkpoint knew.
+        The row of skipped steps ends here, also when the checkpoint was written in the middle of it: the data
+        behind it is passed over. Each further going back then takes ``train.max_skipped_steps`` more bad
+        steps and ends behind them, and ``train.max_rollbacks`` bounds how often: it counts what has happened,
+        not what the checkpoint knew.
 
         Args:
             checkpoint: what the checkpoint was written with.
@@ -123,8 +125,8 @@ class Unrecorded:
     Args:
         steps: how many there are.
         finite: how many of them have a finite loss; the others changed nothing.
-        loss_sum: sum of the finite losses, in nats. Steps are added one by one in float64, so that it does not depend
-            on where a run was stopped.
+        loss_sum: sum of the finite losses, in nats. Steps are added one by one in float64, so that it does
+            not depend on where a run was stopped.
     """
 
     steps: int = 0
@@ -149,7 +151,8 @@ NOTHING_UNRECORDED = Unrecorded()
 
 
 def decisions_from_json(value: Any) -> Decisions:
-    """What was written as ``dataclasses.asdict`` gives it. What is missing, as in an older file, is as at the start.
+    """What was written as ``dataclasses.asdict`` gives it. What is missing, as in an older file, is as at the
+    start.
 
     Raises:
         ValueError: it is not that; the message names the key.

@@ -1,9 +1,10 @@
 """Reading a saved state into any layout: which elements of which saved shard a range of a shard is.
 
-A shard is a range of entries of one dimension, with all of the others. Saved and wanted shards may be cut along two
-different dimensions, never more. So dimensions that lie between the cuts are taken together, and what is left is a
-row of matrices (P, R, C): one cut runs through the rows and the other through the columns of all of them. A range of a
-shard's flattened elements covers whole rows but for its ends; those rows are read from the saved shards that meet them.
+A shard is a range of entries of one dimension, with all of the others. Saved and wanted shards may be cut
+along two different dimensions, never more. So dimensions that lie between the cuts are taken together, and
+what is left is a row of matrices (P, R, C): one cut runs through the rows and the other through the columns
+of all of them. A range of a shard's flattened elements covers whole rows but for its ends; those rows are
+read from the saved shards that meet them.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Box:
 
 @dataclass(frozen=True)
 class _Within:
-    """Rows ``first_row`` to ``end_row`` and columns ``first_column`` to ``end_column`` of each of P matrices."""
+    """Rows ``first_row`` to ``end_row`` and columns ``first_column`` to ``end_column`` of each of P
+    matrices."""
 
     matrices: int
     first_row: int
@@ -240,5 +242,6 @@ class StateReader:
         if reached != end:
             name, kind, shard = place
             raise DamagedCheckpoint(
-                f"{self._checkpoint / 'state'}: element {reached} of {name} ({kind}, shard {shard}) is in no file"
+                f"{self._checkpoint / 'state'}: element {reached} of {name} ({kind}, shard {shard}) is in no "
+                "file"
             )

@@ -1,4 +1,5 @@
-"""Continuing from checkpoints: verified, from the newest that is intact, in whatever layout the run has now."""
+"""Continuing from checkpoints: verified, from the newest that is intact, in whatever layout the run has
+now."""
 
 from __future__ import annotations
 
@@ -46,9 +47,12 @@ class Resumed:
         checkpoint: the folder.
         progress: how far it had come.
         seal: what tells it from any other checkpoint of the same step.
-        decisions: what decides whether the run goes back; None in checkpoints of versions that did not save it.
-        unrecorded: losses since the last training record; none in checkpoints of versions that did not save them.
-        config: what it was trained with, as ``dataclasses.asdict`` gives it; empty where the manifest does not say.
+        decisions: what decides whether the run goes back; None in checkpoints of versions that did not save
+            it.
+        unrecorded: losses since the last training record; none in checkpoints of versions that did not save
+            them.
+        config: what it was trained with, as ``dataclasses.asdict`` gives it; empty where the manifest does
+            not say.
         notes: for the user: checkpoints that were skipped, and a layout that changed.
         checksum: of its manifest as it is; earlier versions took it for the seal.
     """
@@ -71,20 +75,20 @@ def load_newest(
 ) -> Resumed:
     """Continue from the newest checkpoint that is not damaged; every rank calls it.
 
-    Once an intact one has been loaded, damaged ones are renamed, with a note inside, and those go that the run's
-    retention does not keep: a process that was killed right after a save has left one more.
+    Once an intact one has been loaded, damaged ones are renamed, with a note inside, and those go that the
+    run's retention does not keep: a process that was killed right after a save has left one more.
 
     Args:
         state: a new one, or one that is to be replaced.
         checkpoints: oldest first; the same on every rank, and not empty.
         order: what the order of samples depends on.
-        accept: raises, on all ranks, where the run must not go on from the one that was loaded; before any is renamed
-            or removed.
+        accept: raises, on all ranks, where the run must not go on from the one that was loaded; before any is
+            renamed or removed.
 
     Raises:
         UserError: all are damaged, or the newest intact one is of another model or order.
-        TryAgain: the disk does not give one that may well be intact. None is renamed or passed over for that: an
-            older one would take its place, and training since then would be lost.
+        TryAgain: the disk does not give one that may well be intact. None is renamed or passed over for that:
+            an older one would take its place, and training since then would be lost.
     """
     skipped: list[tuple[Path, str]] = []
     for checkpoint in reversed(checkpoints):
@@ -100,13 +104,14 @@ def load_newest(
         return dataclasses.replace(resumed, notes=notes + resumed.notes)
     reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped)
     raise UserError(
-        f"{checkpoints[-1].parent} holds no checkpoint that is intact: {reasons}. Bring one back from a copy, or "
-        "start anew under another logging.name"
+        f"{checkpoints[-1].parent} holds no checkpoint that is intact: {reasons}. Bring one back from a "
+        "copy, or start anew under another logging.name"
     )
 
 
 def _keep_house(loaded: Path, skipped: Sequence[tuple[Path, str]], retention: Retention) -> None:
-    """Rename what was found damaged, and remove what a killed process would have, now that one is known to be whole."""
+    """Rename what was found damaged, and remove what a killed process would have, now that one is known to be
+    whole."""
     renamed = True
     for path, reason in skipped:
         try:

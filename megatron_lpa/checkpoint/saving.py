@@ -71,7 +71,8 @@ class PendingCheckpoint:
         groups: all ranks take part.
         retention: which earlier checkpoints stay.
         content: the manifest, but for the files.
-        blocked_s: seconds that training waited so far; of one that was written at once all but agreeing and renaming.
+        blocked_s: seconds that training waited so far; of one that was written at once all but agreeing and
+            renaming.
     """
 
     final: Path
@@ -129,7 +130,8 @@ class PendingCheckpoint:
         _guarded(self._outcome, self.groups)
 
     def _write_beside(self, tensors: Tensors, weights: Weights) -> None:
-        """Copy all, which is what training waits for, and leave the rest to a thread that takes no part in collectives."""
+        """Copy all, which is what training waits for, and leave the rest to a thread that takes no part in
+        collectives."""
         copied: tuple[Tensors, list[tuple[str, torch.Tensor | None]]] = ([], [])
 
         def copy() -> None:
@@ -179,8 +181,8 @@ def begin_save(
 ) -> PendingCheckpoint:
     """Begin a checkpoint, and return as soon as training may go on. Every rank calls it.
 
-    With ``overlap`` the state is copied to the CPU's memory, which is all that training waits for, and written by a
-    thread. Without it nothing is copied and everything is written before this returns.
+    With ``overlap`` the state is copied to the CPU's memory, which is all that training waits for, and
+    written by a thread. Without it nothing is copied and everything is written before this returns.
 
     Args:
         state: what to save.
@@ -192,8 +194,8 @@ def begin_save(
         overlap: write beside training.
         decisions: what decides, as of this step, whether the run goes back; goes into the manifest.
         unrecorded: losses since the last training record; goes into the manifest.
-        evaluates: whether the run has a validation and a test of its own: ``{"valid": True, "test": False}``; goes
-            into the manifest, for those that have not its data at hand.
+        evaluates: whether the run has a validation and a test of its own: ``{"valid": True, "test": False}``;
+            goes into the manifest, for those that have not its data at hand.
 
     Raises:
         CheckpointNotWritten: on every rank when any rank could not write; nothing half-written stays.

@@ -10,7 +10,7 @@ damaged from outside. What is on its way in or out has a name of its own:
 | ``.step_NNNNNNNN.replaced`` | an older one of the same step, until the new one has its name | gives it its name back if that is free |
 | ``damaged_step_NNNNNNNN`` | found damaged and skipped, with a note inside | nothing |
 | ``passed_step_NNNNNNNN`` | written after the one that the run went back to, and kept by a rule | nothing |
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ class Retention:
         newest: how many of the newest; 0 keeps all.
         every: those whose step is a multiple of this; 0 turns the rule off.
         best: the one with the lowest validation loss, among those at whose step validation ran.
-        interval: that of the run today. The newest one that was due at its interval when it was written stays: a run
-            goes back to it, however many were written since then because the run was stopped. Manifests of earlier
+        interval: that of the run today. The newest one that was due at its interval when it was written
+            stays: a run goes back to it, however many were written since then because the run was stopped.
+                Manifests of earlier
             versions do not say; there a multiple of this is taken for due.
     """
 
@@ -105,7 +106,8 @@ def fsync_tree(folder: Path) -> None:
     def failed(error: OSError) -> None:
         raise error
 
-    # Listing is tried again, fsync is not: one that failed may have dropped what a second one then calls written.
+    # Listing is tried again, fsync is not: one that failed may have dropped what a second one then calls
+    # written.
     for inside in patiently(lambda: [path for path, _, _ in os.walk(folder, onerror=failed)], folder):
         fsync_folder(inside)
 
@@ -205,7 +207,8 @@ def set_aside(checkpoint: Path, reason: str) -> Path:
 
 
 def _renamed(checkpoint: Path, why: str) -> Path:
-    """``WHY_step_NNNNNNNN``, which nothing loads, counts or removes; with a number where that name is taken."""
+    """``WHY_step_NNNNNNNN``, which nothing loads, counts or removes; with a number where that name is
+    taken."""
     target = checkpoint.with_name(f"{why}{checkpoint.name}")
     number = 1
     while status(target, follow_links=False) is not None:
@@ -275,7 +278,8 @@ def _was_due(checkpoint: Path, said: dict[str, Any], interval: int) -> bool:
 
 
 def to_go_back_to(folder: Path, interval: int) -> list[Path]:
-    """Checkpoints, those that are to be tried first last: the newest that were due at their interval, then the newest.
+    """Checkpoints, those that are to be tried first last: the newest that were due at their interval, then
+    the newest.
 
     Args:
         folder: the run's ``checkpoints``.
@@ -300,7 +304,8 @@ def to_go_back_to(folder: Path, interval: int) -> list[Path]:
 def pass_over(folder: Path, step: int, retention: Retention) -> list[str]:
     """Get what is later than ``step`` out of the way of the next start, which would go on from it.
 
-    What a rule keeps for good, or cannot be used as it is, becomes ``passed_step_NNNNNNNN``; the rest is removed.
+    What a rule keeps for good, or cannot be used as it is, becomes ``passed_step_NNNNNNNN``; the rest is
+    removed.
 
     Returns:
         For the user: what became of each, also where that failed.

@@ -91,8 +91,8 @@ def write_lazily(
     """Write fp32 and bf16 tensors to ``folder / name``, one in memory at a time, and bring them to disk.
 
     ``safetensors.torch.save_file`` wants all tensors on the CPU at once, where here only one is, and makes
-    files that nobody else may read, whatever the umask. The hash is of what was meant to be written, so that a
-    disk that stores something else is found out.
+    files that nobody else may read, whatever the umask. The hash is of what was meant to be written, so that
+    a disk that stores something else is found out.
 
     Args:
         folder: the checkpoint.
@@ -101,8 +101,9 @@ def write_lazily(
         metadata: for the file's header.
 
     Raises:
-        OSError: the file cannot be written; what there was of it is removed at once, as a disk that it filled may be
-            needed by others before the whole checkpoint is given up. What had the name before is left as it is.
+        OSError: the file cannot be written; what there was of it is removed at once, as a disk that it filled
+            may be needed by others before the whole checkpoint is given up. What had the name before is left
+            as it is.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -150,8 +151,9 @@ def write_weights(
     """Write unsharded weights, without a second copy of more than ``shard_bytes`` and one parameter.
 
     Args:
-        weights: names and values, None for what other ranks write. Gone through to the end even after a failure, as
-            making them may take collectives, in which other ranks would wait. Where all values are None nothing is written.
+        weights: names and values, None for what other ranks write. Gone through to the end even after a
+            failure, as making them may take collectives, in which other ranks would wait. Where all values
+            are None nothing is written.
         folder: where to.
         shard_bytes: length of a file from which on another is begun.
 

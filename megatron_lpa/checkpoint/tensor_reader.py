@@ -1,7 +1,8 @@
 """Reading safetensors files by system calls, for a state as for weights.
 
-Read through a mapping, an error of the disk is SIGBUS: it ends the process without a word about the file. Here it is an
-exception, and the disk is asked again. A header says nothing that is not checked: it may be a stranger's.
+Read through a mapping, an error of the disk is SIGBUS: it ends the process without a word about the file.
+Here it is an exception, and the disk is asked again. A header says nothing that is not checked: it may be a
+stranger's.
 """
 
 from __future__ import annotations
@@ -55,14 +56,16 @@ class TensorFiles:
         """What a file holds.
 
         Raises:
-            DamagedCheckpoint: it is missing, no regular file, or no safetensors file of floating-point tensors.
+            DamagedCheckpoint: it is missing, no regular file, or no safetensors file of floating-point
+                tensors.
             TryAgain: the disk does not give it.
             UserError: it must not be read.
         """
         return undamaged(functools.partial(_header, path), path)
 
     def read(self, path: Path, stored: Stored) -> torch.Tensor:
-        """A whole tensor of the file, on the CPU and with memory of its own. Errors are those of ``read_into``."""
+        """A whole tensor of the file, on the CPU and with memory of its own. Errors are those of
+        ``read_into``."""
         made = torch.empty(stored.shape, dtype=stored.dtype)
         self.read_into(path, stored.offset, made)
         return made

@@ -1,7 +1,7 @@
 """What a checkpoint asks of a model in training.
 
-A *shard* is a parameter's part on one tensor-parallel rank, flattened. A *fragment* is a range of it whose state one
-process holds.
+A *shard* is a parameter's part on one tensor-parallel rank, flattened. A *fragment* is a range of it whose
+state one process holds.
 """
 
 from __future__ import annotations
@@ -79,11 +79,13 @@ class TrainingState(Protocol):
         ...
 
     def optimizer_step(self) -> int:
-        """AdamW's count of steps here; 0 before the first, when it has no moments, and where no fragment is held."""
+        """AdamW's count of steps here; 0 before the first, when it has no moments, and where no fragment is
+        held."""
         ...
 
     def gathered_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Every parameter's name and unsharded value: on rank 0's device, with memory of its own; None on other ranks.
+        """Every parameter's name and unsharded value: on rank 0's device, with memory of its own; None on
+        other ranks.
 
         Every rank has to go through all of them: each is gathered by collectives.
         """

@@ -15,13 +15,14 @@ The output is what ``engine.load_checkpoint(output)`` takes where the DeepSpeed 
 
 Three traps of DeepSpeed 0.19.8's loader decide what is in them:
 
-* ZeRO-1 and 2 go through the trainer's and the file's parameter groups together and end with the shorter list, so further
-  groups keep their initial state without a word. The file has as many groups as parameters, which no trainer exceeds.
-* ZeRO-3 overwrites the settings of all groups with those of the file's first, weight decay with them. The groups of the
-  file are empty: learning rate, betas and weight decay stay those of the trainer.
-* ZeRO-3 gives one and the same object for the count of steps to all its groups. A tensor would count once for every group
-  in a step, so it is a number there, as DeepSpeed's Adam has it. PyTorch's AdamW wants a tensor.
-"""
+* ZeRO-1 and 2 go through the trainer's and the file's parameter groups together and end with the shorter
+  list, so further groups keep their initial state without a word. The file has as many groups as parameters,
+  which no trainer exceeds.
+* ZeRO-3 overwrites the settings of all groups with those of the file's first, weight decay with them. The
+  groups of the file are empty: learning rate, betas and weight decay stay those of the trainer.
+* ZeRO-3 gives one and the same object for the count of steps to all its groups. A tensor would count once for
+  every group in a step, so it is a number there, as DeepSpeed's Adam has it. PyTorch's AdamW wants a tensor.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ LATEST = "latest_universal"
 SUMS = "SHA256SUMS"
 _NAMES = {MASTER: "fp32", **{kind: kind for kind in MOMENTS}}
 _FILE_OVERHEAD_BYTES = 4096
-"""More than what a .pt file takes besides its tensor, with its part of SHA256SUMS; small next to the tensors."""
+"""More than what a .pt file takes besides its tensor, with its part of SHA256SUMS; small next to the
+tensors."""
 
 
 def write_universal(source: Source, output: Path, lowdim_layout: str | None = None) -> Converted:
@@ -57,8 +59,8 @@ def write_universal(source: Source, output: Path, lowdim_layout: str | None = No
     Args:
         source: a verified checkpoint.
         output: the new folder.
-        lowdim_layout: that of the trainer, if it splits low-dimensional modules over tensor-parallel ranks; None takes the
-            source's.
+        lowdim_layout: that of the trainer, if it splits low-dimensional modules over tensor-parallel ranks;
+            None takes the source's.
 
     Raises:
         UserError: an output that exists, a damaged source, or a disk that cannot hold the result.
@@ -133,7 +135,8 @@ def _write_counters(folder: Path, source: Source, groups: int) -> dict[str, str]
 def _save(path: Path, content: Any) -> str:
     """Write with ``torch.save`` and bring to disk; returns the SHA-256 of what was meant to be written.
 
-    By way of memory: ``torch.save`` itself hides a full disk behind a ``RuntimeError`` about positions in a file.
+    By way of memory: ``torch.save`` itself hides a full disk behind a ``RuntimeError`` about positions in a
+    file.
     """
     made = io.BytesIO()
     torch.save(content, made)

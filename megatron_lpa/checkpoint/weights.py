@@ -70,10 +70,12 @@ def weights_in(folder: Path, listed: Collection[str] | None = None) -> list[Path
 
     Args:
         folder: the folder.
-        listed: names inside it that may be read, as their contents have been compared with hashes; None allows all.
+        listed: names inside it that may be read, as their contents have been compared with hashes; None
+            allows all.
 
     Raises:
-        DamagedCheckpoint: an index of something else, or one that names what is no regular file of the folder.
+        DamagedCheckpoint: an index of something else, or one that names what is no regular file of the
+            folder.
         TryAgain: the disk does not give a file.
         UserError: there are no weights.
     """
@@ -102,6 +104,7 @@ def weights_in(folder: Path, listed: Collection[str] | None = None) -> list[Path
             or undamaged(functools.partial(size_of, path), path) is None
         ):
             raise DamagedCheckpoint(
-                f"{index}: damaged: it names {reprlib.repr(name)}, which is no file of this checkpoint's weights"
+                f"{index}: damaged: it names {reprlib.repr(name)}, which is no file of this checkpoint's "
+                "weights"
             )
     return [folder / name for name in sorted(set(names))]

@@ -4,10 +4,10 @@
         --tensor-parallel-size 4 --data-parallel-size 2
     python tools/convert_checkpoint.py runs/tiny-lpa --step 20 --output runs/tiny-universal --to universal
 
-A run continues from its checkpoints in any layout: resuming needs no conversion. The source is compared with its
-hashes before anything is written; the output appears whole or not at all, and never replaces anything. One process, no
-GPU, no DeepSpeed. Exit code 0, 78 or 1 with a message, or 130, 143 and 129 after Ctrl-C, SIGTERM and a
-closed terminal.
+A run continues from its checkpoints in any layout: resuming needs no conversion. The source is compared with
+its hashes before anything is written; the output appears whole or not at all, and never replaces anything.
+One process, no GPU, no DeepSpeed. Exit code 0, 78 or 1 with a message, or 130, 143 and 129 after Ctrl-C,
+SIGTERM and a closed terminal.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def converted(arguments: argparse.Namespace) -> str:
         written = convert(source, arguments.output, layout, arguments.weights_dtype)
         what = f"tensor parallel {layout.tp_size}, data parallel {layout.dp_size}, {layout.lowdim_layout}"
     return (
-        f"{written.folder}: step {source.progress.step} of {source.checkpoint} as {what}; {written.files} files, "
-        f"{written.bytes:,} bytes, {time.perf_counter() - started:.1f} s"
+        f"{written.folder}: step {source.progress.step} of {source.checkpoint} as {what}; {written.files} "
+        f"files, {written.bytes:,} bytes, {time.perf_counter() - started:.1f} s"
     )
 
 

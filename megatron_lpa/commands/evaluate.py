@@ -8,9 +8,9 @@
 Several runs are measured one after the other; with --json they are a list.
 
 
---split reads the documents that data.split, or data.valid_prefix and data.test_prefix, held out of the run's own
-data, whose place its config.yaml records. --data reads a whole dataset, in the order of the file. It is refused
-if another tokenizer made it, and a warning says so if the run was trained on it.
+--split reads the documents that data.split, or data.valid_prefix and data.test_prefix, held out of the run's
+own data, whose place its config.yaml records. --data reads a whole dataset, in the order of the file. It is
+refused if another tokenizer made it, and a warning says so if the run was trained on it.
 
 By default the windows are those of the training loop, so that the loss of a test set is the one in the
 run's metrics.jsonl. With --stride the window slides, every token has context, and the loss is lower.

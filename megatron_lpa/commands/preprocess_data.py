@@ -39,8 +39,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="PATH",
-        help=".jsonl or .json lines (plain, .gz, .zst), .parquet, .txt files (a document each), their folders "
-        "or globs",
+        help=".jsonl or .json lines (plain, .gz, .zst), .parquet, .txt files (a document each), "
+        "their folders or globs",
     )
     text.add_argument(
         "--dataset", metavar="NAME", help="instead: a dataset on the Hugging Face hub, or a folder of one"
@@ -52,7 +52,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--subset-key",
         default=PILE_SUBSET,
         metavar="KEY",
-        help="where records name their subset, for the counts and the two options below (default: %(default)s)",
+        help="where records name their subset, for the counts and the two options below "
+        "(default: %(default)s)",
     )
     text.add_argument("--keep-subsets", nargs="+", default=[], metavar="NAME", help="leave out all others")
     text.add_argument("--drop-subsets", nargs="+", default=[], metavar="NAME", help="leave these out")
@@ -66,7 +67,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     tokenizer.add_argument(
         "--tokenizer",
         metavar="PATH",
-        help="folder, tokenizer.json, SentencePiece .model, .tiktoken ranks, or a name on the Hugging Face hub",
+        help="folder, tokenizer.json, SentencePiece .model, .tiktoken ranks, "
+        "or a name on the Hugging Face hub",
     )
     tokenizer.add_argument(
         "--tokenizer-type",

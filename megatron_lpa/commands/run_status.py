@@ -3,11 +3,11 @@
     python tools/run_status.py runs/tiny-lpa
     python tools/run_status.py 'runs/sweep-*'
 
-A launcher's exit code does not tell: that of ``deepspeed`` is 0 too when what it started was killed. Here a run is
-complete when the checkpoint of its last step is, and the last validation and the final test, where it has them, are on
-record. Of a checkpoint's files the sizes are compared with its manifest, with ``--verify`` the contents too: some GB per
-second. Ends with 0 then, with 1 when the same command would go on with it, and with 78 when it would not, as no whole
-checkpoint is left, or when that cannot be told. Of several runs the
+A launcher's exit code does not tell: that of ``deepspeed`` is 0 too when what it started was killed. Here a
+run is complete when the checkpoint of its last step is, and the last validation and the final test, where it
+has them, are on record. Of a checkpoint's files the sizes are compared with its manifest, with ``--verify``
+the contents too: some GB per second. Ends with 0 then, with 1 when the same command would go on with it, and
+with 78 when it would not, as no whole checkpoint is left, or when that cannot be told. Of several runs the
 worst code counts.
 """
 
@@ -99,8 +99,8 @@ def _refuse_loss(checkpoints: Path) -> None:
     names = [path.name for path in [*checkpoint_folders(checkpoints), *damaged_folders(checkpoints)]]
     if names:
         raise UserError(
-            f"{checkpoints}: no whole checkpoint is left ({', '.join(map(shown, names))}), and a start would be refused; bring one back from a "
-            "copy, or start anew under another logging.name"
+            f"{checkpoints}: no whole checkpoint is left ({', '.join(map(shown, names))}), and a start would "
+            "be refused; bring one back from a copy, or start anew under another logging.name"
         )
 
 

@@ -8,8 +8,9 @@ from megatron_lpa.errors import differing_parts, named
 
 
 def completed(saved: Any, defaults: Any) -> Any:
-    """A saved nested dictionary with the settings of ``defaults`` that it lacks: an earlier version did not have them, and
-    did what they say by default. Where it has a section, only keys of that section are added."""
+    """A saved nested dictionary with the settings of ``defaults`` that it lacks: an earlier version did not
+    have them, and did what they say by default. Where it has a section, only keys of that section are
+    added."""
     if not (isinstance(saved, dict) and isinstance(defaults, dict)):
         return saved
     both = {key: completed(value, defaults.get(key)) for key, value in saved.items()}

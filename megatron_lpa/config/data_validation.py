@@ -26,8 +26,8 @@ def check_path(key: str, path: str) -> None:
     longest = max(len(part) for part in parts)
     if not path or longest > MOST_NAME_BYTES or len(path.encode(errors="surrogateescape")) > MOST_PATH_BYTES:
         raise UserError(
-            f"{key} is {shown(path)} but must be a path of at most {MOST_PATH_BYTES:,} bytes, with names of at most "
-            f"{MOST_NAME_BYTES} bytes between its '/'"
+            f"{key} is {shown(path)} but must be a path of at most {MOST_PATH_BYTES:,} bytes, with names of "
+            f"at most {MOST_NAME_BYTES} bytes between its '/'"
         )
 
 
@@ -49,7 +49,8 @@ def check_data(data: DataConfig, need_data: bool) -> None:
         or numbers[0] == 0
     ):
         raise UserError(
-            f"data.split is {shown(data.split)} but must be three shares for train, valid and test, none negative "
+            f"data.split is {shown(data.split)} but must be three shares for train, valid and test, none "
+            "negative "
             'and the first above 0, such as "969,30,1"'
         )
     if data.blend is not None:
@@ -65,8 +66,8 @@ def check_data(data: DataConfig, need_data: bool) -> None:
         value = getattr(data, name)
         if value is not None and data.train_prefix is None:
             raise UserError(
-                f"data.{name} is {named(value)} but data.train_prefix is empty; set data.train_prefix too, or use "
-                "data.prefix or data.blend with data.split"
+                f"data.{name} is {named(value)} but data.train_prefix is empty; set data.train_prefix too, "
+                "or use data.prefix or data.blend with data.split"
             )
     if need_data and not given:
         raise UserError(
@@ -89,8 +90,8 @@ def _check_blend(blend: dict[str, float]) -> None:
             raise UserError(f"data.blend has {shown(prefix)} for a dataset; put its prefix in quotes")
         if not (weight > 0 and math.isfinite(weight)):
             raise UserError(
-                f"data.blend gives {named(prefix)} the weight {weight} but weights must be above 0; leave out a dataset "
-                "that is not to be read"
+                f"data.blend gives {named(prefix)} the weight {weight} but weights must be above 0; leave "
+                "out a dataset that is not to be read"
             )
         check_path("data.blend", prefix)
     if not math.isfinite(sum(blend.values())):

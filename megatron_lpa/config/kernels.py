@@ -53,10 +53,11 @@ LARGE_LOGITS_BYTES = 2 * 2**30
 """From here on ``loss=auto`` is ``chunked``. A choice by arithmetic, not by measurement."""
 
 LOSS_CHUNK_BYTES = 512 * 2**20
-"""fp32 logits of one chunk, of at least one token: about 4,000 tokens of 32,000 ids, enough rows for a product at full
-speed."""
+"""fp32 logits of one chunk, of at least one token: about 4,000 tokens of 32,000 ids, enough rows for a
+product at full speed."""
 
 
 def most_whole_logits_bytes(loss: str) -> float:
-    """Up to how many bytes a micro-batch's logits on one tensor-parallel rank are kept, by ``kernels.loss``."""
+    """Up to how many bytes a micro-batch's logits on one tensor-parallel rank are kept, by
+    ``kernels.loss``."""
     return {"auto": LARGE_LOGITS_BYTES, "whole": math.inf, "chunked": -1}[loss]

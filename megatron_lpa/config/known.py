@@ -18,7 +18,8 @@ OPTIONS = ("preset", "config", "print-config", "help")
 _MOST_LISTED = 4
 _DEEPSPEED = (
     "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
-    "gradient_clipping", "steps_per_print", "fp16", "bf16", "zero_allow_untested_optimizer", "wall_clock_breakdown",
+    "gradient_clipping", "steps_per_print", "fp16", "bf16", "zero_allow_untested_optimizer",
+    "wall_clock_breakdown",
     "comms_logger", "flops_profiler",
 )  # fmt: skip
 """Keys at the top of DeepSpeed's own files, and of no configuration here."""
@@ -66,8 +67,8 @@ def read_config_file(path: str) -> dict[str, Any]:
     """The contents of the file that ``--config`` names.
 
     Raises:
-        UserError: as ``read_yaml``; or what is there is of another kind: a preset's name, a run folder, a file of
-            DeepSpeed, of presets, or of Hugging Face.
+        UserError: as ``read_yaml``; or what is there is of another kind: a preset's name, a run folder, a
+            file of DeepSpeed, of presets, or of Hugging Face.
         TryAgain: the disk does not give it.
     """
     try:
@@ -78,18 +79,18 @@ def read_config_file(path: str) -> dict[str, Any]:
         raise _of_other_kind(path) or error from error
     if found := [key for key in _DEEPSPEED if key in tree]:
         raise UserError(
-            f"--config {readable(path)}: a file of DeepSpeed (it has {shown(found[0])}), not a run's configuration; give it "
-            f"with --train.deepspeed_config {readable(path)}"
+            f"--config {readable(path)}: a file of DeepSpeed (it has {shown(found[0])}), not a run's "
+            f"configuration; give it with --train.deepspeed_config {readable(path)}"
         )
     if tree and set(tree) <= _PRESET_PARTS:
         raise UserError(
-            f"--config {readable(path)}: a file of presets (it has {shown(next(iter(tree)))}), not a run's configuration; "
-            f"give a preset by its name: --preset {named(preset_names()[0])}"
+            f"--config {readable(path)}: a file of presets (it has {shown(next(iter(tree)))}), not a run's "
+            f"configuration; give a preset by its name: --preset {named(preset_names()[0])}"
         )
     if found := [key for key in _HUGGING_FACE if key in tree]:
         raise UserError(
-            f"--config {readable(path)}: a model's configuration of Hugging Face (it has {shown(found[0])}), not a run's; "
-            "write its sizes into a file of this project's keys (--help lists them)"
+            f"--config {readable(path)}: a model's configuration of Hugging Face (it has {shown(found[0])}), "
+            "not a run's; write its sizes into a file of this project's keys (--help lists them)"
         )
     return tree
 

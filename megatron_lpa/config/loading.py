@@ -1,7 +1,8 @@
 """From a command line to a ``RunConfig``, and from a ``RunConfig`` to YAML and back.
 
 Precedence, weakest first: dataclass defaults, the preset family's base, the preset's variant, the
-``--config`` file, the command line. Of the environment only the variables are read that paths name (``paths.py``).
+``--config`` file, the command line. Of the environment only the variables are read that paths name
+(``paths.py``).
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def save_config(config: RunConfig, path: str | Path) -> None:
 
 
 def _yaml_of(config: RunConfig) -> str:
-    """The resolved configuration. Paths are expanded already: what stands in them stays as it is when they are read."""
+    """The resolved configuration. Paths are expanded already: what stands in them stays as it is when they
+    are read."""
     tree = dataclasses.asdict(config)
     for name in PATH_KEYS:
         section, _, key = name.partition(".")
@@ -125,7 +127,8 @@ def _meant(key: str, value: Any) -> Any:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what earlier versions left when they were killed: files with eight random characters after the name."""
+    """Remove what earlier versions left when they were killed: files with eight random characters after the
+    name."""
     of_random_name = re.compile(re.escape(f".{path.name}.") + "[a-z0-9_]{8}")
     with contextlib.suppress(OSError):
         for leftover in path.parent.iterdir():

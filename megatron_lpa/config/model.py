@@ -52,8 +52,8 @@ class ModelConfig:
         head_dim: width E of one head; empty means ``hidden_size // num_heads``.
             ``num_heads * head_dim`` may differ from ``hidden_size`` (Table 8, "Attn Dim").
         ffn_hidden_size: width F of the FFN.
-        activation: ``relu``, ``gelu`` (by the error function) and ``gelu_tanh`` (its approximation by tanh, as in
-            GPT-2) use two FFN matrices, ``swiglu`` three (gate, up, down).
+        activation: ``relu``, ``gelu`` (by the error function) and ``gelu_tanh`` (its approximation by tanh,
+            as in GPT-2) use two FFN matrices, ``swiglu`` three (gate, up, down).
         norm: normalisation of each sublayer.
         norm_eps: epsilon inside the norm.
         norm_position: ``pre``: ``x + dropout(sublayer(norm(x)))``;

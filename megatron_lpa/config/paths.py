@@ -1,7 +1,8 @@
 """``~`` and ``$VAR`` in the paths of a configuration, as a shell has them.
 
-Where a path stands in a file, between quotes or behind ``=``, no shell expands it. So the configuration does, once,
-while it is read; what a run records is the expanded path. Variables first, then a ``~`` at the beginning:
+Where a path stands in a file, between quotes or behind ``=``, no shell expands it. So the configuration does,
+once, while it is read; what a run records is the expanded path. Variables first, then a ``~`` at the
+beginning:
 
 * ``$NAME`` and ``${NAME}``: the environment variable, which has to be there and not empty;
 * ``~`` and ``~name``: a home folder, up to the first ``/``;
@@ -18,7 +19,8 @@ from megatron_lpa.errors import UserError, named, shown
 
 PATH_KEYS = frozenset(
     {
-        "data.prefix", "data.blend", "data.train_prefix", "data.valid_prefix", "data.test_prefix", "data.cache_dir",
+        "data.prefix", "data.blend", "data.train_prefix", "data.valid_prefix", "data.test_prefix",
+        "data.cache_dir",
         "data.tokenizer", "train.deepspeed_config", "logging.run_dir",
     }
 )  # fmt: skip
@@ -35,8 +37,8 @@ def expanded(path: str, what: str) -> str:
         what: whose value it is and where it was written, for messages.
 
     Raises:
-        UserError: an environment variable that is not set or empty, a ``$`` that begins none, or a user or home folder
-            that is not known.
+        UserError: an environment variable that is not set or empty, a ``$`` that begins none, or a user or
+            home folder that is not known.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -45,15 +47,15 @@ def expanded(path: str, what: str) -> str:
         name = match["plain"] or match["braced"]
         if name is None:
             raise UserError(
-                f"{what} is {shown(path)}, where '$' begins no name of a variable: write $NAME or ${{NAME}}, or $$ for a "
-                "dollar sign"
+                f"{what} is {shown(path)}, where '$' begins no name of a variable: write $NAME or ${{NAME}}, "
+                "or $$ for a dollar sign"
             )
         if found := os.environ.get(name):
             return found
         state, near = ("is empty", "") if name in os.environ else ("is not set", _near(name))
         raise UserError(
-            f"{what} is {shown(path)} but the environment variable {named(name)} {state}; {near}set it, write the "
-            "path out, or write $$ for a dollar sign"
+            f"{what} is {shown(path)} but the environment variable {named(name)} {state}; {near}set it, "
+            "write the path out, or write $$ for a dollar sign"
         )
 
     return _at_home(_VARIABLE.sub(value, path), what)

@@ -9,7 +9,8 @@ class Precision(NamedTuple):
     """Masters and AdamW's moments are fp32 in all of them.
 
     Args:
-        weights: ``fp32`` or ``bf16``: the model's parameters, and the weights that a checkpoint holds for use.
+        weights: ``fp32`` or ``bf16``: the model's parameters, and the weights that a checkpoint holds for
+            use.
         products: ``fp32`` or ``bf16``: matrix products, attention, and what they keep for the backward pass.
     """
 

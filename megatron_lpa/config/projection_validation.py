@@ -21,8 +21,9 @@ def check_projections(model: ModelConfig) -> None:
                 f.name for f in dataclasses.fields(projection) if getattr(projection, f.name) != f.default
             )
             raise UserError(
-                f"{key}.{changed} is {getattr(projection, changed)} but model.activation {model.activation} has no "
-                f"gate; leave {key} as it is by default (kind dense), or set model.activation to swiglu"
+                f"{key}.{changed} is {getattr(projection, changed)} but model.activation {model.activation} "
+                f"has no gate; leave {key} as it is by default (kind dense), or set model.activation to "
+                "swiglu"
             )
         if name in model.projection_widths():
             every_way = _built(key, projection)
@@ -46,19 +47,20 @@ def _check_layers(key: str, by_layer: dict[str, int | str], num_layers: int) -> 
             meant = layers_meant(layers)
         except ValueError:
             raise UserError(
-                f"{key} names layers {shown(layers)}; name one by its number, or several by the first and the last, as "
+                f"{key} names layers {shown(layers)}; name one by its number, or several by the first and "
+                "the last, as "
                 "{0: dense, 1-3: 64}"
             ) from None
         if meant.stop > num_layers:
             raise UserError(
-                f"{key} names layers {layers} but model.num_layers is {num_layers}; they are counted from 0 to "
-                f"{num_layers - 1}"
+                f"{key} names layers {layers} but model.num_layers is {num_layers}; they are counted from 0 "
+                f"to {num_layers - 1}"
             )
         for other, name in taken:
             if meant.start < other.stop and other.start < meant.stop:
                 raise UserError(
-                    f"{key} names layer {max(meant.start, other.start)} twice, in {name} and in {layers}; name each "
-                    "layer once"
+                    f"{key} names layer {max(meant.start, other.start)} twice, in {name} and in {layers}; "
+                    "name each layer once"
                 )
         taken.append((meant, layers))
         if isinstance(built, str) and built not in PLAIN:
@@ -103,6 +105,7 @@ def rank_warnings(model: ModelConfig) -> list[str]:
             continue
         warnings.append(
             f"{said_of('rank', key, where)} is {rank}: the factors have as many parameters as the dense "
-            f"{structure.d_out} x {structure.d_in} matrix or more; they save from {(whole - 1) // (elements // rank)} down"
+            f"{structure.d_out} x {structure.d_in} matrix or more; they save from "
+            f"{(whole - 1) // (elements // rank)} down"
         )
     return warnings

@@ -1,7 +1,8 @@
 """Takes secrets out of what is written down about a run.
 
-A secret is the value of an environment variable that is called like one, the password of a URL, and in shell scripts what
-is given to a name that is called like one. No list of names is complete: what is recorded should be little, too.
+A secret is the value of an environment variable that is called like one, the password of a URL, and in shell
+scripts what is given to a name that is called like one. No list of names is complete: what is recorded should
+be little, too.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ _TEXT = re.compile(
 )
 _BLANK = r"(?:[ \t]|\\\n)"
 _GIVEN = re.compile(
-    rf"""(?<![\w.-])(?P<name>[\w.-]+)(?:["']?{_BLANK}*(?:(?P<colon>:[ \t]+)|(?:\+?=(?!=)|:=?){_BLANK}*|<<<{_BLANK}*))"""
+    rf"""(?<![\w.-])(?P<name>[\w.-]+)(?:["']?{_BLANK}*(?:(?P<colon>:[ \t]+)|(?:\+?=(?!=)|:=?){_BLANK}*|<<<{_BLANK}*))"""  # noqa: E501
     rf"|(?<!\S)(?P<option>--?[A-Za-z_][\w.-]*){_BLANK}+(?!-)"
     rf"|\b(?:setenv|printf{_BLANK}+-v|set(?:{_BLANK}+-\w+)+){_BLANK}+(?P<variable>\w+){_BLANK}+"
 )
@@ -71,7 +72,7 @@ _GIVEN = re.compile(
 _ALWAYS = re.compile(
     rf"(?P<head>\b(?:wandb|huggingface-cli|hf{_BLANK}+auth){_BLANK}+login(?:{_BLANK}+-\S+)*{_BLANK}+(?!-)"
     rf"|\bsshpass{_BLANK}+-p{_BLANK}*|\blogin{_BLANK}[^\n;&|]*?(?<=\s)-p{_BLANK}*|\blogin{_BLANK}+\S+{_BLANK}+password{_BLANK}+"
-    rf"|(?<!\S)(?:-u|-U|--user|--proxy-user)(?:{_BLANK}+|=|(?=[^\s-]))(?=[^\s:]+:)|\b(?:Bearer|Basic)[ \t]+(?=[^\s\"']))"
+    rf"|(?<!\S)(?:-u|-U|--user|--proxy-user)(?:{_BLANK}+|=|(?=[^\s-]))(?=[^\s:]+:)|\b(?:Bearer|Basic)[ \t]+(?=[^\s\"']))"  # noqa: E501
     rf"(?P<value>{_VALUE.pattern})",
     re.DOTALL,
 )
@@ -81,7 +82,8 @@ _KNOWN = re.compile(r"""(["']?)(?:\$(?:\w+|\{\w+\}|[@*#?!-])|<\w+>)?\1""")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable or an option is called like a secret. No key of a configuration is one: ``train.tokens``."""
+    """Whether a variable or an option is called like a secret. No key of a configuration is one:
+    ``train.tokens``."""
     name = name.lstrip("-")
     return name not in CONFIG_KEYS and name not in _LEAVES and SECRET_NAME.search(name) is not None
 
@@ -111,7 +113,8 @@ class Redaction:
         self._known = re.compile("|".join(map(_pattern_of, forms))) if forms else None
 
     def text(self, text: str) -> str:
-        """``text`` with ``<NAME>`` for each secret, and without user names, passwords and signatures in URLs."""
+        """``text`` with ``<NAME>`` for each secret, and without user names, passwords and signatures in
+        URLs."""
         return _without_passwords(self._without_known(text), quoted=True)
 
     def _without_known(self, text: str) -> str:
@@ -120,11 +123,13 @@ class Redaction:
         return self._known.sub(lambda match: f"<{self._names[_upper_escapes(match[0])]}>", text)
 
     def _value(self, text: str) -> str:
-        """The same for a text without quotes of its own: up to the next blank, those in a URL are the URL's."""
+        """The same for a text without quotes of its own: up to the next blank, those in a URL are the
+        URL's."""
         return _without_passwords(self._without_known(text), quoted=False)
 
     def shell(self, text: str) -> str:
-        """The same for shell scripts, command lines, YAML and JSON, where a value is known by the name it is given to."""
+        """The same for shell scripts, command lines, YAML and JSON, where a value is known by the name it is
+        given to."""
         return _without_values(_ALWAYS.sub(_without_word, self.text(text)))
 
     def words(self, words: Sequence[str]) -> list[str]:
@@ -142,7 +147,8 @@ class Redaction:
         return found
 
     def tree(self, tree: Any) -> Any:
-        """The same for every text in nested dictionaries and lists, before they are written as YAML or JSON."""
+        """The same for every text in nested dictionaries and lists, before they are written as YAML or
+        JSON."""
         if isinstance(tree, dict):
             return {self.tree(key): self.tree(value) for key, value in tree.items()}
         if isinstance(tree, (list, tuple)):
@@ -206,7 +212,8 @@ def _without_passwords(text: str, quoted: bool) -> str:
 
 
 def _without_password(rest: str) -> str:
-    """What follows ``://``. A password may have '/' and '@' in it: with a colon in front, it ends at the last '@'."""
+    """What follows ``://``. A password may have '/' and '@' in it: with a colon in front, it ends at the last
+    '@'."""
     authority = rest.partition("/")[0]
     searched = rest if ":" in authority else authority
     head, at, tail = searched.rpartition("@")

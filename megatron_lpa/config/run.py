@@ -118,21 +118,22 @@ class TrainConfig:
         tokens: training tokens; rounded up to whole steps.
         epochs: passes over the training split; rounded up to whole steps.
         global_batch_size: sequences per optimizer step over all processes.
-        micro_batch_size: sequences per process and forward pass, or fewer where a step has fewer for each; gradient
-            accumulation follows.
-        precision: ``fp32``; ``bf16`` with fp32 master weights; or ``bf16_mixed``, autocast to bf16 over fp32 weights: products
-            and attention in bf16, the residual stream, norms and gradients in fp32.
-        predict_next_block: whether the last token of each sequence predicts the first one of the next, so that a
-            sequence has as many labels as tokens. ``false`` leaves that label out of training and validation, as the
-            paper's public code does, which shifts the labels inside each block.
-        activation_checkpointing: ``selective`` keeps results of matrix products and attention and recomputes the
-            rest of every layer in the backward pass, ``full`` recomputes all of every layer.
+        micro_batch_size: sequences per process and forward pass, or fewer where a step has fewer for each;
+            gradient accumulation follows.
+        precision: ``fp32``; ``bf16`` with fp32 master weights; or ``bf16_mixed``, autocast to bf16 over fp32
+            weights: products and attention in bf16, the residual stream, norms and gradients in fp32.
+        predict_next_block: whether the last token of each sequence predicts the first one of the next, so
+            that a sequence has as many labels as tokens. ``false`` leaves that label out of training and
+            validation, as the paper's public code does, which shifts the labels inside each block.
+        activation_checkpointing: ``selective`` keeps results of matrix products and attention and recomputes
+            the rest of every layer in the backward pass, ``full`` recomputes all of every layer.
         deepspeed_config: a name in ``ds_configs/`` (``zero3``) or the path of such a JSON file.
         seed: seeds initial weights, data order and dropout.
         eval_interval: optimizer steps between validations; 0 turns them off.
         eval_batches: global batches per validation; 0 reads the whole split.
         checkpoint_interval: optimizer steps between checkpoints; 0 saves only at the end.
-        keep_checkpoints: newest checkpoints kept, and the newest one written at checkpoint_interval; 0 keeps all.
+        keep_checkpoints: newest checkpoints kept, and the newest one written at checkpoint_interval; 0 keeps
+            all.
         keep_every: checkpoints whose step is a multiple of this are never removed; 0 turns the rule off.
         keep_best: keep the checkpoint with the lowest validation loss too, of those at whose step
             validation ran.
@@ -140,22 +141,22 @@ class TrainConfig:
             after this many in a row the run goes back to its newest checkpoint. 0 never goes back.
         loss_spike: go back also when a step's loss is this much (in nats) above the mean of the 50 steps
             before; 0 turns it off. With it every step waits for its loss.
-        start_timeout_s: seconds that a process may be in one stage of its start (waiting for other processes, opening
-            data, building the model, loading a checkpoint, ...); then it ends the run as ``step_timeout_s`` does.
-            0 waits for ever.
-        step_timeout_s: seconds that a process may be in one stage of a step (reading data, computing, writing a
-            checkpoint, ...); then it tells where it is, writes the stacks of its threads and ends the run
+        start_timeout_s: seconds that a process may be in one stage of its start (waiting for other processes,
+            opening data, building the model, loading a checkpoint, ...); then it ends the run as
+            ``step_timeout_s`` does. 0 waits for ever.
+        step_timeout_s: seconds that a process may be in one stage of a step (reading data, computing, writing
+            a checkpoint, ...); then it tells where it is, writes the stacks of its threads and ends the run
             with exit code 75. 0 waits for ever.
-        lock_wait_s: seconds to wait for a run folder that another run seems to write; empty: 120, and 600 after a requeue
-            by SLURM.
+        lock_wait_s: seconds to wait for a run folder that another run seems to write; empty: 120, and 600
+            after a requeue by SLURM.
         max_rollbacks: how often a run may go back, over all its starts; the next time it ends with an error.
         checkpoint_overlap: write checkpoints beside training, from a copy in the CPU's memory; false stops
             training while they are written and needs no copy.
         on_checkpoint_failure: what to do when a checkpoint cannot be written, as on a full disk: ``continue``
             warns, trains on and tries again at the next interval; ``stop`` ends the run. The last checkpoint
             of a run always has to be written. Earlier checkpoints stay usable either way.
-        resume: ``auto`` continues from the newest intact checkpoint of the run folder and starts anew only where
-            there is none at all, ``never`` refuses a run folder that holds one, ``must`` refuses a run
+        resume: ``auto`` continues from the newest intact checkpoint of the run folder and starts anew only
+            where there is none at all, ``never`` refuses a run folder that holds one, ``must`` refuses a run
             folder without one.
     """
 

@@ -107,9 +107,9 @@ LONGEST_NAME = 100
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The ``known`` names that a reader of ``name`` most likely meant, best first; may be empty.
 
-    A dotted name also matches by its last part, so ``lr`` and ``model.lr`` both find ``optim.lr``. Names that differ in
-    another part only come together, however many: ``rank`` is the rank of any projection. A name that is much longer
-    than any known one has no neighbour.
+    A dotted name also matches by its last part, so ``lr`` and ``model.lr`` both find ``optim.lr``. Names that
+    differ in another part only come together, however many: ``rank`` is the rank of any projection. A name
+    that is much longer than any known one has no neighbour.
     """
     if len(name) > LONGEST_NAME:
         return []

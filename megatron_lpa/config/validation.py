@@ -45,13 +45,13 @@ def validate_config(config: RunConfig, world_size: int | None, *, need_data: boo
     _check_train(config.train)
     if config.model.sequence_length == 1 and not config.train.predict_next_block:
         raise UserError(
-            "train.predict_next_block is false but model.sequence_length is 1: no label is left; make the sequences longer, "
-            "or set it to true"
+            "train.predict_next_block is false but model.sequence_length is 1: no label is left; make the "
+            "sequences longer, or set it to true"
         )
     if config.train.epochs is not None and config.data.blend is not None:
         raise UserError(
-            f"train.epochs is {config.train.epochs} but the datasets of data.blend each have epochs of their own; "
-            "set train.tokens or train.steps instead"
+            f"train.epochs is {config.train.epochs} but the datasets of data.blend each have epochs of their "
+            "own; set train.tokens or train.steps instead"
         )
     steps = planned_steps(config.train, config.model)
     if (
@@ -59,8 +59,8 @@ def validate_config(config: RunConfig, world_size: int | None, *, need_data: boo
         and steps * config.train.global_batch_size * config.model.sequence_length > MOST_TOKENS
     ):
         raise UserError(
-            f"the run's {steps:,} steps of train.global_batch_size x model.sequence_length tokens are more than 2**62 "
-            "tokens; lower train.steps or train.tokens"
+            f"the run's {steps:,} steps of train.global_batch_size x model.sequence_length tokens are more "
+            "than 2**62 tokens; lower train.steps or train.tokens"
         )
     _check_logging(config.logging)
     if world_size is not None:
@@ -153,8 +153,8 @@ def _check_optim(optim: OptimConfig) -> None:
         _share(f"optim.{name}", getattr(optim, name), below_one=False)
     if optim.lr * optim.weight_decay >= 1:
         raise UserError(
-            f"optim.weight_decay is {shown(optim.weight_decay)} but times optim.lr {shown(optim.lr)} must be below 1: "
-            "each step takes that share of every weight away; lower one of them"
+            f"optim.weight_decay is {shown(optim.weight_decay)} but times optim.lr {shown(optim.lr)} must be "
+            "below 1: each step takes that share of every weight away; lower one of them"
         )
     if optim.decay_steps is not None and optim.decay_steps <= optim.warmup_steps:
         raise UserError(
@@ -244,13 +244,14 @@ def _check_logging(logging: LoggingConfig) -> None:
         size = len(name.encode(errors="surrogateescape"))
         if name in ("", ".", "..") or "/" in name or size > MOST_NAME_BYTES:
             raise UserError(
-                f"logging.name is {shown(name)} but names one folder inside logging.run_dir; use a name without '/', of "
-                f"1 to {MOST_NAME_BYTES} bytes"
+                f"logging.name is {shown(name)} but names one folder inside logging.run_dir; use a name "
+                f"without '/', of 1 to {MOST_NAME_BYTES} bytes"
             )
     project = logging.wandb_project
     if logging.wandb != "off" and (not 1 <= len(project) <= 128 or set(project) & set("/\\#?%:")):
         raise UserError(
-            f"logging.wandb_project is {shown(project)} but W&B takes 1 to 128 characters, none of them of / \\ # ? % :"
+            f"logging.wandb_project is {shown(project)} but W&B takes 1 to 128 characters, none of them of / "
+            "\\ # ? % :"
         )
 
 
@@ -308,11 +309,14 @@ def _best_warnings(train: TrainConfig, steps: int | None) -> list[str]:
     if train.checkpoint_interval and (steps is None or meet < steps):
         if meet == train.checkpoint_interval:
             return []
-        often = f"meet every {meet} steps only: other checkpoints have no validation loss, and are none of the best"
+        often = (
+            f"meet every {meet} steps only: other checkpoints have no validation loss, and are none of the "
+            "best"
+        )
     else:
         often = "meet at the last step only: it keeps no other checkpoint"
     return [
-        f"train.keep_best is true, but validation (train.eval_interval={train.eval_interval}) and checkpoints "
-        f"(train.checkpoint_interval={train.checkpoint_interval}) {often}; set train.checkpoint_interval to a multiple of "
-        "train.eval_interval, and smaller than the run is long"
+        f"train.keep_best is true, but validation (train.eval_interval={train.eval_interval}) and "
+        f"checkpoints (train.checkpoint_interval={train.checkpoint_interval}) {often}; set "
+        "train.checkpoint_interval to a multiple of train.eval_interval, and smaller than the run is long"
     ]

@@ -42,8 +42,8 @@ def typed(key: ConfigKey, value: Any, source: str) -> Any:
         source: where it was written, for messages.
 
     Raises:
-        UserError: it is not of the type, not finite, too large, text that no file can be called, or a path that cannot
-            be expanded.
+        UserError: it is not of the type, not finite, too large, text that no file can be called, or a path
+            that cannot be expanded.
     """
     if isinstance(value, str):
         _check_text(key.name, value, source)
@@ -72,7 +72,8 @@ def typed(key: ConfigKey, value: Any, source: str) -> Any:
 
 
 def _with_paths(key: ConfigKey, value: Any, source: str) -> Any:
-    """A path, or names that are paths, expanded; what came from a variable is checked like what was written."""
+    """A path, or names that are paths, expanded; what came from a variable is checked like what was
+    written."""
     if isinstance(value, str):
         path = expanded(value, f"{key.name} ({source})")
         _check_text(key.name, path, source)
@@ -97,12 +98,13 @@ def _wrong_type(key: ConfigKey, value: Any, source: str) -> UserError:
 def _check_text(name: str, text: str, source: str) -> None:
     if len(text) > MOST_CHARACTERS:
         raise UserError(
-            f"{name} is {shown(text)} ({source}), of {len(text):,} characters; {MOST_CHARACTERS:,} are the most"
+            f"{name} is {shown(text)} ({source}), of {len(text):,} characters; {MOST_CHARACTERS:,} are the "
+            "most"
         )
     if found := _NO_TEXT.search(text):
         raise UserError(
-            f"{name} is {shown(text)} ({source}) but {shown(found[0])} has no place in it; leave it out, or rename "
-            "what is called so"
+            f"{name} is {shown(text)} ({source}) but {shown(found[0])} has no place in it; leave it out, or "
+            "rename what is called so"
         )
 
 
@@ -151,7 +153,8 @@ def _numbers_by_name(value: Any) -> dict[str, float] | None:
 
 
 def _by_layer(value: Any) -> dict[str, int | str] | None:
-    """Names of layers, which YAML may give as numbers, and a kind or a whole number; raises ValueError for other names."""
+    """Names of layers, which YAML may give as numbers, and a kind or a whole number; raises ValueError for
+    other names."""
     if not isinstance(value, dict) or any(type(name) not in (int, str) for name in value):
         return None
     found: dict[str, int | str] = {}

@@ -10,8 +10,8 @@ from megatron_lpa.config.run import RunConfig
 def fitted_to_world(config: RunConfig, world_size: int) -> tuple[RunConfig, list[str]]:
     """The run with a micro-batch no larger than what a process gets of each step.
 
-    A preset's micro-batch suits its usual number of GPUs. With more of them fewer sequences fall to each. The steps
-    stay what they are, except for dropout, whose masks follow the micro-batch.
+    A preset's micro-batch suits its usual number of GPUs. With more of them fewer sequences fall to each. The
+    steps stay what they are, except for dropout, whose masks follow the micro-batch.
 
     Args:
         config: what ``load_config`` returned; not yet validated.
@@ -28,8 +28,8 @@ def fitted_to_world(config: RunConfig, world_size: int) -> tuple[RunConfig, list
     if rest or not 1 <= share < train.micro_batch_size:
         return config, []
     note = (
-        f"train.micro_batch_size is {train.micro_batch_size}, but {replicas} data-parallel ranks get {share} of a "
-        f"step's {train.global_batch_size} sequences each: it is {share} in this run"
+        f"train.micro_batch_size is {train.micro_batch_size}, but {replicas} data-parallel ranks get {share} "
+        f"of a step's {train.global_batch_size} sequences each: it is {share} in this run"
         + ("; dropout draws other masks than with fewer ranks" if config.model.dropout > 0 else "")
     )
     return replace(config, train=replace(train, micro_batch_size=share)), [note]

@@ -1,6 +1,7 @@
 """YAML as people write configurations: YAML 1.2's numbers and booleans, no silently repeated keys.
 
-PyYAML follows YAML 1.1, where ``8e-4`` is text, ``off`` is false and ``1:30`` is ninety. What is read may come from a
+PyYAML follows YAML 1.1, where ``8e-4`` is text, ``off`` is false and ``1:30`` is ninety. What is read may
+come from a
 stranger: no tag makes an object, and neither depth nor aliases make more of a file than it has lines.
 """
 
@@ -34,7 +35,8 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loading with the scalars above. What a configuration has no use for is refused while it is read."""
+    """Safe loading with the scalars above. What a configuration has no use for is refused while it is
+    read."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (replaces PyYAML's table)
 
@@ -133,7 +135,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping; an empty file is an empty mapping.
 
     Raises:
-        UserError: the file is missing, not a regular file, or longer than ``MOST_BYTES``; or as ``parse_yaml``.
+        UserError: the file is missing, not a regular file, or longer than ``MOST_BYTES``; or as
+            ``parse_yaml``.
         TryAgain: the disk does not give it.
     """
     try:
@@ -158,8 +161,8 @@ def parse_yaml(text: str, source: str) -> Any:
         source: what the text is, for messages.
 
     Raises:
-        UserError: it is not YAML, repeats a key, or has what no configuration needs: tags, several documents, depth,
-            aliases that multiply it, numbers of many digits.
+        UserError: it is not YAML, repeats a key, or has what no configuration needs: tags, several documents,
+            depth, aliases that multiply it, numbers of many digits.
     """
     loader = None
     try:
@@ -174,8 +177,8 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.reader.ReaderError as error:
         line = f", line {text.count(chr(10), 0, error.position) + 1}"
         raise UserError(
-            f"{source}{line}: not valid YAML: the character {shown(text[error.position : error.position + 1])} has no "
-            "place in text"
+            f"{source}{line}: not valid YAML: the character "
+            f"{shown(text[error.position : error.position + 1])} has no place in text"
         ) from error
     except (ValueError, OverflowError) as error:  # "\\UFFFFFFFF"
         line = f", line {loader.get_mark().line + 1}" if loader is not None else ""

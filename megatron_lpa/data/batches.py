@@ -1,7 +1,7 @@
 """Which samples each process reads, and their tokens.
 
-Which they are is a pure function of the number of samples consumed. Nothing here has state: a run that has consumed
-``c`` samples goes on with ``c``, whatever its data-parallel or micro-batch size was before.
+Which they are is a pure function of the number of samples consumed. Nothing here has state: a run that has
+consumed ``c`` samples goes on with ``c``, whatever its data-parallel or micro-batch size was before.
 """
 
 from __future__ import annotations
@@ -47,8 +47,9 @@ def evaluation_indices(
     ``min(split.num_samples, n * global_batch_size)``.
 
     Yields:
-        positions int64 ``(micro_batch_size,)`` and weights float32 ``(micro_batch_size,)``, 1 where the sample
-        counts and 0 where it pads. Sum losses times weights and weights over all processes, then divide.
+        positions int64 ``(micro_batch_size,)`` and weights float32 ``(micro_batch_size,)``, 1 where the
+        sample counts and 0 where it pads. Sum losses times weights and weights over all processes, then
+        divide.
     """
     assert num_samples >= 1 and micro_batch_size >= 1 and 0 <= dp_rank < dp_size
     per_micro_step = micro_batch_size * dp_size
@@ -80,8 +81,8 @@ def load_batch(samples: Samples, indices: np.ndarray, vocab_size: int) -> np.nda
     if wrong.size:
         row, column = (int(value) for value in wrong[0])
         raise UserError(
-            f"{samples.origin(int(indices[row]))} holds token id {tokens[row, column]}, but the model knows ids "
-            f"0 to {vocab_size - 1}; the data was made with another tokenizer: preprocess it again, or set "
-            "model.vocab_size to that tokenizer's size"
+            f"{samples.origin(int(indices[row]))} holds token id {tokens[row, column]}, but the model knows "
+            f"ids 0 to {vocab_size - 1}; the data was made with another tokenizer: preprocess it again, or "
+            "set model.vocab_size to that tokenizer's size"
         )
     return tokens

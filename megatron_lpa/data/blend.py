@@ -15,8 +15,8 @@ from megatron_lpa.data.interleave import Interleave
 class Blend:
     """Samples of several datasets in fixed proportions, in a fixed order.
 
-    After any number of samples each dataset has given its share to within one sample (``interleave.py``). Each
-    goes through its own samples in its own order, and through its own epochs, whatever the others do.
+    After any number of samples each dataset has given its share to within one sample (``interleave.py``).
+    Each goes through its own samples in its own order, and through its own epochs, whatever the others do.
 
     An index numbers the samples of all datasets, one dataset after the other.
 
@@ -49,7 +49,8 @@ class Blend:
         )
 
     def giving(self, num_samples: int) -> list[tuple[GPTDataset, int]]:
-        """Every dataset, and how many of the first ``num_samples`` of the plain order it gives: its own first ones."""
+        """Every dataset, and how many of the first ``num_samples`` of the plain order it gives: its own first
+        ones."""
         datasets, _ = self._interleave.locate(np.arange(num_samples, dtype=np.int64))
         given = np.bincount(datasets, minlength=len(self.datasets)).tolist()
         return list(zip(self.datasets, given, strict=True))

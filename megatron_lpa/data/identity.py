@@ -54,8 +54,8 @@ def contents_digest(prefix: str) -> str:
     """A hash of a dataset that neither its place nor its age changes, nor its manifest: 32 hex digits.
 
     Sizes of both files, the first and last MiB of each, and 64 pieces of 4 KiB evenly spaced between. That
-    tells apart any two datasets that do not agree there by intent; of single tokens changed elsewhere only the
-    manifest's checksums tell.
+    tells apart any two datasets that do not agree there by intent; of single tokens changed elsewhere only
+    the manifest's checksums tell.
 
     Raises:
         UserError: a file cannot be read.

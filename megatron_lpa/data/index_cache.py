@@ -104,9 +104,10 @@ class IndexCache:
             waited_s = time.monotonic() - started
             if waited_s >= self.timeout_s:
                 raise TryAgain(
-                    f"{path}: not there after {self.timeout_s:g} s, and another process, which holds the lock "
-                    "beside it, is still making it; raise data.index_timeout_s and train.start_timeout_s if it only needs more time, else "
-                    "end it, or set data.cache_dir to a folder of this machine"
+                    f"{path}: not there after {self.timeout_s:g} s, and another process, which holds the "
+                    "lock beside it, is still making it; raise data.index_timeout_s and "
+                    "train.start_timeout_s if it only needs more time, else end it, or set data.cache_dir "
+                    "to a folder of this machine"
                 )
             if waited_s >= _QUIET_WAIT_S and not told:
                 told = True
@@ -153,7 +154,8 @@ class IndexCache:
                 return folder
             problems.append(f"{folder} (not writable)")
         raise (TryAgain if may_pass else UserError)(
-            f"no folder for the sample index: {', '.join(problems)}; set data.cache_dir to one that can be written"
+            f"no folder for the sample index: {', '.join(problems)}; set data.cache_dir to one that can be "
+            "written"
         )
 
 
@@ -208,8 +210,8 @@ def _write(path: Path, digest: bytes, index: SampleIndex) -> None:
     header = _HEADER.pack(_MAGIC, FORMAT, _checksum(index, digest), digest, *counts)
     try:
         with explained_write_errors(path):
-            # Not synchronised with the disk, unlike what cannot be made again: the checksum finds what a power
-            # cut leaves.
+            # Not synchronised with the disk, unlike what cannot be made again: the checksum finds what a
+            # power cut leaves.
             with new_file(partial, durable=False) as stream:
                 with contextlib.suppress(OSError):
                     fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells that this process lives

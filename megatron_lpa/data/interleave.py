@@ -2,30 +2,31 @@
 
 After any ``n`` draws dataset ``i`` of weight ``w`` has been drawn within one sample of ``n w``. That is the
 chairman assignment problem (Tijdeman, 1980). It is solved as periodic tasks are scheduled fairly (Baruah and
-others, 1996): draw ``k`` of the dataset may come at position ``floor(k / w)`` at the earliest, has to come before
-``ceil((k + 1) / w)``, and of the draws allowed at a position the one with the earliest end is taken. Always
-drawing the dataset furthest behind is simpler and misses the bound with many datasets.
+others, 1996): draw ``k`` of the dataset may come at position ``floor(k / w)`` at the earliest, has to come
+before ``ceil((k + 1) / w)``, and of the draws allowed at a position the one with the earliest end is taken.
+Always drawing the dataset furthest behind is simpler and misses the bound with many datasets.
 
 Arithmetic is in whole numbers, so the result is exact for any weights. The order repeats after as many draws
 as the weights' common denominator.
 
-Going to position ``n`` does not need all draws before it. Let a draw be *open* at ``n`` if it is allowed before
-``n`` and has to come before some end after ``n``, and *waiting* if it is allowed before ``n`` but not done. Draw
-``k`` is allowed before ``n`` if ``k < n w``, and has its end at ``n`` or before if ``k + 1 <= n w``. So:
+Going to position ``n`` does not need all draws before it. Let a draw be *open* at ``n`` if it is allowed
+before ``n`` and has to come before some end after ``n``, and *waiting* if it is allowed before ``n`` but not
+done. Draw ``k`` is allowed before ``n`` if ``k < n w``, and has its end at ``n`` or before if ``k + 1 <= n
+w``. So:
 
-* ends are met, as the bound says, so ``floor(n w)`` draws of each dataset are surely done, and at most one, of
-  number ``floor(n w)``, is open: if ``n w`` is not whole;
-* ``n`` draws are done in all, so of the open draws ``n - sum(floor(n w))`` are done and the others, whose number is
-  thus known, are waiting. Nothing else is waiting. Only *which* of the open draws wait is history.
+* ends are met, as the bound says, so ``floor(n w)`` draws of each dataset are surely done, and at most one,
+  of number ``floor(n w)``, is open: if ``n w`` is not whole;
+* ``n`` draws are done in all, so of the open draws ``n - sum(floor(n w))`` are done and the others, whose
+  number is thus known, are waiting. Nothing else is waiting. Only *which* of the open draws wait is history.
 
-Write a set of waiting draws as its ends in ascending order (ties broken by the dataset, so that all differ), and
-call one set below another of the same size if it is so place by place. The lowest set possible is that of the open
-draws with the earliest ends, the highest that of the latest. A position adds the same newly allowed draws to
-every set, which keeps sets in their relation, and takes the first of each away, which keeps it too. So whatever was
-waiting at ``n``, it stays between what becomes of the lowest and of the highest; and once these two are equal, it
-is they. (Propp and Wilson, 1996, sample from Markov chains in this way.) They meet after some multiple of the
-largest ``1 / w`` at most in every case tried; where a window is too short for it, a longer one is taken, in the end
-all positions from 0, where nothing is waiting.
+Write a set of waiting draws as its ends in ascending order (ties broken by the dataset, so that all differ),
+and call one set below another of the same size if it is so place by place. The lowest set possible is that of
+the open draws with the earliest ends, the highest that of the latest. A position adds the same newly allowed
+draws to every set, which keeps sets in their relation, and takes the first of each away, which keeps it too.
+So whatever was waiting at ``n``, it stays between what becomes of the lowest and of the highest; and once
+these two are equal, it is they. (Propp and Wilson, 1996, sample from Markov chains in this way.) They meet
+after some multiple of the largest ``1 / w`` at most in every case tried; where a window is too short for it,
+a longer one is taken, in the end all positions from 0, where nothing is waiting.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
 """The orders of samples and of documents: keyed shuffles that need no stored table.
 
-Each is a keyed bijection by a Feistel network: a value is written as a pair (left, right), and rounds add a hash of
-one half to the other. Each round can be undone, so the whole is a bijection of all pairs; the few values beyond the
-last sample or document are put through it again until they fall below it ("cycle walking"), which keeps it a bijection.
+Each is a keyed bijection by a Feistel network: a value is written as a pair (left, right), and rounds add a
+hash of one half to the other. Each round can be undone, so the whole is a bijection of all pairs; the few
+values beyond the last sample or document are put through it again until they fall below it ("cycle walking"),
+which keeps it a bijection.
 
-Samples (``permuted``) have eight rounds modulo ``left < a`` and ``right < b``, with ``a * b`` just above their number;
-the hash is SplitMix64's finaliser, keyed by seed, epoch and round. Documents (``DocumentOrder``) are shuffled whole
-datasets at a time: over the next power of two, with masks, shifts and 32-bit products instead of 64-bit remainders.
-Fifty million documents take a second.
+Samples (``permuted``) have eight rounds modulo ``left < a`` and ``right < b``, with ``a * b`` just above
+their number; the hash is SplitMix64's finaliser, keyed by seed, epoch and round. Documents
+(``DocumentOrder``) are shuffled whole datasets at a time: over the next power of two, with masks, shifts and
+32-bit products instead of 64-bit remainders. Fifty million documents take a second.
 
-The order of a run's data, and which documents are held out, rest on this file: changing any constant changes every run,
-every split and every index in a cache (tests hold golden values; ``index_cache.FORMAT`` has to change too).
+The order of a run's data, and which documents are held out, rest on this file: changing any constant changes
+every run, every split and every index in a cache (tests hold golden values; ``index_cache.FORMAT`` has to
+change too).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Shuffled documents as one stream of tokens, cut into samples.
 
-With sequence length S, sample ``k`` is tokens ``k S`` to ``k S + S`` of the stream. Its *start* says where token
-``k S`` is: at which position of the document order, and how many tokens into that document.
+With sequence length S, sample ``k`` is tokens ``k S`` to ``k S + S`` of the stream. Its *start* says where
+token ``k S`` is: at which position of the document order, and how many tokens into that document.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def check_document_count(indexed: IndexedDataset) -> None:
     """
     if indexed.num_documents > MAX_DOCUMENTS:
         raise UserError(
-            f"{indexed.prefix}: {indexed.num_documents} documents, but at most {MAX_DOCUMENTS} can be shuffled; "
-            "make several datasets of them, or set data.shuffle_documents to false"
+            f"{indexed.prefix}: {indexed.num_documents} documents, but at most {MAX_DOCUMENTS} can be "
+            "shuffled; make several datasets of them, or set data.shuffle_documents to false"
         )
 
 
@@ -58,8 +58,8 @@ def read_document_sizes(indexed: IndexedDataset) -> np.ndarray:
         block = indexed.document_sizes(start, stop)
         if block.max() > np.iinfo(np.int32).max:
             raise UserError(
-                f"{indexed.prefix}: document {start + int(block.argmax())} has {block.max()} tokens, too many "
-                "to shuffle; split it, or set data.shuffle_documents to false"
+                f"{indexed.prefix}: document {start + int(block.argmax())} has {block.max()} tokens, too "
+                "many to shuffle; split it, or set data.shuffle_documents to false"
             )
         sizes[start:stop] = block
 

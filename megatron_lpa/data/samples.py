@@ -39,7 +39,8 @@ class Samples(Protocol):
         """The index at each position of the endless shuffled order: int64 ``(n,)`` to int64 ``(n,)``."""
 
     def in_order(self, positions: np.ndarray) -> np.ndarray:
-        """The index at each position, below ``num_samples``, of the plain order: int64 ``(n,)`` to int64 ``(n,)``."""
+        """The index at each position, below ``num_samples``, of the plain order: int64 ``(n,)`` to int64
+        ``(n,)``."""
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Samples by index: int64 ``(b,)`` to int64 ``(b, S + 1)``."""

@@ -113,7 +113,8 @@ class Source:
         if self._sizes is None:
             if self.indexed.num_documents >= _SLOW_DOCUMENTS:
                 self._opening.report(
-                    f"{self.prefix}: indexing {self.indexed.num_documents:,} documents; later starts skip this"
+                    f"{self.prefix}: indexing {self.indexed.num_documents:,} documents; later starts skip "
+                    "this"
                 )
             IndexedDataset(self.prefix)
             self._sizes = read_document_sizes(self.indexed)

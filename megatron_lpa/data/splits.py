@@ -94,8 +94,8 @@ def open_splits(
         named != ["data.train_prefix"] and named and (data.valid_prefix or data.test_prefix)
     ):
         raise UserError(
-            "data.prefix and data.blend are cut into train, valid and test by data.split, so each excludes the "
-            "other and data.train_prefix, data.valid_prefix and data.test_prefix; give one kind only"
+            "data.prefix and data.blend are cut into train, valid and test by data.split, so each excludes "
+            "the other and data.train_prefix, data.valid_prefix and data.test_prefix; give one kind only"
         )
     opening = Opening(data, sequence_length, seed, report)
     if data.blend is not None:
@@ -112,8 +112,8 @@ def open_splits(
         source = Source(prefix, opening, False) if prefix else None
         if source is not None and _same_data(train, source):
             raise UserError(
-                f"data.{name}_prefix {source.prefix} is the training data, data.train_prefix {train.prefix}: the "
-                f"same files or the same tokens; give held-out data, or set data.{name}_prefix to null"
+                f"data.{name}_prefix {source.prefix} is the training data, data.train_prefix {train.prefix}: "
+                f"the same files or the same tokens; give held-out data, or set data.{name}_prefix to null"
             )
         held_out.append(None if source is None else _whole(source, name))
     return Splits(_whole(train, "train"), held_out[0], held_out[1])
@@ -168,8 +168,8 @@ def _blended_splits(blend: dict[str, float], opening: Opening) -> Splits:
     for one, other in itertools.combinations(sources, 2):
         if _same_data(one, other):
             raise UserError(
-                f"data.blend has one dataset twice: {one.prefix} and {other.prefix} are the same files or the "
-                "same tokens; leave one out, and give the other the sum of the weights"
+                f"data.blend has one dataset twice: {one.prefix} and {other.prefix} are the same files or "
+                "the same tokens; leave one out, and give the other the sum of the weights"
             )
     sources.sort(
         key=lambda source: (source.identity.contents, source.identity.checksums or "", source.prefix)
@@ -191,8 +191,8 @@ def _blended_splits(blend: dict[str, float], opening: Opening) -> Splits:
         left_out = [source.prefix for source, cut in cuts if (source, cut) not in kept]
         if left_out and float([*split.split(","), "0", "0"][number]) > 0:
             notes.append(
-                f"{'no' if not kept else 'not in the'} {name} split: {', '.join(left_out)}, of which the share of "
-                f"documents ({split!r}) is shorter than one sample"
+                f"{'no' if not kept else 'not in the'} {name} split: {', '.join(left_out)}, of which the "
+                f"share of documents ({split!r}) is shorter than one sample"
             )
         if not kept:
             held_out.append(None)

@@ -32,7 +32,8 @@ def build_engine(config: RunConfig, groups: ParallelGroups) -> Engine:
         groups: process groups of an initialised world.
 
     Raises:
-        UserError: as ``build_ds_config``; DeepSpeed's CPU Adam cannot be built for lack of a toolkit or a compiler.
+        UserError: as ``build_ds_config``; DeepSpeed's CPU Adam cannot be built for lack of a toolkit or a
+            compiler.
         TryAgain: as ``build_ds_config``; it cannot be built for another reason.
     """
     ds_config, device = build_ds_config(config, groups.dp_size), device_of_rank()
@@ -157,7 +158,8 @@ def build_optimizer(
 
 
 class ModelParallelUnit:
-    """The ``mpu`` object of ``deepspeed.initialize``, answered from ``ParallelGroups``: model parallel means tensor parallel."""
+    """The ``mpu`` object of ``deepspeed.initialize``, answered from ``ParallelGroups``: model parallel means
+    tensor parallel."""
 
     def __init__(self, groups: ParallelGroups) -> None:
         self._groups = groups

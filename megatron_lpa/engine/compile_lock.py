@@ -1,8 +1,8 @@
 """PyTorch's locks around compiled extensions, which a killed process leaves behind for good.
 
-DeepSpeed compiles small operators at their first use, and takes the lock again whenever it loads one. PyTorch lets one
-process in and makes the others wait until a file named ``lock`` is gone, without a limit and without a word. The process
-that is in keeps the file open, so on one machine it can be told whether there is any.
+DeepSpeed compiles small operators at their first use, and takes the lock again whenever it loads one. PyTorch
+lets one process in and makes the others wait until a file named ``lock`` is gone, without a limit and without
+a word. The process that is in keeps the file open, so on one machine it can be told whether there is any.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ STALE_S = 600.0
 """No operator takes that long to compile, so nobody holds a lock of this age."""
 
 UNHELD_STALE_S = 60.0
-"""For a lock on a disk of this machine that no process here has open. Not at once, because a process in another
-container would not be seen."""
+"""For a lock on a disk of this machine that no process here has open. Not at once, because a process in
+another container would not be seen."""
 
 _QUIET_S = 30.0
 _POLL_S = 0.5
@@ -84,7 +84,8 @@ def wait_for_compilers(
                     else "waiting for another process to compile this"
                 )
                 _tell(
-                    f"{lock}: {why}; in {left_s:.0f} s this run removes it (sooner: delete it, if no other run starts)"
+                    f"{lock}: {why}; in {left_s:.0f} s this run removes it (sooner: delete it, if no other "
+                    "run starts)"
                 )
         time.sleep(_POLL_S)
 
@@ -92,8 +93,8 @@ def wait_for_compilers(
 def _unremovable(lock: Path, error: OSError) -> UserError:
     kind = UserError if error.errno in LASTING else TryAgain
     return kind(
-        f"{lock}: a process that was killed has left it, and it cannot be removed ({error.strerror}); remove it, or set "
-        "TORCH_EXTENSIONS_DIR to a folder of your own"
+        f"{lock}: a process that was killed has left it, and it cannot be removed ({error.strerror}); remove "
+        "it, or set TORCH_EXTENSIONS_DIR to a folder of your own"
     )
 
 
@@ -128,8 +129,9 @@ def _seen(lock: Path) -> os.stat_result | None:
 class _Ages:
     """How old locks are, whatever clocks say.
 
-    A date is compared once, when a lock is first seen, with what the same file system gives as the present: a file
-    server has a clock of its own. From then on this process counts. A date in the future is as good as none.
+    A date is compared once, when a lock is first seen, with what the same file system gives as the present: a
+    file server has a clock of its own. From then on this process counts. A date in the future is as good as
+    none.
     """
 
     def __init__(self) -> None:
@@ -172,7 +174,8 @@ def _nobody_holds(lock: Path) -> bool:
 
 
 def _is_shared(path: Path) -> bool:
-    """Whether the file system can be one of several machines, by Linux's list of mounts; true where there is none."""
+    """Whether the file system can be one of several machines, by Linux's list of mounts; true where there is
+    none."""
     try:
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:

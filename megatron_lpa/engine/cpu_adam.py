@@ -20,7 +20,8 @@ _WORDS = (
 def not_built(error: Exception, where: str | None) -> UserError:
     """What to raise: a UserError where a toolkit or a compiler is missing, TryAgain for everything else.
 
-    A full disk, a server that does not answer and a compiler that was killed may all be gone at the next attempt.
+    A full disk, a server that does not answer and a compiler that was killed may all be gone at the next
+    attempt.
 
     Args:
         error: what building raised.
@@ -32,8 +33,8 @@ def not_built(error: Exception, where: str | None) -> UserError:
     said = f"{where}: DeepSpeed's CPU Adam cannot be built: {type(error).__name__}: {words}"
     if _lasts(error):
         return UserError(
-            f"{said}; install the CUDA toolkit that PyTorch was built for, a C++ compiler and ninja, or choose a "
-            "configuration without offload"
+            f"{said}; install the CUDA toolkit that PyTorch was built for, a C++ compiler and ninja, or "
+            "choose a configuration without offload"
         )
     return TryAgain(
         f"{said}; this may be gone at the next start: look at the disk and at the memory of this machine"

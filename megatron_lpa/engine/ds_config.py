@@ -106,15 +106,17 @@ def read_zero_knobs(name: str, precision: str) -> dict[str, Any]:
     stage = knobs["zero_optimization"]["stage"]
     if stage == 0 and precision == "bf16":
         raise UserError(
-            f"{path}: train.precision=bf16 needs ZeRO stage 1 or above: DeepSpeed's stage 0 accumulates gradients "
-            "in bf16 and leaves tensor-parallel shards out of the gradient norm; set "
-            "train.deepspeed_config=zero1 (the same memory on one process) or train.precision=fp32 or bf16_mixed"
+            f"{path}: train.precision=bf16 needs ZeRO stage 1 or above: DeepSpeed's stage 0 accumulates "
+            "gradients in bf16 and leaves tensor-parallel shards out of the gradient norm; set "
+            "train.deepspeed_config=zero1 (the same memory on one process) or train.precision=fp32 or "
+            "bf16_mixed"
         )
     return knobs
 
 
 def check_zero_file(config: RunConfig, world_size: int) -> None:
-    """Whether the file of ZeRO knobs can be used by so many processes; neither DeepSpeed nor PyTorch is imported.
+    """Whether the file of ZeRO knobs can be used by so many processes; neither DeepSpeed nor PyTorch is
+    imported.
 
     Raises:
         UserError: as ``read_zero_knobs``, or a knob does not fit the number of processes.
@@ -145,11 +147,13 @@ def build_ds_config(config: RunConfig, dp_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dp_size),
         "train_batch_size": train.global_batch_size,
         "gradient_clipping": config.optim.grad_clip,
-        # For bf16_mixed DeepSpeed trains an fp32 model; autocast is the decoder's (model/transformer.py). Its own, the
-        # section torch_autocast, is global to the process and sends gradients of some modules in bf16.
+        # For bf16_mixed DeepSpeed trains an fp32 model; autocast is the decoder's (model/transformer.py). Its
+        # own, the section torch_autocast, is global to the process and sends gradients of some modules in
+        # bf16.
         "bf16": {"enabled": train.precision == "bf16"},
         "steps_per_print": 10**9,
-        # Its throughput timer waits for the whole device twice per micro-batch, for a figure that nobody reads.
+        # Its throughput timer waits for the whole device twice per micro-batch, for a figure that nobody
+        # reads.
         "timers": {"throughput": {"enabled": False}},
         # The optimizer is ours to choose (engine/build.py): PyTorch's AdamW, also with offload on a CPU.
         "zero_allow_untested_optimizer": True,
@@ -186,7 +190,8 @@ def needs_deepspeed(ds_config: dict[str, Any]) -> bool:
 
 
 def offloads(ds_config: dict[str, Any], key: str) -> bool:
-    """Whether ``offload_optimizer`` or ``offload_param`` is there: ``check_knobs`` leaves one to nowhere out."""
+    """Whether ``offload_optimizer`` or ``offload_param`` is there: ``check_knobs`` leaves one to nowhere
+    out."""
     return key in ds_config["zero_optimization"]
 
 
@@ -210,5 +215,6 @@ def check_by_deepspeed(zero: dict[str, Any], name: str) -> None:
         first = error.errors()[0]
         key = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise UserError(
-            f"{find_ds_config(name)}: {named(key)} is {shown(first['input'])}: {named(first['msg'])}; correct or remove it"
+            f"{find_ds_config(name)}: {named(key)} is {shown(first['input'])}: {named(first['msg'])}; "
+            "correct or remove it"
         ) from error

@@ -7,7 +7,7 @@ The only module that knows DeepSpeed's internals.
 | 0 | the whole shard | the parameter itself; with one replica its fp32 master |
 | 1, 2 | what falls into its partition of the flat parameter group | ``param_groups`` of the optimizer inside |
 | 3 | its partition of the shard, less the padding at the end | ``fp32_partitioned_groups_flat`` |
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -93,14 +93,16 @@ class EngineState:
         return all(map(bool, checks))
 
     def optimizer_step(self) -> int:
-        """AdamW's count of steps here; 0 before the first, when it has no moments, and where no fragment is held."""
+        """AdamW's count of steps here; 0 before the first, when it has no moments, and where no fragment is
+        held."""
         states = (fragment.optimizer.state.get(fragment.flat) for fragment in self._fragments())
         steps = {int(state["step"]) if state else 0 for state in states}
         assert len(steps) <= 1, steps
         return max(steps, default=0)
 
     def gathered_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Every parameter's name and unsharded value: on rank 0's device, with memory of its own; None on other ranks.
+        """Every parameter's name and unsharded value: on rank 0's device, with memory of its own; None on
+        other ranks.
 
         Every rank has to go through all of them: each is gathered by collectives.
         """
@@ -108,7 +110,8 @@ class EngineState:
             yield name, _unsharded(self.engine, parameter, self.engine.specs[name])
 
     def set_optimizer_step(self, step: int) -> None:
-        """Give AdamW the state that it would create at its first step, with this count of steps. No collective."""
+        """Give AdamW the state that it would create at its first step, with this count of steps. No
+        collective."""
         for fragment in self._fragments():
             optimizer, flat = fragment.optimizer, fragment.flat
             if step == 0:
@@ -183,7 +186,8 @@ def _copy_number(spec: ParameterSpec, partition_stage: int, groups: ParallelGrou
 
 
 def _place(engine: Engine, parameter: nn.Parameter) -> tuple[int, int, torch.Tensor, int, Any]:
-    """First element and length in the shard, and ``flat``, ``offset`` and ``optimizer`` as ``HeldFragment`` has them."""
+    """First element and length in the shard, and ``flat``, ``offset`` and ``optimizer`` as ``HeldFragment``
+    has them."""
     zero: Any = engine.stepper.optimizer
     known: Any = parameter
     if engine.partition_stage == 0:

@@ -13,8 +13,8 @@ from contextlib import redirect_stdout
 
 import torch
 
-# DeepSpeed picks its accelerator when it is imported and warns on a machine without one. Whoever needs DeepSpeed takes
-# it from here.
+# DeepSpeed picks its accelerator when it is imported and warns on a machine without one. Whoever needs
+# DeepSpeed takes it from here.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -33,7 +33,8 @@ AFTER_WATCHDOG = datetime.timedelta(minutes=5)
 
 
 def collective_timeout(*limits_s: float) -> datetime.timedelta:
-    """How long a collective waits for other ranks: longer than the watchdog, which can say who is missing and where.
+    """How long a collective waits for other ranks: longer than the watchdog, which can say who is missing and
+    where.
 
     Args:
         limits_s: of the watchdog; where one is 0, which watches nothing, nothing ends a wait for ten years.
@@ -107,8 +108,8 @@ def start_distributed(
 
 def _join_process_group(meeting: Meeting, timeout: datetime.timedelta) -> None:
     place = meeting.place
-    # Gloo listens where the machine's name leads to, which on a cluster is its network. On one machine nobody out there
-    # needs to reach it.
+    # Gloo listens where the machine's name leads to, which on a cluster is its network. On one machine nobody
+    # out there needs to reach it.
     alone = place.world_size == 1 or is_loopback(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     if alone and (interface := loopback_interface()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -146,15 +147,17 @@ def explained_losses() -> Iterator[None]:
         rank = os.environ.get("RANK", "0")
         if any(words in str(error) for words in _SILENT):
             raise RankHang(
-                f"rank {rank} waited for another process, which does not answer; look into the logs of the other ranks and "
-                "logs/hang in the run folder, then start the same command again: it continues from the newest checkpoint"
+                f"rank {rank} waited for another process, which does not answer; look into the logs of the "
+                "other ranks and logs/hang in the run folder, then start the same command again: it "
+                "continues from the newest checkpoint"
             ) from error
         lost = isinstance(error, torch.distributed.DistNetworkError)
         if not lost and not any(words in str(error) for words in _GONE):
             raise
         raise RankError(
-            f"rank {rank} lost its connection to another process, which has ended or was killed; look into the logs "
-            "of the other ranks, then start the same command again: it continues from the newest checkpoint"
+            f"rank {rank} lost its connection to another process, which has ended or was killed; look into "
+            "the logs of the other ranks, then start the same command again: it continues from the newest "
+            "checkpoint"
         ) from error
 
 

@@ -2,8 +2,9 @@
 
 That is DeepSpeed, or plain PyTorch where one process holds each part of the model.
 
-ZeRO divides state over data-parallel replicas. With one replica there is nothing to divide, at any stage, but DeepSpeed's
-flat buffers and copies would be paid for in every step; ``OneReplica`` does the same arithmetic without them.
+ZeRO divides state over data-parallel replicas. With one replica there is nothing to divide, at any stage, but
+DeepSpeed's flat buffers and copies would be paid for in every step; ``OneReplica`` does the same arithmetic
+without them.
 """
 
 from __future__ import annotations
@@ -76,9 +77,10 @@ class Stepper(Protocol):
 class OneReplica:
     """The step of a model of which this process holds one whole tensor-parallel part.
 
-    Below fp32, fp32 master weights are stepped on and rounded into the parameters; a micro-batch's gradient is added to its
-    fp32 sum, and freed, as soon as the backward pass has finished it. Masters start from the rounded values. DeepSpeed
-    does the same at the stages 1 to 3, but for bf16 at stage 1, where it rounds the sum to bf16 to send it.
+    Below fp32, fp32 master weights are stepped on and rounded into the parameters; a micro-batch's gradient
+    is added to its fp32 sum, and freed, as soon as the backward pass has finished it. Masters start from the
+    rounded values. DeepSpeed does the same at the stages 1 to 3, but for bf16 at stage 1, where it rounds the
+    sum to bf16 to send it.
 
     Args:
         module: the decoder, in fp32.
@@ -135,8 +137,8 @@ class OneReplica:
         value = float(norm)  # waits, once a step, as DeepSpeed does
         if math.isfinite(value):
             clips = 0 < self.clip < value + 1e-6
-            # PyTorch's fused AdamW divides gradients by this on its way, where clipping by itself would read and write
-            # all of them once more.
+            # PyTorch's fused AdamW divides gradients by this on its way, where clipping by itself would read
+            # and write all of them once more.
             scale = ((norm + 1e-6) / self.clip).float() if clips else None
             self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
             self.optimizer.step()
@@ -185,7 +187,8 @@ class DeepSpeedStep:
         optimizer: what ``deepspeed.initialize`` returned as such.
         groups: process groups.
         device: where this rank computes.
-        wrapped: whether DeepSpeed wraps the optimizer and reports a norm, as in every case but fp32 at stage 0.
+        wrapped: whether DeepSpeed wraps the optimizer and reports a norm, as in every case but fp32 at stage
+            0.
     """
 
     def __init__(
@@ -258,7 +261,8 @@ class Engine:
         stepper: what steps it.
         micro_steps: micro-batches per optimizer step on each rank.
         zero_stage: ZeRO's stage, as the run asks for it.
-        partition_stage: the stage that divides state here: 0 with one replica, which has nobody to share with.
+        partition_stage: the stage that divides state here: 0 with one replica, which has nobody to share
+            with.
 
     Attributes:
         parameters: by name, in the model's order.
@@ -285,7 +289,8 @@ class Engine:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that changed nothing because the global norm of the gradient was not finite; equal on all ranks."""
+        """Steps that changed nothing because the global norm of the gradient was not finite; equal on all
+        ranks."""
         return self.stepper.skipped_steps
 
     def train_step(
@@ -324,7 +329,8 @@ class Engine:
         return batch.to(self.device, non_blocking=True)
 
     def losses(self, batch: torch.Tensor) -> torch.Tensor:
-        """Per-token losses (B, S) of ids (B, S + 1), without gradients or dropout; (B, S - 1) if the last does not count."""
+        """Per-token losses (B, S) of ids (B, S + 1), without gradients or dropout; (B, S - 1) if the last
+        does not count."""
         self._set_training(False)
         with torch.no_grad():
             ids = self.to_device(batch)
@@ -352,7 +358,8 @@ class Engine:
 
 
 PIECE = 1 << 16
-"""Elements whose squares a CPU adds in fp32, one after the other in eight lanes: of 131 million it loses 1.3 % of the norm."""
+"""Elements whose squares a CPU adds in fp32, one after the other in eight lanes: of 131 million it loses 1.3
+% of the norm."""
 
 
 def gradient_norm(

@@ -1,8 +1,9 @@
 """DeepSpeed's knobs of ZeRO as a file may give them: names, types and ranges.
 
-DeepSpeed's own models say the same, but only after seconds of imports, and they turn ``"false"`` or ``"auto"`` into
-something else without a word. This table needs neither DeepSpeed nor PyTorch, so that a mistake is told before anything
-starts. ``tests/unit/engine/test_zero_knobs.py`` compares it with the installed DeepSpeed.
+DeepSpeed's own models say the same, but only after seconds of imports, and they turn ``"false"`` or
+``"auto"`` into something else without a word. This table needs neither DeepSpeed nor PyTorch, so that a
+mistake is told before anything starts. ``tests/unit/engine/test_zero_knobs.py`` compares it with the
+installed DeepSpeed.
 """
 
 from __future__ import annotations
@@ -151,8 +152,12 @@ TOP: dict[str, dict[str, Knob] | Knob] = {
 REFUSED = {
     "cpu_offload": 'is an old name; give "offload_optimizer": {"device": "cpu"}',
     "cpu_offload_param": 'is an old name; give "offload_param": {"device": "cpu"}',
-    "cpu_offload_use_pin_memory": "is an old name; give pin_memory inside offload_optimizer and offload_param",
-    "stage3_gather_fp16_weights_on_model_save": "is an old name; remove it: checkpoints hold whole weights already",
+    "cpu_offload_use_pin_memory": (
+        "is an old name; give pin_memory inside offload_optimizer and offload_param"
+    ),
+    "stage3_gather_fp16_weights_on_model_save": (
+        "is an old name; remove it: checkpoints hold whole weights already"
+    ),
     "compute_grad_norm": "is not for a file: every step records the gradient's norm; remove it",
     "legacy_stage1": "is not in DeepSpeed any more; remove it",
     "zenflow": "is not supported: it brings an optimizer of its own; remove it",
@@ -188,7 +193,8 @@ def _no_number(word: str) -> float:
 
 
 def check_knobs(path: Path, knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs of a file with whole numbers as such, each under one name, and without what says "no offload".
+    """The knobs of a file with whole numbers as such, each under one name, and without what says "no
+    offload".
 
     Args:
         path: for messages.
@@ -256,13 +262,13 @@ def _check_combinations(path: Path, zero: Mapping[str, Any]) -> None:
             )
     if zero["stage"] in (1, 2) and zero.get("allgather_bucket_size", 0) % 2:
         raise UserError(
-            f"{path}: zero_optimization.allgather_bucket_size is {zero['allgather_bucket_size']} but must be even at stages "
-            "1 and 2"
+            f"{path}: zero_optimization.allgather_bucket_size is {zero['allgather_bucket_size']} but must be "
+            "even at stages 1 and 2"
         )
     if zero.get("stage3_module_granularity_threshold"):
         raise UserError(
-            f"{path}: zero_optimization.stage3_module_granularity_threshold is not supported, as each layer is gathered "
-            "whole already; remove it"
+            f"{path}: zero_optimization.stage3_module_granularity_threshold is not supported, as each layer "
+            "is gathered whole already; remove it"
         )
 
 
@@ -313,16 +319,16 @@ def _offloads(path: Path, name: str, offload: Mapping[str, Any], stage: int) -> 
         return False
     if device == "nvme":
         raise UserError(
-            f"{path}: {name} to nvme is not supported: checkpoints do not reach what lies there; set its device "
-            "to cpu, or use train.deepspeed_config=zero3_offload"
+            f"{path}: {name} to nvme is not supported: checkpoints do not reach what lies there; set its "
+            "device to cpu, or use train.deepspeed_config=zero3_offload"
         )
     if device != "cpu":
         raise UserError(f"{path}: {name}.device is {shown(device)} but must be 'cpu' or 'none'")
     lowest = 3 if name.endswith("offload_param") else 1
     if stage < lowest:
         raise UserError(
-            f"{path}: {name} needs zero_optimization.stage {lowest}{'' if lowest == 3 else ' or above'}, which is "
-            f"{stage}; raise the stage, or remove it"
+            f"{path}: {name} needs zero_optimization.stage {lowest}{'' if lowest == 3 else ' or above'}, "
+            f"which is {stage}; raise the stage, or remove it"
         )
     for key, off in (("ratio", 1.0), ("super_offload", False)):
         if stage != 3 and offload.get(key, off) != off:
@@ -346,8 +352,8 @@ def _value(path: Path, name: str, knob: Knob, given: Any) -> Any:
     if value is None:
         if given == "auto":
             raise UserError(
-                f"{path}: {name} is 'auto', which only the Trainer of transformers fills in; give {knob.expected}, "
-                "or remove it for DeepSpeed's default"
+                f"{path}: {name} is 'auto', which only the Trainer of transformers fills in; give "
+                f"{knob.expected}, or remove it for DeepSpeed's default"
             )
         most = " and below 2**63" if type(given) in (int, float) and given > MOST else ""
         raise UserError(

@@ -147,7 +147,8 @@ def same_tokenizer(terms: Sequence[Terms]) -> bool:
 
 
 def warn_of_tokenizers(labels: Sequence[str], folders: Sequence[Path]) -> str | None:
-    """A warning where losses per token of run folders are of different tokenizers, as far as the folders tell."""
+    """A warning where losses per token of run folders are of different tokenizers, as far as the folders
+    tell."""
     terms = [_or_none(partial(terms_of, folder, {})) for folder in folders]
     known = [(label, each) for label, each in zip(labels, terms, strict=True) if each is not None]
     found = notes([label for label, _ in known], [each for _, each in known], explained=False)
@@ -165,15 +166,16 @@ def notes(labels: Sequence[str], terms: Sequence[Terms], explained: bool) -> lis
     found: list[str] = []
     if not same_tokenizer(terms):
         found.append(
-            f"Different tokenizers ({_each(labels, [each.tokenizer and each.tokenizer[:16] for each in terms])}): a "
-            "token is another amount of text, so losses and perplexities per token are not comparable. "
+            "Different tokenizers "
+            f"({_each(labels, [each.tokenizer and each.tokenizer[:16] for each in terms])}): a token is "
+            "another amount of text, so losses and perplexities per token are not comparable. "
             + ("Bits per byte are." if explained else WAY_OUT)
         )
     elif len(terms) > 1 and any(each.tokenizer for each in terms) and not all(e.tokenizer for e in terms):
         unknown = [label for label, each in zip(labels, terms, strict=True) if each.tokenizer is None]
         found.append(
-            f"Which tokenizer made the data of {' and '.join(unknown)} is not known; losses and perplexities per token "
-            "are comparable if it is the same one."
+            f"Which tokenizer made the data of {' and '.join(unknown)} is not known; losses and perplexities "
+            "per token are comparable if it is the same one."
         )
     for kind, name in HELD_OUT.items():
         have = [(label, each) for label, each in zip(labels, terms, strict=True) if each.tokens.get(kind)]
@@ -198,13 +200,16 @@ def notes(labels: Sequence[str], terms: Sequence[Terms], explained: bool) -> lis
     if len({each.whole_blocks for each in terms}) > 1:
         said = _each(labels, [str(each.whole_blocks).lower() for each in terms])
         found.append(
-            f"Different labels (train.predict_next_block: {said}): some leave the last token of each window out, so their "
-            "losses are of fewer tokens."
+            f"Different labels (train.predict_next_block: {said}): some leave the last token of each window "
+            "out, so their losses are of fewer tokens."
         )
     return found
 
 
-WAY_OUT = "For bits per byte, which are, evaluate each run on the same text: tools/evaluate.py --run FOLDER --text FILE."
+WAY_OUT = (
+    "For bits per byte, which are, evaluate each run on the same text: tools/evaluate.py --run FOLDER "
+    "--text FILE."
+)
 
 
 def comparable(terms: Sequence[Terms], kind: str) -> bool:
@@ -227,8 +232,9 @@ def text_bytes(folder: Path, kind: str, tokens: int) -> int | None:
         tokens: predicted, as the record says.
 
     Returns:
-        None where the data or the tokenizer is not there any more, the data is not what was evaluated, or the run does
-        not predict each token of a window (``train.predict_next_block=false``): then they are not next to each other.
+        None where the data or the tokenizer is not there any more, the data is not what was evaluated, or the
+        run does not predict each token of a window (``train.predict_next_block=false``): then they are not
+        next to each other.
     """
 
     def count() -> int | None:

@@ -151,7 +151,8 @@ def figure_of(curves: Sequence[Curve], axis: Axis = "both", smooth: int = 1, tit
 
 
 def save_png(figure: Any, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all. Its folder is made; a link of that name is replaced, not followed.
+    """Write a figure as PNG, whole or not at all. Its folder is made; a link of that name is replaced, not
+    followed.
 
     Raises:
         UserError: it cannot be written.

@@ -29,8 +29,8 @@ class Sampling:
         top_k: choose among the k most likely tokens; None for all.
         top_p: choose among the fewest most likely tokens whose probabilities, after temperature and
             ``top_k``, sum to ``top_p`` or more (nucleus sampling, arXiv 1904.09751); 1 for all.
-        seed: below 2**63. Sample ``i`` is drawn with ``seed + i``, modulo 2**63, however many samples are drawn beside
-            it.
+        seed: below 2**63. Sample ``i`` is drawn with ``seed + i``, modulo 2**63, however many samples are
+            drawn beside it.
     """
 
     max_new_tokens: int = 64
@@ -46,8 +46,8 @@ class Sampling:
             raise UserError(f"--temperature is {self.temperature}; give 0 (greedy) or more")
         if self.temperature and not FLOAT32[0] <= self.temperature <= FLOAT32[1]:
             raise UserError(
-                f"--temperature is {self.temperature}; give 0 (greedy), or {FLOAT32[0]:.2g} to {FLOAT32[1]:.2g}: logits are "
-                "divided in float32"
+                f"--temperature is {self.temperature}; give 0 (greedy), or {FLOAT32[0]:.2g} to "
+                f"{FLOAT32[1]:.2g}: logits are divided in float32"
             )
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"--top-k is {self.top_k}; give 1 or more")
@@ -118,7 +118,8 @@ def generate_text(
     if not start:
         if tokenizer.eod_id is None:
             raise UserError(
-                f"the prompt is empty and {tokenizer.name} has no end-of-document token to start from; give a prompt"
+                f"the prompt is empty and {tokenizer.name} has no end-of-document token to start from; give "
+                "a prompt"
             )
         start = [tokenizer.eod_id]
     samples = generate_ids(decoder, start, sampling, num_samples, tokenizer.eod_id)

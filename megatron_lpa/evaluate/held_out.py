@@ -38,7 +38,8 @@ class DatasetTokens:
 
 @dataclass(frozen=True)
 class SplitTokens:
-    """The tokens of the first ``num_samples`` samples of a split in plain order, read where they are asked for."""
+    """The tokens of the first ``num_samples`` samples of a split in plain order, read where they are asked
+    for."""
 
     dataset: GPTDataset
     num_samples: int
@@ -79,7 +80,8 @@ def split_streams(run: RecordedRun, name: str, max_tokens: int | None = None) ->
     if split is None:
         why = "; ".join(note for note in splits.notes if f"no {name}" in note)
         raise UserError(
-            f"the run {run.folder} has no {name} split{f': {why}' if why else ''}; give the other split, or --data"
+            f"the run {run.folder} has no {name} split{f': {why}' if why else ''}; give the other split, or "
+            "--data"
         )
     for prefix, _, _ in split.parts:
         check_tokenizer(run, prefix)
@@ -107,8 +109,8 @@ def check_tokenizer(run: RecordedRun, prefix: str) -> list[str]:
     if manifest.tokenizer.fingerprint != fingerprint:
         raise UserError(
             f"{manifest_path(prefix)}: made with the tokenizer {manifest.tokenizer.name} "
-            f"({manifest.tokenizer.fingerprint[:16]}), but the run's, {source}, is {fingerprint[:16]}; the same id "
-            "means different text: preprocess the text with the run's tokenizer"
+            f"({manifest.tokenizer.fingerprint[:16]}), but the run's, {source}, is {fingerprint[:16]}; the "
+            "same id means different text: preprocess the text with the run's tokenizer"
         )
     return []
 
@@ -175,8 +177,8 @@ def _refuse_other_data(run: RecordedRun, splits: Splits) -> None:
     differing = differences(saved, splits.train.facts(), "data")
     if differing:
         raise UserError(
-            f"the data of {run.folder / CONFIG} is not what the run was trained on: {'; '.join(differing)}; its held-out "
-            "documents cannot be told: put the data back, or give other data with --data"
+            f"the data of {run.folder / CONFIG} is not what the run was trained on: {'; '.join(differing)}; "
+            "its held-out documents cannot be told: put the data back, or give other data with --data"
         )
 
 

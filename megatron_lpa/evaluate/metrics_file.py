@@ -14,9 +14,9 @@ __all__ = ["METRICS", "Record", "read_metrics", "records_of"]
 def read_metrics(folder: Path) -> list[Record]:
     """All records of a run folder, in order.
 
-    A last line without its newline is a record still being written, and left out. What is a record is what a run that
-    is started again keeps, so that it mends whatever is refused here. Kinds of callbacks are among them, where they
-    have a step.
+    A last line without its newline is a record still being written, and left out. What is a record is what a
+    run that is started again keeps, so that it mends whatever is refused here. Kinds of callbacks are among
+    them, where they have a step.
 
     Raises:
         UserError: no such file, or a line that is not a record, with its number.

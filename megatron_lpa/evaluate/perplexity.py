@@ -130,7 +130,8 @@ def measure(
 
     Args:
         decoder: in eval mode.
-        ids: integer ``(tokens,)``, documents one after the other; no more of them is held in memory than a batch needs.
+        ids: integer ``(tokens,)``, documents one after the other; no more of them is held in memory than a
+            batch needs.
         tokenizer: recovers the text of the predicted ids, for words and bytes.
         stride: tokens that a sliding window moves, 1 to S; None for the training loop's windows.
         batch_size: windows at once.
@@ -202,8 +203,8 @@ def _batch(
     wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
     if wrong.size:
         raise UserError(
-            f"token id {wrong[0]} but the model knows ids 0 to {vocab_size - 1}; the data was made with another "
-            "tokenizer: preprocess it again with the run's"
+            f"token id {wrong[0]} but the model knows ids 0 to {vocab_size - 1}; the data was made with "
+            "another tokenizer: preprocess it again with the run's"
         )
     return tokens, scored
 

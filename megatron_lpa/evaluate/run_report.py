@@ -54,7 +54,8 @@ class RunSummary:
         peak_memory_bytes: largest memory of the first process: of its GPU, or resident without one.
         train_loss: of the last logging interval, nats per token.
         valid_loss: the last one.
-        test_loss: of the weights that training ended with; of earlier ones it does not count. A loss that was not finite is NaN.
+        test_loss: of the weights that training ended with; of earlier ones it does not count. A loss that was
+            not finite is NaN.
         terms: what the losses are of.
     """
 
@@ -143,7 +144,8 @@ _ROWS = (
 
 
 def bits_per_byte_rows(runs: Sequence[RunSummary]) -> list[_Row]:
-    """Rows of what can be compared where tokenizers differ; none where they do not, or where it is not known of all.
+    """Rows of what can be compared where tokenizers differ; none where they do not, or where it is not known
+    of all.
 
     The data is read for it, and its text counted.
     """
@@ -228,8 +230,9 @@ def report_text(
         for note in notes([run.label for run in runs], [run.terms for run in runs], bool(more))
     ]
     parts.append(
-        "Speeds are medians over the logging intervals after the first. Losses are nats per token, perplexity "
-        "is per token. Memory is that of the first process: allocated on its GPU, or resident without one."
+        "Speeds are medians over the logging intervals after the first. Losses are nats per token, "
+        "perplexity is per token. Memory is that of the first process: allocated on its GPU, or resident "
+        "without one."
     )
     parts.append(f"![Loss by tokens and by training time]({plot_name})")
     for label, texts in samples:

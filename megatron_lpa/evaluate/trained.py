@@ -152,7 +152,8 @@ def required_tokenizer(run: RecordedRun) -> Tokenizer:
     """
     if run.tokenizer is None:
         raise UserError(
-            f"{run.folder / CONFIG}: data.tokenizer is empty, so text cannot be read or written; give --tokenizer"
+            f"{run.folder / CONFIG}: data.tokenizer is empty, so text cannot be read or written; give "
+            "--tokenizer"
         )
     return run.tokenizer
 

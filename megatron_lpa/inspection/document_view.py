@@ -98,6 +98,6 @@ def _check_ids(prefix: str, ids: np.ndarray, first_token: int, tokenizer: Tokeni
     if wrong.size:
         raise UserError(
             f"{prefix}.bin: token {first_token + int(wrong[0])} is {ids[wrong[0]]}, which {tokenizer.name} "
-            f"({tokenizer.vocab_size} ids) does not know; give the --tokenizer that made the ids, or look for "
-            "damage with --verify"
+            f"({tokenizer.vocab_size} ids) does not know; give the --tokenizer that made the ids, or look "
+            "for damage with --verify"
         )

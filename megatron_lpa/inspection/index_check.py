@@ -19,7 +19,8 @@ _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 @dataclass(frozen=True)
 class _Index:
-    """The parts of an index file: sizes int32 ``(N,)``, pointers int64 ``(N,)``, documents int64 ``(D + 1,)``."""
+    """The parts of an index file: sizes int32 ``(N,)``, pointers int64 ``(N,)``, documents int64 ``(D +
+    1,)``."""
 
     path: Path
     dtype: np.dtype[Any]

@@ -57,8 +57,8 @@ def verify(prefix: str) -> Verification:
         return Verification(log.problems, log.unlisted(), unchecked)
     if manifest is None:
         unchecked.append(
-            f"checksums, ids against the vocabulary, ends of documents, and counts: {manifest_path(prefix).name} "
-            + ("is damaged" if log.problems else "does not exist")
+            "checksums, ids against the vocabulary, ends of documents, and counts: "
+            f"{manifest_path(prefix).name} " + ("is damaged" if log.problems else "does not exist")
         )
     try:
         _verify_files(prefix, manifest, log, unchecked)
@@ -135,7 +135,8 @@ def _check_counts(prefix: str, manifest: Manifest, dataset: IndexedDataset | Non
         log.add(
             "length",
             path,
-            f"{actual_bytes} bytes, but {manifest_path(prefix).name} records {manifest.tokens} tokens of {item}",
+            f"{actual_bytes} bytes, but {manifest_path(prefix).name} records {manifest.tokens} tokens of "
+            f"{item}",
             min(actual_bytes, manifest.tokens * item),
             max(actual_bytes, manifest.tokens * item),
         )

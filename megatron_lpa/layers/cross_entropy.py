@@ -3,20 +3,21 @@
 V/T is the number of this rank's ids, M the number of tokens, b the bytes of an activation. Two ways:
 
 * *whole*: the head writes logits, M V/T b bytes. They are kept as they are, with two numbers per token; the
-  softmax is computed again in the backward pass, one chunk of tokens after another. The gradient is written over
-  the logits of the head, so M V/T b is all there is at the peak; other callers' logits are left alone, and cost as
-  much again.
-* *chunked*: the head's product is part of the loss and done chunk by chunk, and again in the backward pass. No
-  tensor of M V/T exists. The price is a third product of the head with its weight, 2 V D operations per token
-  beside the 6 V D of the head and about 6 per parameter of everything else: for 3B (V = 32,000, D = 4096) 0.26 of
-  20.1 GFLOP, 1.3 % of a step. What it saves at 16,384 tokens in bf16 is 1.0 GB of logits.
+  softmax is computed again in the backward pass, one chunk of tokens after another. The gradient is written
+  over the logits of the head, so M V/T b is all there is at the peak; other callers' logits are left alone,
+  and cost as much again.
+* *chunked*: the head's product is part of the loss and done chunk by chunk, and again in the backward pass.
+  No tensor of M V/T exists. The price is a third product of the head with its weight, 2 V D operations per
+  token beside the 6 V D of the head and about 6 per parameter of everything else: for 3B (V = 32,000, D =
+  4096) 0.26 of 20.1 GFLOP, 1.3 % of a step. What it saves at 16,384 tokens in bf16 is 1.0 GB of logits.
 
-``auto`` takes *whole* until the logits are large. Computing gradients in the forward pass, as some libraries do, needs
-the loss of every token to have the same weight; here the loss of each token is returned.
+``auto`` takes *whole* until the logits are large. Computing gradients in the forward pass, as some libraries
+do, needs the loss of every token to have the same weight; here the loss of each token is returned.
 
-One rank's columns are computed as in ``ops/elementwise.py``: ``compiled`` reads the logits once and writes no fp32 copy
-of them; ``liger`` has no function of this shape and is computed as ``compiled``. ``eager`` on a CPU takes a few rows at
-a time, so that all passes but the first find them in the cache; the bits are those of all rows at once.
+One rank's columns are computed as in ``ops/elementwise.py``: ``compiled`` reads the logits once and writes no
+fp32 copy of them; Liger's own is not used (docs/kernels.md says why): ``liger`` is computed as ``compiled``.
+``eager`` on a CPU takes a few rows at a time, so that all passes but the first find them in the cache; the
+bits are those of all rows at once.
 """
 
 from __future__ import annotations
@@ -227,8 +228,8 @@ def vocab_parallel_cross_entropy(
         groups: process groups.
         vocab_size: number of real ids; padded ids above take no part.
         backend: of ``ops/elementwise.py``.
-        overwrite: the backward pass writes the gradient over the logits, which nothing else may need then. A second
-            one fails, with PyTorch's message that what it needs has been modified.
+        overwrite: the backward pass writes the gradient over the logits, which nothing else may need then. A
+            second one fails, with PyTorch's message that what it needs has been modified.
 
     Returns:
         (B, S) fp32 (fp64 for fp64 logits), equal on all ranks of the tensor-parallel group.
@@ -268,7 +269,7 @@ def chunked_cross_entropy(
 def shard_statistics(
     scores: torch.Tensor, local: torch.Tensor, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Largest logit, sum of ``exp(logit - largest)`` and label's logit of each row; see ``statistics_at_once``.
+    """Largest logit, sum of ``exp(logit - largest)`` and label's logit of each row: ``statistics_at_once``.
 
     Args:
         scores: (M, W), W at least 1.
@@ -341,14 +342,14 @@ def _takes_blocks(scores: torch.Tensor) -> bool:
 
 
 def _space(scores: torch.Tensor) -> torch.Tensor:
-    """Memory for one block, (rows, W) in the dtype that is computed in: used again and again, so it stays cached."""
+    """Memory for one block, (rows, W) in the dtype that is computed in: used again, so it stays cached."""
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
     rows = max(2, BLOCK_BYTES * torch.get_num_threads() // (dtype.itemsize * scores.shape[-1]))
     return scores.new_empty((min(rows + 1, len(scores)), scores.shape[-1]), dtype=dtype)
 
 
 def _blocks(scores: torch.Tensor, space: torch.Tensor) -> list[slice]:
-    """Rows that ``space`` has room for. Never one of several alone: threads share its sum, and its last bits differ."""
+    """Rows that ``space`` has room for. Never a last one alone: threads share its sum, whose bits differ."""
     count, step = len(scores), max(1, len(space) - 1)
     starts = list(range(0, count, step))
     if count > 1 and count - starts[-1] == 1:
@@ -371,7 +372,7 @@ def statistics_at_once(
         local: (M,) int64, the label's column, or -1 where it is not among these columns.
 
     Returns:
-        (M,) each in fp32: the largest logit, the sum of ``exp(logit - largest)``, the label's logit (0 for -1).
+        (M,) each in fp32: the largest logit, the sum of ``exp(logit - largest)``, the label's (0 for -1).
     """
     h = wide(scores)
     largest = h.amax(-1)

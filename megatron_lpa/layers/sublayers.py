@@ -65,9 +65,9 @@ class BoundOperations:
 class InputProjections(nn.Module):
     """Several projections of one replicated input; the outputs are split over tensor-parallel ranks.
 
-    All their parameters are this module's: ZeRO-3 gathers parameters per module, and reading the input once for several
-    products needs them together. Projections of one kind share one call, and those of equal collective share that,
-    whatever their widths.
+    All their parameters are this module's: ZeRO-3 gathers parameters per module, and reading the input once
+    for several products needs them together. Projections of one kind share one call, and those of equal
+    collective share that, whatever their widths.
 
     Args:
         names: projections in the order in which ``forward`` returns them.
@@ -101,7 +101,8 @@ class InputProjections(nn.Module):
             for sides in reversed(KINDS.values())
         }
         kinds = [(kind, members) for kind, members in of_kind.items() if members]
-        # Gradients of the input are added in the reverse of this order: another would change the bits of a resumed run.
+        # Gradients of the input are added in the reverse of this order: another would change the bits of a
+        # resumed run.
         self.kinds = sorted(kinds, key=lambda kind: self.structures[kind[1][0]].collective == "gather")
         self.exchanges = any(s.collective != "none" for s in self.structures.values())
         # To be given the norm before and the rotation after: one call then computes all.
@@ -260,10 +261,11 @@ def rope_tables(
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, path: str) -> torch.Tensor:
-    """``softmax(q k^T / sqrt(E)) v`` over the positions up to each query's own, by the implementation asked for.
+    """``softmax(q k^T / sqrt(E)) v`` over the positions up to each query's own, by the implementation asked
+    for.
 
-    On a GPU in half precision PyTorch is kept from its plain implementation, which would write an S x S matrix per
-    head and never says so. In fp32 and on a CPU it may choose as it likes.
+    On a GPU in half precision PyTorch is kept from its plain implementation, which would write an S x S
+    matrix per head and never says so. In fp32 and on a CPU it may choose as it likes.
 
     Args:
         q: (B, S, H, E).
@@ -275,7 +277,8 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, path: st
         (B, S, H, E). Heads lie next to each other, as the projections write and read them: no path copies.
 
     Raises:
-        UserError: ``flash_attn`` where it cannot run, or no fused implementation for half precision on this GPU.
+        UserError: ``flash_attn`` where it cannot run, or no fused implementation for half precision on this
+            GPU.
     """
     assert path in ("auto", "sdpa", "flash_attn"), path
     if path == "flash_attn":
@@ -291,9 +294,9 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, path: st
             if "No available kernel" not in str(error):
                 raise
             raise UserError(
-                f"no fused attention of PyTorch {torch.__version__} runs on this GPU for {q.dtype} with heads of "
-                f"width {q.shape[-1]} ({q.shape[2]} query heads, {k.shape[2]} key heads); choose another "
-                "model.head_dim (a multiple of 8, at most 256), or train.precision=fp32"
+                f"no fused attention of PyTorch {torch.__version__} runs on this GPU for {q.dtype} with "
+                f"heads of width {q.shape[-1]} ({q.shape[2]} query heads, {k.shape[2]} key heads); choose "
+                "another model.head_dim (a multiple of 8, at most 256), or train.precision=fp32"
             ) from error
     return _sdpa(q, k, v)
 

@@ -15,6 +15,7 @@ def weights_dtype(precision: str) -> torch.dtype:
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What autocast makes of the products' inputs; None where parameters and products are of one precision."""
+    """What autocast makes of the products' inputs; None where parameters and products are of one
+    precision."""
     wanted = PRECISIONS[precision]
     return DTYPES[wanted.products] if wanted.mixed else None

@@ -4,10 +4,11 @@
 * ``full``: a layer keeps its input and runs forward once more.
 * ``selective``: a layer also keeps the results of its matrix products and of attention. The second run takes
   those from where they were kept and computes only what lies between: norms, activations, rotation, dropout,
-  residual sums, and the collectives of tensor parallelism. Less memory than ``none`` for a few per cent of time.
+  residual sums, and the collectives of tensor parallelism. Less memory than ``none`` for a few per cent of
+  time.
 
-Gradients are equal bit by bit in all three where repeated runs are, as on a CPU. Dropout draws the same masks: the
-state of the generators is restored.
+Gradients are equal bit by bit in all three where repeated runs are, as on a CPU. Dropout draws the same
+masks: the state of the generators is restored.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ _PRODUCTS = (
 
 
 def recompute_for(mode: str) -> Recompute | None:
-    """What ``train.activation_checkpointing`` asks for: calls ``function(x, rope)`` so that it runs again in backward."""
+    """What ``train.activation_checkpointing`` asks for: calls ``function(x, rope)`` so that it runs again in
+    backward."""
     assert mode in ("none", "selective", "full"), mode
     return {"none": None, "selective": _selective, "full": _full}[mode]
 
@@ -46,8 +48,8 @@ def recompute_for(mode: str) -> Recompute | None:
 def keep_products(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     """The policy of ``selective``; it is asked about every operator of a layer.
 
-    A kept result must not be written to afterwards: PyTorch's check for that does not see what happens inside an
-    autograd function.
+    A kept result must not be written to afterwards: PyTorch's check for that does not see what happens inside
+    an autograd function.
     """
     return CheckpointPolicy.MUST_SAVE if _is_product(operator) else CheckpointPolicy.PREFER_RECOMPUTE
 

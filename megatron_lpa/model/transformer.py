@@ -1,6 +1,7 @@
 """The decoder: one class covers every model of the paper by config.
 
-Norms, embeddings, a layer, the language-model head, all of them. The sublayers are in ``layers/sublayers.py``.
+Norms, embeddings, a layer, the language-model head, all of them. The sublayers are in
+``layers/sublayers.py``.
 """
 
 from __future__ import annotations
@@ -111,8 +112,9 @@ class DecoderLayer(nn.Module):
     ``pre``: ``x + dropout(sublayer(norm(x)))``. ``post_sublayer``: ``x + dropout(norm(sublayer(x)))``.
     A sublayer that can fold the norm into its products is given it; whether it does, the kernels decide.
 
-    Activation checkpointing stands inside ``forward``: hooks on the module, by which ZeRO-3 gathers parameters,
-    run once and outside. Selective checkpointing compares the operations of both runs, and theirs differ.
+    Activation checkpointing stands inside ``forward``: hooks on the module, by which ZeRO-3 gathers
+    parameters, run once and outside. Selective checkpointing compares the operations of both runs, and theirs
+    differ.
 
     Args:
         model: the layer's config (``ModelConfig.at_layer``).
@@ -164,8 +166,8 @@ class DecoderLayer(nn.Module):
 class LanguageModelHead(nn.Module):
     """Column-parallel projection to the vocabulary, and the loss; logits stay split over ranks.
 
-    The loss is computed in here because *chunked* needs the weight, and ZeRO-3 gathers that only while the module
-    that owns it runs.
+    The loss is computed in here because *chunked* needs the weight, and ZeRO-3 gathers that only while the
+    module that owns it runs.
 
     Args:
         model: the decoder's config.
@@ -222,7 +224,8 @@ class Decoder(nn.Module):
         layout: tensor-parallel layout of low-dimensional modules.
         recompute: activation checkpointing of each layer; None keeps all activations.
         kernels: what computes the operations.
-        autocast: what ``torch.autocast`` makes of the products' inputs; None computes in the parameters' dtype.
+        autocast: what ``torch.autocast`` makes of the products' inputs; None computes in the parameters'
+            dtype.
 
     Parameters are uninitialised until ``megatron_lpa.model.init.initialize`` has run.
     """
@@ -264,8 +267,8 @@ class Decoder(nn.Module):
         """
         if self.autocast is None:
             return self._compute(tokens, labels)
-        # Here and not around the engine's call: DeepSpeed ends an autocast that is not its own. Without the cache, which
-        # would keep bf16 copies of all weights to the end of the pass; each is used once.
+        # Here and not around the engine's call: DeepSpeed ends an autocast that is not its own. Without the
+        # cache, which would keep bf16 copies of all weights to the end of the pass; each is used once.
         with torch.autocast(tokens.device.type, self.autocast, cache_enabled=False):
             return self._compute(tokens, labels)
 

@@ -1,16 +1,18 @@
-"""Norms, rotary embedding and gated activations: operations whose time is the memory that they read and write.
+"""Norms, rotary embedding and gated activations: operations whose time is the memory that they read and
+write.
 
 Backends:
 
 * ``eager``: PyTorch's operations, as written in a formula.
-* ``compiled``: each function, and its gradient, is one small graph for torch.compile. fp32 inside (fp64 for fp64).
+* ``compiled``: each function, and its gradient, is one small graph for torch.compile. fp32 inside (fp64 for
+  fp64).
 * ``liger``: the Triton functions of the package liger-kernel, on a GPU.
 * ``auto``: ``compiled`` on a GPU, ``eager`` on a CPU. That this is the faster choice is not measured yet.
 
-The compiled graphs stand inside autograd functions instead of being differentiated by the compiler. So they see
-plain tensors without gradients: whether one trains, evaluates or recomputes changes no guard, and what is kept
-for backward is written down here. The number of rows is marked as dynamic; widths and dtypes are fixed by a model.
-A training run with evaluation therefore compiles every graph once (and again for a single row).
+The compiled graphs stand inside autograd functions instead of being differentiated by the compiler. So they
+see plain tensors without gradients: whether one trains, evaluates or recomputes changes no guard, and what is
+kept for backward is written down here. The number of rows is marked as dynamic; widths and dtypes are fixed
+by a model. A training run with evaluation therefore compiles every graph once (and again for a single row).
 
 ReLU and GELU are one kernel forward and one backward in PyTorch already. They need no backend.
 """
@@ -51,7 +53,8 @@ def resolve(backend: str, x: torch.Tensor) -> str:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str) -> torch.Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, (..., D) with weight (D,), in the dtype of x.
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, (..., D) with weight (D,), in the dtype of
+    x.
 
     Under autocast in fp32.
 
@@ -64,7 +67,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str) ->
     if chosen == "liger":
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-        # gemma: everything in fp32, as PyTorch does. Not in place: the gradient of a sum is shared by its parts.
+        # gemma: everything in fp32, as PyTorch does. Not in place: the gradient of a sum is shared by its
+        # parts.
         return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "gemma", False)
     return functional.rms_norm(x, (x.shape[-1],), weight, eps)
 
@@ -90,7 +94,8 @@ def layer_norm(
 
 
 def _norm_input(x: torch.Tensor) -> torch.Tensor:
-    """Autocast computes norms in fp32 and leaves the result so; PyTorch's own does that on a GPU, and not on a CPU."""
+    """Autocast computes norms in fp32 and leaves the result so; PyTorch's own does that on a GPU, and not on
+    a CPU."""
     return x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype in HALF else x
 
 
@@ -170,12 +175,13 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 def _check_liger(device_type: str) -> None:
     if importlib.util.find_spec("liger_kernel") is None:
         raise UserError(
-            "kernels.elementwise=liger needs the package liger-kernel: pip install 'megatron_lpa[gpu]', or set "
-            "kernels.elementwise=auto"
+            "kernels.elementwise=liger needs the package liger-kernel: pip install 'megatron_lpa[gpu]', or "
+            "set kernels.elementwise=auto"
         )
     if device_type != "cuda":
         raise UserError(
-            f"kernels.elementwise=liger needs a GPU, but the model is on {device_type}; set kernels.elementwise=auto"
+            f"kernels.elementwise=liger needs a GPU, but the model is on {device_type}; set "
+            "kernels.elementwise=auto"
         )
 
 
@@ -276,8 +282,8 @@ def _rotated(
     return compiled(function)(dynamic(q, 0, 1), dynamic(k, 0, 1), dynamic(cos, 0), dynamic(sin, 0))
 
 
-# What is compiled: functions of tensors, without autograd. M is the number of rows. Each computes in fp32, or fp64 for
-# fp64, and rounds its results once.
+# What is compiled: functions of tensors, without autograd. M is the number of rows. Each computes in fp32, or
+# fp64 for fp64, and rounds its results once.
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
     python -m megatron_lpa.parallel.address [PORT]
 
-prints a free port of this machine: the given one if it is free. ``slurm/common.sh`` asks for one at each start.
+prints a free port of this machine: the given one if it is free. ``slurm/common.sh`` asks for one at each
+start.
 """
 
 from __future__ import annotations

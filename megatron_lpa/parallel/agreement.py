@@ -23,8 +23,8 @@ FINE, OUTSIDE, REFUSED = 0, 1, 2
 
 
 def severity_of(error: Exception) -> int:
-    """``REFUSED`` for bad input, which stays bad, and for names and permissions; ``OUTSIDE`` for what may be gone at the
-    next attempt, or nobody foresaw.
+    """``REFUSED`` for bad input, which stays bad, and for names and permissions; ``OUTSIDE`` for what may be
+    gone at the next attempt, or nobody foresaw.
     """
     if isinstance(error, OSError):
         return REFUSED if error.errno in LASTING else OUTSIDE
@@ -73,10 +73,12 @@ def gather_numbers(value: float, groups: ParallelGroups) -> list[float]:
 
 
 def gather_json(value: Any, groups: ParallelGroups) -> list[Any]:
-    """Every rank's value, in order of rank. It travels as JSON: nothing that another process sends can run code here.
+    """Every rank's value, in order of rank. It travels as JSON: nothing that another process sends can run
+    code here.
 
     Args:
-        value: None, bool, int, float, str, and lists and dicts with text keys of these. Tuples come back as lists.
+        value: None, bool, int, float, str, and lists and dicts with text keys of these. Tuples come back as
+            lists.
         groups: all ranks take part.
     """
     if groups.control_group is None or groups.world_size == 1:
@@ -95,7 +97,8 @@ def gather_json(value: Any, groups: ParallelGroups) -> list[Any]:
 
 
 def from_first(value: Any, groups: ParallelGroups) -> Any:
-    """Rank 0's value on every rank; what other ranks pass does not count. It travels as JSON, like ``gather_json``'s."""
+    """Rank 0's value on every rank; what other ranks pass does not count. It travels as JSON, like
+    ``gather_json``'s."""
     if groups.control_group is None or groups.world_size == 1:
         return json.loads(json.dumps(value))
     text = json.dumps(value).encode() if groups.rank == 0 else b""
@@ -132,8 +135,8 @@ def together(work: Callable[[], Result], groups: ParallelGroups) -> Result:
     was raised.
 
     Raises:
-        UserError: on every rank, when ``work`` raised an exception on any. It is a :class:`TryAgain` when none of them
-            was a plain ``UserError``: a disk may answer again, where bad input stays bad.
+        UserError: on every rank, when ``work`` raised an exception on any. It is a :class:`TryAgain` when
+            none of them was a plain ``UserError``: a disk may answer again, where bad input stays bad.
     """
     result: Result | None = None
     problem, severity = None, FINE

@@ -26,8 +26,8 @@ def disagreement(facts: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> st
         hosts: of each rank.
 
     Returns:
-        One line that names ranks, hosts and values. Those in the minority are said to differ; of two equally large
-        groups, those without rank 0.
+        One line that names ranks, hosts and values. Those in the minority are said to differ; of two equally
+        large groups, those without rank 0.
     """
     parts = []
     names = sorted({name for found in facts for name in found})
@@ -39,8 +39,8 @@ def disagreement(facts: Sequence[Mapping[str, Any]], hosts: Sequence[str]) -> st
         return ""
     more = f"; and {len(parts) - _MOST_NAMED} more" if len(parts) > _MOST_NAMED else ""
     return (
-        f"the processes of this run were not started alike: {'; '.join(parts[:_MOST_NAMED])}{more}. Start all with one "
-        "command, from one installation and the same files"
+        f"the processes of this run were not started alike: {'; '.join(parts[:_MOST_NAMED])}{more}. Start "
+        "all with one command, from one installation and the same files"
     )
 
 
@@ -67,7 +67,8 @@ def _described(name: str, texts: Sequence[str], hosts: Sequence[str]) -> str:
 
 
 def _first_difference(name: str, own: str, theirs: str) -> tuple[str, str, str]:
-    """The name of the innermost member where two texts of JSON differ first, and what each has there, cut to fit."""
+    """The name of the innermost member where two texts of JSON differ first, and what each has there, cut to
+    fit."""
     while own and theirs and max(len(own), len(theirs)) > errors.MOST_COMPARED:
         ours, others = json.loads(own), json.loads(theirs)
         if isinstance(ours, dict) and isinstance(others, dict):

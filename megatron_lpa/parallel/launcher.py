@@ -15,7 +15,10 @@ ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _ANOTHER_PORT = {
     "deepspeed": "give deepspeed another --master_port",
     "torchrun": "give torchrun another --master-port, or another port in --rdzv-endpoint",
-    "srun": "slurm/*.sh take another port at their next start; a script of your own has to export another MASTER_PORT",
+    "srun": (
+        "slurm/*.sh take another port at their next start; a script of your own has to export another "
+        "MASTER_PORT"
+    ),
     "": "give the launcher another --master_port, or set another MASTER_PORT",
 }
 
@@ -40,7 +43,8 @@ def another_port() -> str:
 
 
 def tell_launcher(message: str) -> None:
-    """Let torchrun close with ``message``; it prints a traceback of its own, and else says where to read about tracebacks.
+    """Let torchrun close with ``message``; it prints a traceback of its own, and else says where to read
+    about tracebacks.
 
     Nothing happens under another launcher.
     """

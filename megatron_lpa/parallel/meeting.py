@@ -1,7 +1,9 @@
-"""Where the processes of one launch meet, before any collective: who is missing, and who was started otherwise.
+"""Where the processes of one launch meet, before any collective: who is missing, and who was started
+otherwise.
 
-They meet at a store of keys and values that rank 0 serves (PyTorch's ``TCPStore``; torchrun's agent, where there is one).
-Nothing here is a collective, so processes that disagree about everything else can still say so. All that travels is JSON.
+They meet at a store of keys and values that rank 0 serves (PyTorch's ``TCPStore``; torchrun's agent, where
+there is one). Nothing here is a collective, so processes that disagree about everything else can still say
+so. All that travels is JSON.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ class Meeting:
     def told_by_first(self, message: str, within_s: float = 2.0) -> bool:
         """Whether rank 0 ends with this very error, and so prints it. Every process asks that ends with one.
 
-        Rank 0 stays until the others have looked, ``within_s`` at most. One that finds the store gone tells by itself.
+        Rank 0 stays until the others have looked, ``within_s`` at most. One that finds the store gone tells
+        by itself.
         """
         if self.place.world_size == 1:
             return True
@@ -102,9 +105,9 @@ def meet(
 ) -> Meeting:
     """Wait for all processes of the launch, and compare what each was started with.
 
-    A store may outlive a start (torchrun's agent keeps its own), and another run may use the same port. So rank 0 calls
-    with a word of its own, each process answers that call with a word of its own, and a verdict counts for a process
-    only if it repeats its word.
+    A store may outlive a start (torchrun's agent keeps its own), and another run may use the same port. So
+    rank 0 calls with a word of its own, each process answers that call with a word of its own, and a verdict
+    counts for a process only if it repeats its word.
 
     Args:
         place: of this process.
@@ -115,7 +118,8 @@ def meet(
 
     Raises:
         UserError: on all processes, with the ranks, hosts and names of what differs.
-        TryAgain: on all processes: another run seems to use the port, or two processes say that they are one rank.
+        TryAgain: on all processes: another run seems to use the port, or two processes say that they are one
+            rank.
         RankHang: on all that are there: some process did not come within ``limit_s``.
         RankError: rank 0's machine has no such name or address, or another program or run has its port.
     """
@@ -175,7 +179,8 @@ class _Patience:
         self._say(line)
 
     def pause(self, for_what: Callable[[], str]) -> None:
-        """Wait a moment; say for what when it takes long. The wait has its own end, so no watchdog needs to count it."""
+        """Wait a moment; say for what when it takes long. The wait has its own end, so no watchdog needs to
+        count it."""
         self._enter("waiting for other ranks to start")
         if self.waited_s >= self._next_s:
             self._next_s += 60.0
@@ -224,7 +229,10 @@ def _serve(place: Place, waiting: _Patience) -> dist.Store:
     try:
         socket.create_connection((host, port), timeout=min(5.0, waiting.left_s)).close()
     except OSError as error:
-        waiting.doubt = f"rank 0 ({place.host}) does not reach itself at {host}:{port} ({error}): MASTER_ADDR has to be its address"
+        waiting.doubt = (
+            f"rank 0 ({place.host}) does not reach itself at {host}:{port} ({error}): MASTER_ADDR has to be its "  # noqa: E501
+            "address"
+        )
         waiting.tell(waiting.doubt)
     return store
 
@@ -235,7 +243,8 @@ def _resolves(host: str, port: int, place: Place, waiting: _Patience) -> bool:
         return True
     if waiting.over:
         raise RankError(
-            f"{place}: MASTER_ADDR={shown(host)} is no name that this machine knows ({reason}); set it to rank 0's address"
+            f"{place}: MASTER_ADDR={shown(host)} is no name that this machine knows ({reason}); set it to "
+            "rank 0's address"
         )
     waiting.pause(lambda: f"the name {shown(host)} (MASTER_ADDR) to resolve on {place.host}")
     return False
@@ -260,8 +269,8 @@ def _join(place: Place, waiting: _Patience) -> dist.Store:
             if waiting.over:
                 raise RankHang(
                     f"{place}: rank 0 does not answer at {host}:{port} after {waiting.waited_s:.0f} s "
-                    f"(train.start_timeout_s): {str(error)[:200]}; look at rank 0's log, whether this machine reaches that "
-                    "address, and whether another program has that port"
+                    f"(train.start_timeout_s): {str(error)[:200]}; look at rank 0's log, whether this "
+                    "machine reaches that address, and whether another program has that port"
                 ) from error
             waiting.pause(lambda: f"rank 0 to answer {place} at {host}:{port}")
 
@@ -292,8 +301,8 @@ def _gather(
         if missing and waiting.over:
             return answers, {
                 "kind": "missing",
-                "message": f"{len(missing)} of {place.world_size} processes have not come after {waiting.waited_s:.0f} s "
-                f"(train.start_timeout_s): rank {named(missing)}; "
+                "message": f"{len(missing)} of {place.world_size} processes have not come after "
+                f"{waiting.waited_s:.0f} s (train.start_timeout_s): rank {named(missing)}; "
                 + (waiting.doubt or "look at their logs and machines"),
             }
         if missing:
@@ -319,7 +328,8 @@ def _to_start(missing: Sequence[int], world_size: int) -> str:
 def _answer(
     shared: dist.Store, place: Place, own: Mapping[str, Any], waiting: _Patience
 ) -> tuple[str, dict[str, Any]]:
-    """Another rank: answer rank 0's call, and the next one if that was of an earlier start; what rank 0 has found."""
+    """Another rank: answer rank 0's call, and the next one if that was of an earlier start; what rank 0 has
+    found."""
     answered = ""
     while True:
         call = json.loads(shared.get(CALL)) if shared.check([CALL]) else {"word": ""}
@@ -340,12 +350,13 @@ def _answer(
         if waiting.long_over:
             if told and call["word"] != answered and store.check([f"answer/{place.rank}"]):
                 raise RankHang(
-                    f"{place}: another process is this rank already, and trains; look at what the launcher sets as RANK. Or "
-                    f"rank 0 has not come, for {waiting.waited_s:.0f} s (train.start_timeout_s): look at its log"
+                    f"{place}: another process is this rank already, and trains; look at what the launcher "
+                    f"sets as RANK. Or rank 0 has not come, for {waiting.waited_s:.0f} s "
+                    "(train.start_timeout_s): look at its log"
                 )
             raise RankHang(
-                f"{place}: rank 0 has not seen all processes after {waiting.waited_s:.0f} s (train.start_timeout_s); look "
-                "at its log for those that are missing"
+                f"{place}: rank 0 has not seen all processes after {waiting.waited_s:.0f} s "
+                "(train.start_timeout_s); look at its log for those that are missing"
             )
         waiting.pause(lambda: "rank 0 to compare all processes")
 
@@ -359,14 +370,14 @@ def _check_call(call: Mapping[str, Any], place: Place) -> None:
         )
     if place.rank >= call["world_size"]:
         raise RankError(
-            f"{place} was started with WORLD_SIZE={place.world_size}, but rank 0 with {call['world_size']}; start all "
-            "processes by one command",
+            f"{place} was started with WORLD_SIZE={place.world_size}, but rank 0 with {call['world_size']}; "
+            "start all processes by one command",
             EXIT_REFUSED,
         )
 
 
 def _twice(place: Place) -> str:
     return (
-        f"two processes say that they are rank {place.rank}, one of them on {place.host}; look at what the launcher sets as "
-        "RANK, and whether another run uses this port"
+        f"two processes say that they are rank {place.rank}, one of them on {place.host}; look at what the "
+        "launcher sets as RANK, and whether another run uses this port"
     )

@@ -55,8 +55,8 @@ def _cast_in_layer(model: ModelConfig, parallel: ParallelConfig, train: TrainCon
 def bytes_cast_weights(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> tuple[int, int]:
     """``(bytes of all layers, bytes of the head)``: autocast's copies of matrices, for one micro-batch.
 
-    They are kept for the backward pass, whole at every ZeRO stage; where activations are recomputed, one layer's at a
-    time. Norms and embeddings are not cast, and of biases nothing is kept.
+    They are kept for the backward pass, whole at every ZeRO stage; where activations are recomputed, one
+    layer's at a time. Norms and embeddings are not cast, and of biases nothing is kept.
     """
     precision = PRECISIONS[train.precision]
     layers = sum(count * _cast_in_layer(layer, parallel, train) for layer, count in model.layer_kinds())
@@ -67,16 +67,18 @@ def bytes_cast_weights(model: ModelConfig, parallel: ParallelConfig, train: Trai
 def saved_bytes_per_token_layer(
     model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, kernels: KernelConfig = DEFAULT
 ) -> tuple[int, int]:
-    """``(bytes, bytes of its input)`` that one layer keeps per token for its backward pass, without checkpointing.
+    """``(bytes, bytes of its input)`` that one layer keeps per token for its backward pass, without
+    checkpointing.
 
     ``model`` is that layer's (``ModelConfig.at_layer``).
 
     With flash attention, fused norms and dropout (as on a GPU), the two-product path of low-dimensional
     modules, and T the tensor-parallel size, each in the precision of products unless said otherwise:
 
-    - each of the two sublayers: the norm's input D, in the precision of weights, and the projections' input D (before the norm comes
-      the residual stream, after it the projections, or the other way round with ``post_sublayer``); the
-      norm's statistics, fp32, 2 with layernorm and 1 with rmsnorm; with dropout a mask of D bytes;
+    - each of the two sublayers: the norm's input D, in the precision of weights, and the projections' input D
+      (before the norm comes the residual stream, after it the projections, or the other way round with
+      ``post_sublayer``); the norm's statistics, fp32, 2 with layernorm and 1 with rmsnorm; with dropout a
+      mask of D bytes;
     - attention: q (rotated), k (rotated) and v, ``(H + 2K) E / T``; the output ``H E / T``, which is also
       o's input; the log-sum-exp, fp32, ``H / T``;
     - FFN: relu keeps its output ``F/T``, also down's input; gelu its input and output, ``2F/T``; swiglu
@@ -106,10 +108,10 @@ def kept_bytes_per_token_layer(
 ) -> int:
     """Bytes that one layer keeps per token from its forward to its backward pass; ``model`` is that layer's.
 
-    ``full`` checkpointing keeps its input. ``selective`` keeps its input, attention's output and log-sum-exp, and
-    the result of each product as this rank computes it, before the collective. A gathered latent is gathered again.
-    Layout ``column_row`` computes outputs of whole width on every rank, so there it keeps more than ``none`` does with
-    much tensor parallelism.
+    ``full`` checkpointing keeps its input. ``selective`` keeps its input, attention's output and log-sum-exp,
+    and the result of each product as this rank computes it, before the collective. A gathered latent is
+    gathered again. Layout ``column_row`` computes outputs of whole width on every rank, so there it keeps
+    more than ``none`` does with much tensor parallelism.
     """
     saved, layer_input = saved_bytes_per_token_layer(model, parallel, train, kernels)
     if train.activation_checkpointing != "selective":
@@ -125,9 +127,9 @@ def bytes_loss(
 ) -> int:
     """Bytes at the loss of one micro-batch, beside the head's input.
 
-    ``whole``: the logits of ``V/T`` ids in the precision of products, which their gradient overwrites, and the fp32
-    numbers of one chunk of tokens. ``chunked``: logits, overwritten too, and fp32 numbers of one chunk, the gradient of the
-    head's input, and the fp32 sum of the head's gradient.
+    ``whole``: the logits of ``V/T`` ids in the precision of products, which their gradient overwrites, and
+    the fp32 numbers of one chunk of tokens. ``chunked``: logits, overwritten too, and fp32 numbers of one
+    chunk, the gradient of the head's input, and the fp32 sum of the head's gradient.
     """
     tokens = train.micro_batch_size * model.sequence_length
     b = PRECISIONS[train.precision].product_bytes
@@ -143,9 +145,9 @@ def bytes_activations(
 ) -> int:
     """Peak bytes kept for backward on one GPU, for one micro-batch.
 
-    What every layer keeps; the final norm's and the head's inputs, what the loss needs, and copies of weights. With checkpointing the
-    peak is at the loss or where one layer has been recomputed, whichever is larger; for ``selective`` that
-    layer is counted whole although some of it was kept.
+    What every layer keeps; the final norm's and the head's inputs, what the loss needs, and copies of
+    weights. With checkpointing the peak is at the loss or where one layer has been recomputed, whichever is
+    larger; for ``selective`` that layer is counted whole although some of it was kept.
     """
     tokens = train.micro_batch_size * model.sequence_length
     precision = PRECISIONS[train.precision]
@@ -176,9 +178,10 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Bytes per GPU of parameters, gradients, optimizer state and activations.
 
-    Parameters take 2 bytes in bf16, 4 in fp32 and bf16_mixed; gradients 4, as they accumulate in fp32; AdamW's state 12 with
-    bf16 (fp32 master weights and two moments), 8 with the others. ZeRO (arXiv 1910.02054) divides over data-parallel ranks the
-    optimizer state from stage 1 on, gradients from 2 on, parameters in 3.
+    Parameters take 2 bytes in bf16, 4 in fp32 and bf16_mixed; gradients 4, as they accumulate in fp32;
+    AdamW's state 12 with bf16 (fp32 master weights and two moments), 8 with the others. ZeRO (arXiv
+    1910.02054) divides over data-parallel ranks the optimizer state from stage 1 on, gradients from 2 on,
+    parameters in 3.
 
     Args:
         model: the decoder.

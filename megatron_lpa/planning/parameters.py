@@ -65,8 +65,8 @@ def _positions(model: ModelConfig) -> int:
 def parameters_per_tensor_rank(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Parameters that one tensor-parallel rank holds before ZeRO shards them.
 
-    Norms and learned positions are whole on every rank; the vocabulary is split; a projection's specs say of each of its
-    parameters which it is.
+    Norms and learned positions are whole on every rank; the vocabulary is split; a projection's specs say of
+    each of its parameters which it is.
     """
     size, layout = parallel.tensor_parallel_size, parallel.lowdim_layout
     counts = count_parameters(model)

@@ -1,10 +1,10 @@
 """What each path of a low-dimensional product costs, by counting; the choice where nothing was measured.
 
-Every operation that a path launches is counted: FLOPs, bytes of memory, bytes that the kernel's programs read through the
-L2 cache, and launches. A test counts the same from what really runs. What a library's matrix product reads
-through the L2 cache is inside the rate that it was measured at, so it counts none. A norm, rotation and biases are not
-counted; they cost ``eager`` and ``joined`` the same or ``joined`` less. The choice needs these two; the other paths are
-here for the figures that docs/kernels.md gives.
+Every operation that a path launches is counted: FLOPs, bytes of memory, bytes that the kernel's programs read
+through the L2 cache, and launches. A test counts the same from what really runs. What a library's matrix
+product reads through the L2 cache is inside the rate that it was measured at, so it counts none. A norm,
+rotation and biases are not counted; they cost ``eager`` and ``joined`` the same or ``joined`` less. The
+choice needs these two; the other paths are here for the figures that docs/kernels.md gives.
 
 Letters: M tokens, d width of x, r rank and w output width of a pair, P pairs, e bytes per element.
 """
@@ -97,7 +97,8 @@ def _second_factors(p: Problem) -> list[Work]:
 def eager(p: Problem) -> list[Work]:
     """Two products per pair; backward four, and an addition of gradients of x for each pair but the first."""
     m, d, e = p.tokens, p.d_in, p.element_bytes
-    works = [w for r, width in zip(p.ranks, p.widths, strict=True) for w in (product(m, d, r, e), product(m, r, width, e))]  # fmt: skip
+    sizes = zip(p.ranks, p.widths, strict=True)
+    works = [w for r, width in sizes for w in (product(m, d, r, e), product(m, r, width, e))]
     if p.training:
         works += _second_factors(p)
         works += [w for r in p.ranks for w in (product(m, r, d, e), product(r, m, d, e))]
@@ -106,8 +107,8 @@ def eager(p: Problem) -> list[Work]:
 
 
 def joined(p: Problem) -> list[Work]:
-    """First factors one below the other, put there by a copy in each direction: x is read once for all pairs, and one
-    product writes the gradient of x."""
+    """First factors one below the other, put there by a copy in each direction: x is read once for all pairs,
+    and one product writes the gradient of x."""
     m, d, e, total = p.tokens, p.d_in, p.element_bytes, sum(p.ranks)
     copy = [_copy(total * d, e)] if len(p.ranks) > 1 else []
     works = [*copy, product(m, d, total, e)]
@@ -146,7 +147,8 @@ def fused(p: Problem, forward_rows: int, backward_rows: int) -> list[Work]:
 
 
 def dense_separate(p: Problem) -> list[Work]:
-    """Dense projections of one x: a product each; backward two each, and additions of gradients of x. Ranks do not count."""
+    """Dense projections of one x: a product each; backward two each, and additions of gradients of x. Ranks
+    do not count."""
     m, d, e = p.tokens, p.d_in, p.element_bytes
     works = [product(m, d, w, e) for w in p.widths]
     if p.training:
@@ -156,7 +158,8 @@ def dense_separate(p: Problem) -> list[Work]:
 
 
 def dense_summed(p: Problem) -> list[Work]:
-    """``dense_separate`` with the gradients of x summed inside the products, which read what is there already."""
+    """``dense_separate`` with the gradients of x summed inside the products, which read what is there
+    already."""
     m, d, e = p.tokens, p.d_in, p.element_bytes
     works = [product(m, d, w, e) for w in p.widths]
     if p.training:
@@ -168,7 +171,8 @@ def dense_summed(p: Problem) -> list[Work]:
 
 
 def dense_joined(p: Problem) -> list[Work]:
-    """One product with the matrices one below the other. They and the outputs' gradients are copied together."""
+    """One product with the matrices one below the other. They and the outputs' gradients are copied
+    together."""
     m, d, e, total = p.tokens, p.d_in, p.element_bytes, sum(p.widths)
     works = [_copy(total * d, e), product(m, d, total, e)]
     if p.training:
@@ -177,7 +181,8 @@ def dense_joined(p: Problem) -> list[Work]:
 
 
 def seconds(works: Sequence[Work], rates: Rates) -> float:
-    """Each launch takes the longest of its FLOPs, its memory, its L2 traffic and the least time of a launch."""
+    """Each launch takes the longest of its FLOPs, its memory, its L2 traffic and the least time of a
+    launch."""
     return sum(
         max(
             work.flops / rates.flops_per_second,
@@ -190,11 +195,12 @@ def seconds(works: Sequence[Work], rates: Rates) -> float:
 
 
 LEAST_JOINED_TOKENS = 512
-"""Below, a product may be bound by what it reads of the weights, and the copies of the factors would count."""
+"""Below, a product may be bound by what it reads of the weights, and the copies of the factors would
+count."""
 
 JOINED_TOKENS_PER_RANK = 4
-"""The copies break even with the additions of gradients alone at M = 4/3 of the sum of r for two pairs and 2/3 for three:
-three and six times that."""
+"""The copies break even with the additions of gradients alone at M = 4/3 of the sum of r for two pairs and
+2/3 for three: three and six times that."""
 
 NEVER = 2**31
 """More tokens than a product has."""
@@ -210,11 +216,12 @@ GRID_END = 2**21
 def least_joined_tokens(
     d_in: int, ranks: tuple[int, ...], widths: tuple[int, ...], element_bytes: int
 ) -> int:
-    """The number of tokens from which ``joined`` is chosen over ``eager`` in training; ``NEVER`` for one pair.
+    """The number of tokens from which ``joined`` is chosen over ``eager`` in training; ``NEVER`` for one
+    pair.
 
-    It takes as many FLOPs and fewer launches. From here on it also moves fewer bytes by a margin, so that it wins even where
-    a product reads x for nothing; and at every number of tokens that is tried it takes less time by the rates of every
-    device that is known here.
+    It takes as many FLOPs and fewer launches. From here on it also moves fewer bytes by a margin, so that it
+    wins even where a product reads x for nothing; and at every number of tokens that is tried it takes less
+    time by the rates of every device that is known here.
     """
     if len(ranks) < 2:
         return NEVER

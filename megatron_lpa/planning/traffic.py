@@ -1,4 +1,5 @@
-"""Elements that tensor parallelism moves, from the config alone. ``D`` is the hidden size, ``T`` the tensor-parallel size."""
+"""Elements that tensor parallelism moves, from the config alone. ``D`` is the hidden size, ``T`` the
+tensor-parallel size."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from megatron_lpa.planning.parameters import ATTENTION_PROJECTIONS, FFN_PROJECTI
 
 @dataclass(frozen=True)
 class CollectiveElements:
-    """Elements that tensor parallelism moves per token and layer, to be multiplied by ``(T-1)/T``; the mean over layers.
+    """Elements that tensor parallelism moves per token and layer, to be multiplied by ``(T-1)/T``; the mean
+    over layers.
 
     That product is what one rank sends in a ring: an all-reduce of n elements counts 2n, an
     all-gather to n or a reduce-scatter of n elements counts n.
@@ -34,7 +36,8 @@ class CollectiveElements:
 
 
 def collective_elements_per_token(model: ModelConfig, parallel: ParallelConfig) -> CollectiveElements:
-    """What tensor parallelism moves in a layer, the mean over all layers; the structures say what each of them moves.
+    """What tensor parallelism moves in a layer, the mean over all layers; the structures say what each of
+    them moves.
 
     In backward each sublayer also all-reduces the gradient of its input, 2D, once for all the
     projections that read it. The embedding and the head, outside the layers, are not counted.

@@ -43,7 +43,8 @@ def train_tokenizer(inputs: Sequence[str], vocab_size: int, output: str, json_ke
     """
     if vocab_size > MAX_VOCAB_SIZE:
         raise UserError(
-            f"--vocab-size is {vocab_size}; give {MAX_VOCAB_SIZE} or less, larger ones are of no use and do not fit into memory"
+            f"--vocab-size is {vocab_size}; give {MAX_VOCAB_SIZE} or less, larger ones are of no use and do "
+            "not fit into memory"
         )
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(

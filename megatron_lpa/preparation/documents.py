@@ -125,8 +125,8 @@ def parse_chunk(chunk: Chunk, selection: Selection) -> Documents:
 def _parse_plain_lines(chunk: Chunk, selection: Selection) -> Documents | None:
     """The quick way, for chunks where nothing is unusual; ``None`` leaves it to the careful way.
 
-    Nothing is unusual when every line is JSON, has every key exactly once, with a string, and names a subset if that
-    matters. As many keys as lines, and a key in every line, mean one in each.
+    Nothing is unusual when every line is JSON, has every key exactly once, with a string, and names a subset
+    if that matters. As many keys as lines, and a key in every line, mean one in each.
     """
     for key in map(_KeySpellings, selection.keys):
         if not key.is_counted_in(chunk.data) or chunk.data.count(key.plain) != chunk.count:

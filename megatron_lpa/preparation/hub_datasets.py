@@ -77,8 +77,8 @@ def record_batches(source: Source, columns: tuple[str, ...], rows: int) -> Itera
         kind = TryAgain if _may_be_gone(error) else UserError
         raise kind(
             f"dataset {source.name!r}, split {source.split!r}: {type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0][:300]}; check the name, --dataset-config and --dataset-split, "
-            "and for a name on the hub the network"
+            f"{str(error).partition(chr(10))[0][:300]}; check the name, --dataset-config and "
+            "--dataset-split, and for a name on the hub the network"
         ) from error
 
 
@@ -103,7 +103,8 @@ def _open(datasets: Any, source: Source) -> Any:
             saved = saved[source.split]
         elif saved.split is not None and str(saved.split) != source.split:
             raise UserError(
-                f"{source.name}: holds the split {saved.split}, not {source.split!r}; choose with --dataset-split"
+                f"{source.name}: holds the split {saved.split}, not {source.split!r}; choose with "
+                "--dataset-split"
             )
         return saved
     revision = None if exists(source.name) else source.revision

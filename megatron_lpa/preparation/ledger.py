@@ -179,8 +179,8 @@ def _check_same_job(path: Path, header: bytes, job: dict[str, Any]) -> None:
     for key in sorted(job.keys() | earlier_job.keys()):
         if job.get(key) != earlier_job.get(key):
             raise UserError(
-                f"{path}: unfinished work of another call: {_difference(key, earlier_job.get(key), job.get(key))}; "
-                f"{_RESTART}"
+                f"{path}: unfinished work of another call: "
+                f"{_difference(key, earlier_job.get(key), job.get(key))}; {_RESTART}"
             )
 
 

@@ -44,7 +44,8 @@ class MergeInput:
 
 
 def resolve_prefixes(names: Sequence[str], output_prefix: str) -> list[str]:
-    """The prefixes that names and glob patterns stand for, in the order given, each pattern's sorted naturally.
+    """The prefixes that names and glob patterns stand for, in the order given, each pattern's sorted
+    naturally.
 
     The endings ``.idx``, ``.bin`` and ``.json`` may be there or not.
 
@@ -185,8 +186,9 @@ def _check_different_sources(inputs: Sequence[MergeInput]) -> None:
             key = source.sha256 or (source.path, source.config, source.split)
             if source.documents and seen.setdefault(key, input.prefix) != input.prefix:
                 raise UserError(
-                    f"{input.prefix}: was made from {source.path}, and so was {seen[key]}: its documents would be "
-                    "there twice; leave one out, or pass --allow-same-sources, as for two subsets of one file"
+                    f"{input.prefix}: was made from {source.path}, and so was {seen[key]}: its documents "
+                    "would be there twice; leave one out, or pass --allow-same-sources, as for two subsets "
+                    "of one file"
                 )
 
 

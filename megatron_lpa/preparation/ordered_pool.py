@@ -51,10 +51,11 @@ def _die_with_parent() -> None:
 
 
 def _submit(pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item) -> Future[Result]:
-    """Submits with signals held back: a process that is being started has to get all that its parent tells it.
+    """Submits with signals held back: a process that is being started has to get all that its parent tells
+    it.
 
-    It inherits the mask, and leaves Ctrl-C to its parent. The mask alone does not hold back this process's own handlers: the
-    system may give a signal to another thread, and Python then runs its handler here.
+    It inherits the mask, and leaves Ctrl-C to its parent. The mask alone does not hold back this process's
+    own handlers: the system may give a signal to another thread, and Python then runs its handler here.
     """
     if threading.current_thread() is not threading.main_thread():
         return pool.submit(_call, function, item)

@@ -166,7 +166,8 @@ class Outputs:
         found = status(finished)
         if found is None or found.st_size != position.tokens * self._dtype.itemsize:
             raise UserError(
-                f"{unfinished}: gone, although the run that wrote it was not complete; start again with --restart"
+                f"{unfinished}: gone, although the run that wrote it was not complete; start again with "
+                "--restart"
             )
         with explained_write_errors(finished):
             os.rename(finished, unfinished)

@@ -1,7 +1,7 @@
 """Patterns of the shell (``*``, ``?``, ``[abc]``, ``**``) by which inputs are named.
 
-Python's ``glob`` takes a folder that the disk does not give for an empty one: what lies in it would be missing
-from a dataset without a word.
+Python's ``glob`` takes a folder that the disk does not give for an empty one: what lies in it would be
+missing from a dataset without a word.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from megatron_lpa.files import is_dir, is_file, names_in, status
 
 
 def files_matching(pattern: str) -> list[str]:
-    """The files that fit, in order: those that ``glob.glob(pattern, recursive=True)`` finds where the disk answers.
+    """The files that fit, in order: those that ``glob.glob(pattern, recursive=True)`` finds where the disk
+    answers.
 
     ``**`` stands for folders to any depth. Links to folders are entered, but for those that lead in a circle.
     Names that begin with a point fit only a part of the pattern that does.

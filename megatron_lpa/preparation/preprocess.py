@@ -187,16 +187,16 @@ class _Run:
         for source, chunk in zip(task.chunk_sources, encoded, strict=True):
             if chunk.rejected and self._config.on_bad_line == "error":
                 raise UserError(
-                    f"{chunk.rejected[0].message} (or pass --on-bad-line skip, which goes on from here, leaves out "
-                    "such records and lists them in a file; a changed input file starts anew)"
+                    f"{chunk.rejected[0].message} (or pass --on-bad-line skip, which goes on from here, "
+                    "leaves out such records and lists them in a file; a changed input file starts anew)"
                 )
             out.add(chunk.outputs, chunk.rejected)
             for counts, output in zip(state.counts, chunk.outputs, strict=True):
                 counts.add(output.counts)
                 if len(counts.subsets) + len(state.dropped) > _MAX_SUBSETS:
                     raise UserError(
-                        f"more than {_MAX_SUBSETS} different names of subsets under {self._config.subset_key!r}; choose "
-                        "another --subset-key"
+                        f"more than {_MAX_SUBSETS} different names of subsets under "
+                        f"{self._config.subset_key!r}; choose another --subset-key"
                     )
             for name, count in chunk.dropped.items():
                 state.dropped[name] = state.dropped.get(name, 0) + count
@@ -304,8 +304,8 @@ def _check_found_something(config: PreprocessConfig, state: State) -> None:
         if counts.documents == 0:
             raise UserError(
                 f"{config.dataset or ', '.join(config.inputs)}: no document has tokens under {key!r} "
-                f"({counts.empty_documents} are empty, {sum(state.dropped.values())} dropped because of their "
-                f"subset, {state.rejected} bad); check the input"
+                f"({counts.empty_documents} are empty, {sum(state.dropped.values())} dropped because of "
+                f"their subset, {state.rejected} bad); check the input"
                 + (
                     f" and the names of subsets: {', '.join(sorted(state.dropped)[:30])}"
                     if state.dropped

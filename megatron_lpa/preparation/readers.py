@@ -269,8 +269,8 @@ def _whole_lines(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
             size_bytes, last_end = sum(map(len, pending)), None
         if size_bytes > MAX_RECORD_BYTES:
             raise UserError(
-                f"{name}: a line is longer than {MAX_RECORD_BYTES} bytes; each line has to be one JSON object "
-                "(for one JSON array: jq -c '.[]')"
+                f"{name}: a line is longer than {MAX_RECORD_BYTES} bytes; each line has to be one JSON "
+                "object (for one JSON array: jq -c '.[]')"
             )
     if rest := b"".join(pending):
         yield rest

@@ -71,8 +71,8 @@ def _check_same_job(parts: list[str], manifests: list[Manifest]) -> None:
     for number, (part, manifest) in enumerate(zip(parts, manifests, strict=True)):
         if manifest.shard != [number, len(parts)] or manifest.job != manifests[0].job:
             raise UserError(
-                f"{part}: made from another list of input files, or with other options, than {parts[0]}; when all "
-                "files are there, repeat all shards with --overwrite"
+                f"{part}: made from another list of input files, or with other options, than {parts[0]}; "
+                "when all files are there, repeat all shards with --overwrite"
             )
 
 

@@ -82,8 +82,8 @@ def resolve_inputs(inputs: Sequence[str]) -> list[Path]:
         elif (there := status(path)) is not None:
             if not stat.S_ISREG(there.st_mode):
                 raise UserError(
-                    f"{name}: {kind_of(there.st_mode)}, not a regular file; write the text to a file, as a run that "
-                    "was killed reads it again"
+                    f"{name}: {kind_of(there.st_mode)}, not a regular file; write the text to a file, as a "
+                    "run that was killed reads it again"
                 )
             found = [path]
         else:
@@ -129,7 +129,8 @@ def shard_of(items: Sequence[Item], shard: int, num_shards: int) -> list[Item]:
     """
     if num_shards < 1 or not 0 <= shard < num_shards:
         raise UserError(
-            f"shard {shard} of {num_shards}: shards count from 0, so give 0/{num_shards} to {num_shards - 1}/{num_shards}"
+            f"shard {shard} of {num_shards}: shards count from 0, so give 0/{num_shards} to "
+            f"{num_shards - 1}/{num_shards}"
         )
     if num_shards > len(items):
         raise UserError(
@@ -154,7 +155,8 @@ def _sorted_texts(folder: Path) -> list[Path]:
 
 
 def _texts_of_folder(folder: Path) -> Iterator[Path]:
-    """The files of text in a folder and those inside it. ``Path.rglob`` would pass over links and closed folders.
+    """The files of text in a folder and those inside it. ``Path.rglob`` would pass over links and closed
+    folders.
 
     Raises:
         UserError: a file or link is not to be read.
@@ -177,8 +179,8 @@ def _texts_of_folder(folder: Path) -> Iterator[Path]:
             if not _is_text_of_folder(path):
                 if path.name.lower().endswith(_UNREADABLE):
                     raise UserError(
-                        f"{path}: unfinished, or text of a kind that cannot be read; finish, convert, rename or remove "
-                        f"it, or name the files to be read. Known endings: {', '.join(SUFFIXES)}"
+                        f"{path}: unfinished, or text of a kind that cannot be read; finish, convert, rename "
+                        f"or remove it, or name the files to be read. Known endings: {', '.join(SUFFIXES)}"
                     )
                 if not path.name.startswith(".") and not _ends_as_text(path):
                     passed_over.append(path)

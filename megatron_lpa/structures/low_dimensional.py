@@ -11,7 +11,7 @@ Elements per token, forward, times (T-1)/T, with an all-reduce counted as 2n:
 
 On the output side the input is already split over ranks (by heads, or FFN columns), so W_A is split
 along d_in in both layouts: gathering the input to split W_A along r would move d_in instead of r.
-"""
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ class LowDimInput(_LowDim, InputStructure):
 
     @property
     def folds(self) -> bool:
-        """With tensor parallelism ranks have only parts of the norm's gradient, and sums of outputs are still to be made."""
+        """With tensor parallelism ranks have only parts of the norm's gradient, and sums of outputs are still
+        to be made."""
         return self.tp_size == 1
 
     def default_biases(self) -> tuple[bool, bool]:
@@ -128,8 +129,8 @@ class LowDimInput(_LowDim, InputStructure):
 class LowDimOutput(_LowDim, OutputStructure):
     """Output side in either layout.
 
-    ``column_row`` splits W_B along r; ``latent`` keeps W_B whole on every rank, which costs its memory and product T
-    times and saves the all-reduce of the output.
+    ``column_row`` splits W_B along r; ``latent`` keeps W_B whole on every rank, which costs its memory and
+    product T times and saves the all-reduce of the output.
     """
 
     def specs(self) -> dict[str, ParameterSpec]:

@@ -56,8 +56,9 @@ class ProjectionConfig:
         rank: ``r`` of a low-dimensional module; must be left empty for ``dense``.
         bias: what gets a bias: ``latent`` (W_A's result, r values; a pair only), ``output`` (d_out values),
             ``both`` or ``none``; ``default`` follows ``model.linear_bias``.
-        by_layer: layers in which it is built otherwise, counted from 0, as ``{0: dense, 1-3: 64}``: ``dense``, or
-            the rank of a low-dimensional module. Layers that are not named are as ``kind`` and ``rank`` say.
+        by_layer: layers in which it is built otherwise, counted from 0, as ``{0: dense, 1-3: 64}``:
+            ``dense``, or the rank of a low-dimensional module. Layers that are not named are as ``kind`` and
+            ``rank`` say.
     """
 
     kind: Kind = "dense"
@@ -77,15 +78,16 @@ class ProjectionConfig:
 
 
 def check_numbers(settings: ProjectionConfig, key: str, where: str) -> None:
-    """Raise UserError for a number that is given and belongs to other kinds; arguments as in ``Structure.check``."""
+    """Raise UserError for a number that is given and belongs to other kinds; arguments as in
+    ``Structure.check``."""
     own = sides_of(settings.kind).input.numbers
     for kind, sides in KINDS.items():
         for name in sides.input.numbers:
             value = getattr(settings, name)
             if name not in own and value is not None:
                 raise UserError(
-                    f"{said_of(name, key, where)} is {value} but {key}.kind is {settings.kind}; set the kind to {kind}, "
-                    f"or the {name} to null"
+                    f"{said_of(name, key, where)} is {value} but {key}.kind is {settings.kind}; set the kind "
+                    f"to {kind}, or the {name} to null"
                 )
 
 

@@ -1,8 +1,8 @@
 """What a kind of linear must say about itself. ``docs/adding_a_structure.md`` walks through one.
 
-A *structure* is one projection of one layer, as its kind builds it. It owns no parameters and needs no torch. It names
-the parameters, says what they cost, and computes with tensors by the ``Operations`` that it is handed. There are two
-base classes, because the two ends of a sublayer differ under tensor parallelism:
+A *structure* is one projection of one layer, as its kind builds it. It owns no parameters and needs no torch.
+It names the parameters, says what they cost, and computes with tensors by the ``Operations`` that it is
+handed. There are two base classes, because the two ends of a sublayer differ under tensor parallelism:
 
 * ``InputStructure`` (q, k, v, up, gate): the input is replicated, the output split over ranks.
 * ``OutputStructure`` (o, down): the input is split over ranks, the output replicated.
@@ -52,7 +52,8 @@ class Operations(Protocol):
         norm: Any = None,
         rotary: Any = None,
     ) -> tuple[torch.Tensor, ...]:
-        """Both products of several pairs ``(W_A, W_B, bias_a, bias_b)``, by the path that the kernels ask for."""
+        """Both products of several pairs ``(W_A, W_B, bias_a, bias_b)``, by the path that the kernels ask
+        for."""
 
     def reduce_from_tp(self, x: torch.Tensor) -> torch.Tensor:
         """All-reduce; the gradient passes through."""
@@ -122,17 +123,19 @@ class Structure(ABC):
             at_most(said, value, MOST_SIZE)
         if self.settings.bias in ("latent", "both") and not self.has_latent_bias:
             raise UserError(
-                f"{key}.bias is {self.settings.bias} but {where} is {self.settings.kind}, which has no bias on a "
-                "latent; use output, default or none"
+                f"{key}.bias is {self.settings.bias} but {where} is {self.settings.kind}, which has no bias "
+                "on a latent; use output, default or none"
             )
 
     def split_sizes(self, key: str, where: str) -> dict[str, int]:
-        """What T has to divide besides heads and FFN columns, by where it is said; arguments as in ``check``."""
+        """What T has to divide besides heads and FFN columns, by where it is said; arguments as in
+        ``check``."""
         return {}
 
     @abstractmethod
     def specs(self) -> dict[str, ParameterSpec]:
-        """The parameters, by short name. Their costs follow: every element of a matrix is one multiply-add per token."""
+        """The parameters, by short name. Their costs follow: every element of a matrix is one multiply-add
+        per token."""
 
     def elements(self, *, matrices: bool) -> int:
         """Elements of the unsharded matrices, or of the biases."""
@@ -140,10 +143,11 @@ class Structure(ABC):
 
     @abstractmethod
     def moved(self) -> tuple[int, int]:
-        """Elements that tensor parallelism moves per token, ``(forward, backward)``, before the factor (T-1)/T.
+        """Elements that tensor parallelism moves per token, ``(forward, backward)``, before the factor
+        (T-1)/T.
 
-        An all-reduce of n elements counts 2n; an all-gather to n, or a reduce-scatter of n, counts n. The all-reduce of
-        the input's gradient is the sublayer's and is not counted here.
+        An all-reduce of n elements counts 2n; an all-gather to n, or a reduce-scatter of n, counts n. The
+        all-reduce of the input's gradient is the sublayer's and is not counted here.
         """
 
     @abstractmethod
@@ -170,7 +174,8 @@ class InputStructure(Structure):
 
     @property
     def folds(self) -> bool:
-        """Whether ``before_folded`` can be called: with the norm before the products, and the rotation after."""
+        """Whether ``before_folded`` can be called: with the norm before the products, and the rotation
+        after."""
         return False
 
     @staticmethod

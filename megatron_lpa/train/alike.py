@@ -1,4 +1,5 @@
-"""What all processes of a run have to have in common; ``parallel/meeting.py`` compares it before anything else."""
+"""What all processes of a run have to have in common; ``parallel/meeting.py`` compares it before anything
+else."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from megatron_lpa.parallel.disagreement import flat
 PACKAGES = ("torch", "deepspeed", "triton", "numpy", "safetensors", "liger-kernel")
 VARIABLES = (
     "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG",
-    "CUBLASLT_WORKSPACE_SIZE", "NCCL_ALGO", "NCCL_PROTO", "TRITON_INTERPRET", "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE",
+    "CUBLASLT_WORKSPACE_SIZE", "NCCL_ALGO", "NCCL_PROTO", "TRITON_INTERPRET", "TORCH_COMPILE_DISABLE",
+    "TORCHDYNAMO_DISABLE",
     "DS_ACCELERATOR", "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY",
 )  # fmt: skip
 """Of the environment: what changes arithmetic, or how ranks add up. All are of libraries; none is ours."""
@@ -33,7 +35,8 @@ CODE = ("*.py", "*.yaml", "*.json")
 
 
 def start_facts(config: RunConfig) -> dict[str, Any]:
-    """The resolved config, DeepSpeed's, the code, the libraries and the kind of device, by names that a user knows.
+    """The resolved config, DeepSpeed's, the code, the libraries and the kind of device, by names that a user
+    knows.
 
     Raises:
         UserError: DeepSpeed's configuration cannot be used.
@@ -56,8 +59,8 @@ def start_facts(config: RunConfig) -> dict[str, Any]:
 
 
 def sample_order(config: RunConfig, splits: Splits) -> SampleOrder:
-    """What the order of training samples depends on. It reads a little of the data: once, at the start, so that this is
-    not what keeps a checkpoint from being written later.
+    """What the order of training samples depends on. It reads a little of the data: once, at the start, so
+    that this is not what keeps a checkpoint from being written later.
 
     Raises:
         UserError: a file cannot be read.

@@ -55,15 +55,16 @@ def learning_rate_jump(
     if math.isclose(own, expected, rel_tol=1e-9, abs_tol=1e-15):
         return None
     message = (
-        f"the learning rate goes from {last:.3g} in step {step} to {own:.3g} in step {step + 1}; with the earlier "
-        f"settings it would be {expected:.3g}"
+        f"the learning rate goes from {last:.3g} in step {step} to {own:.3g} in step {step + 1}; with the "
+        f"earlier settings it would be {expected:.3g}"
     )
     stretched = (
         steps != earlier_steps and config.optim.decay_steps is None and config.optim.schedule != "constant"
     )
     if stretched:
         message += (
-            f". The schedule ({config.optim.schedule}) is spread over {steps} steps now, over {earlier_steps} before: set "
-            f"optim.decay_steps={earlier.optim.decay_steps or earlier_steps} to keep it as it was"
+            f". The schedule ({config.optim.schedule}) is spread over {steps} steps now, over "
+            f"{earlier_steps} before: set optim.decay_steps={earlier.optim.decay_steps or earlier_steps} to "
+            "keep it as it was"
         )
     return message

@@ -39,8 +39,8 @@ def why_nothing_to_do(
         steps: of the whole run.
 
     Raises:
-        UserError: the folder holds a run of another model or order of samples; more steps are trained than this start
-            asks for; or the run is complete, and was trained with other settings than these.
+        UserError: the folder holds a run of another model or order of samples; more steps are trained than
+            this start asks for; or the run is complete, and was trained with other settings than these.
         TryAgain: the disk does not give a file.
     """
     for checkpoint in reversed(complete_checkpoints(folder / CHECKPOINTS)):
@@ -77,15 +77,16 @@ def _complete(
     unused = f" (not used now: {listed(changed)})" if changed else ""
     results = "".join(f", {kind} loss {value}" for kind, value in losses.items())
     return (
-        f"{folder} is complete: all {steps:,} steps are trained ({checkpoint.name}{results}); nothing is left to do, and "
-        f"nothing in the folder was changed{unused}. {_further(steps)}"
+        f"{folder} is complete: all {steps:,} steps are trained ({checkpoint.name}{results}); nothing is "
+        f"left to do, and nothing in the folder was changed{unused}. {_further(steps)}"
     )
 
 
 def refuse_other_end(
     folder: Path, config: RunConfig, resumed: Resumed, steps: int, samples_per_epoch: int
 ) -> None:
-    """Refuse a start for which a checkpoint leaves no step to train, but whose settings ask for another model.
+    """Refuse a start for which a checkpoint leaves no step to train, but whose settings ask for another
+    model.
 
     Args:
         folder: the run folder.
@@ -130,7 +131,10 @@ def _refuse_other_end(
 
 
 def _further(step: int) -> str:
-    return f"To train it further, ask for more than {step:,} steps; to train with other settings, choose another logging.name"
+    return (
+        f"To train it further, ask for more than {step:,} steps; to train with other settings, choose "
+        "another logging.name"
+    )
 
 
 def _losses(metrics: Path, step: int) -> dict[str, Any]:

@@ -24,7 +24,8 @@ def open_data(config: RunConfig, most_s: float = math.inf) -> Splits:
 
     Args:
         config: of the run.
-        most_s: seconds to wait for a sample index that another process makes, if less than ``data.index_timeout_s``.
+        most_s: seconds to wait for a sample index that another process makes, if less than
+            ``data.index_timeout_s``.
 
     Raises:
         UserError: missing or damaged data, data of another tokenizer, or fewer tokens than ``train.tokens``.
@@ -50,16 +51,17 @@ def check_tokenizer(tokenizer: Tokenizer, splits: Splits, config: RunConfig) -> 
     given = f"data.tokenizer={config.data.tokenizer}"
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
-            f"{given} has {tokenizer.vocab_size} ids, but model.vocab_size is {config.model.vocab_size}; pass "
-            f"--model.vocab_size {tokenizer.vocab_size}"
+            f"{given} has {tokenizer.vocab_size} ids, but model.vocab_size is {config.model.vocab_size}; "
+            f"pass --model.vocab_size {tokenizer.vocab_size}"
         )
     for prefix in splits.prefixes:
         manifest = read_manifest(prefix)
         if manifest is not None and manifest.tokenizer.fingerprint != tokenizer.fingerprint:
             raise UserError(
-                f"{given} has the fingerprint {tokenizer.fingerprint[:16]}, but {manifest_path(prefix)} says that "
-                f"this data was made with {manifest.tokenizer.name}, {manifest.tokenizer.fingerprint[:16]}; give "
-                "the tokenizer that the data was made with, or preprocess the data with this one"
+                f"{given} has the fingerprint {tokenizer.fingerprint[:16]}, but {manifest_path(prefix)} says "
+                f"that this data was made with {manifest.tokenizer.name}, "
+                f"{manifest.tokenizer.fingerprint[:16]}; give the tokenizer that the data was made with, or "
+                "preprocess the data with this one"
             )
 
 
@@ -85,8 +87,9 @@ def check_own_tokenizer(tokenizer: Tokenizer, kept: Path, config: RunConfig) -> 
         return
     if own.fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"data.tokenizer={config.data.tokenizer} has the fingerprint {tokenizer.fingerprint[:16]}, but this run was "
-            f"started with {own.fingerprint[:16]} ({kept}); give that one, or start a new run under another logging.name"
+            f"data.tokenizer={config.data.tokenizer} has the fingerprint {tokenizer.fingerprint[:16]}, but "
+            f"this run was started with {own.fingerprint[:16]} ({kept}); give that one, or start a new run "
+            "under another logging.name"
         )
 
 
@@ -98,8 +101,8 @@ def _prefixes(data: DataConfig) -> list[str]:
 def _check_manifests(prefixes: Sequence[str], vocab_size: int) -> list[str]:
     """One tokenizer and one way to end documents for all data, with no more ids than the model.
 
-    Data without a manifest was written by another tool: the ids of each batch are checked, and a note says that
-    nothing else is.
+    Data without a manifest was written by another tool: the ids of each batch are checked, and a note says
+    that nothing else is.
     """
     notes: list[str] = []
     first: tuple[str, str] | None = None
@@ -110,15 +113,16 @@ def _check_manifests(prefixes: Sequence[str], vocab_size: int) -> list[str]:
             if not exists(bin_path(prefix)):
                 continue  # no such data: opening it says so
             notes.append(
-                f"{prefix} has no manifest ({manifest_path(prefix).name}), so which tokenizer made it is not known: "
-                "only the range of its ids is checked"
+                f"{prefix} has no manifest ({manifest_path(prefix).name}), so which tokenizer made it is not "
+                "known: only the range of its ids is checked"
             )
             continue
         path, tokenizer = manifest_path(prefix), manifest.tokenizer
         if tokenizer.vocab_size > vocab_size:
             raise UserError(
                 f"{path}: the tokenizer of this data has {tokenizer.vocab_size} ids, but model.vocab_size is "
-                f"{vocab_size}; pass --model.vocab_size {tokenizer.vocab_size}, or preprocess with the model's tokenizer"
+                f"{vocab_size}; pass --model.vocab_size {tokenizer.vocab_size}, or preprocess with the "
+                "model's tokenizer"
             )
         described = f"{tokenizer.name} ({tokenizer.fingerprint[:16]})"
         if first is not None and first[0] != tokenizer.fingerprint:
@@ -130,9 +134,9 @@ def _check_manifests(prefixes: Sequence[str], vocab_size: int) -> list[str]:
         ends = f"end-of-document token {tokenizer.eod_id}" if manifest.append_eod else None
         if first_ends is not None and first_ends[0] != ends:
             raise UserError(
-                f"{path}: its documents end with {ends or 'no end-of-document token'}, but those of {first_ends[1]} "
-                f"with {first_ends[0] or 'none'}; preprocess one of them again, with the other's tokenizer and "
-                "--append-eod for both or for neither"
+                f"{path}: its documents end with {ends or 'no end-of-document token'}, but those of "
+                f"{first_ends[1]} with {first_ends[0] or 'none'}; preprocess one of them again, with the "
+                "other's tokenizer and --append-eod for both or for neither"
             )
         first_ends = first_ends or (ends, str(path))
     return notes
@@ -154,12 +158,13 @@ def _refuse_repeats(tokens: int, steps: int, batch: int, train: Samples) -> None
         lower = (
             f"Lower train.tokens to {most:,}"
             if most
-            else f"There are only {train.num_samples:,} samples to read, less than the {batch:,} of one step: no value of "
-            "train.tokens will do; lower train.global_batch_size"
+            else f"There are only {train.num_samples:,} samples to read, less than the {batch:,} of one step: "  # noqa: E501
+            "no value of train.tokens will do; lower train.global_batch_size"
         )
         raise UserError(
             f"train.tokens is {tokens:,}, but the training data has too few tokens to be read once: "
-            f"{'; '.join(short)}. {lower}, add data, or set data.allow_repeats to true to read it more than once"
+            f"{'; '.join(short)}. {lower}, add data, or set data.allow_repeats to true to read it more than "
+            "once"
         )
 
 

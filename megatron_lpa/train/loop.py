@@ -71,7 +71,8 @@ def _train_all_steps(run: Run, callbacks: Sequence[Callback]) -> None:
 
 
 def _go_back(run: Run, callbacks: Sequence[Callback], request: RollBack) -> None:
-    # What is in the folder may be another run's by now. The next step is agreed on first, and that ends this run.
+    # What is in the folder may be another run's by now. The next step is agreed on first, and that ends this
+    # run.
     if run.has_lost_folder():
         return
     bad = run.progress
@@ -82,8 +83,8 @@ def _go_back(run: Run, callbacks: Sequence[Callback], request: RollBack) -> None
     for callback in callbacks:
         callback.after_rollback(run, resumed)
     message = (
-        f"went back to {resumed.checkpoint.name} because of step {bad.step}: {request}; training goes on behind sample "
-        f"{bad.position - 1:,} of the order"
+        f"went back to {resumed.checkpoint.name} because of step {bad.step}: {request}; training goes on "
+        f"behind sample {bad.position - 1:,} of the order"
     )
     for note in (*resumed.notes, message):
         for callback in callbacks:

@@ -19,8 +19,8 @@ from megatron_lpa.run_folder import PASSED_OVER
 from megatron_lpa.train.state import Run
 
 ADVICE = (
-    "not what was written when the run went back to a checkpoint; remove it, and the data that was passed over then is "
-    "read again"
+    "not what was written when the run went back to a checkpoint; remove it, and the data that was passed "
+    "over then is read again"
 )
 
 DIVERGED = (
@@ -31,10 +31,10 @@ DIVERGED = (
 def roll_back(run: Run, reason: str, decisions: Decisions) -> Resumed:
     """Replace the state by a checkpoint's; the data since then is passed over. Every rank calls it.
 
-    It is the newest of those that were due at ``train.checkpoint_interval`` when they were written, which a run that
-    was never stopped has as well: when a run is stopped must not decide what it becomes. Without one it is the newest
-    there is. What was written after it is renamed where a rule keeps it, else removed, or the next start would go on
-    from there.
+    It is the newest of those that were due at ``train.checkpoint_interval`` when they were written, which a
+    run that was never stopped has as well: when a run is stopped must not decide what it becomes. Without one
+    it is the newest there is. What was written after it is renamed where a rule keeps it, else removed, or
+    the next start would go on from there.
 
     Args:
         run: at the bad step.
@@ -76,7 +76,8 @@ def _settle(run: Run, resumed: Resumed) -> list[str]:
     """Make the next start go on from here, should the run be killed before its next checkpoint.
 
     Returns:
-        For the user: what was renamed or removed, and what could not be done, as on a full disk: nothing that a run has to end for.
+        For the user: what was renamed or removed, and what could not be done, as on a full disk: nothing that
+        a run has to end for.
     """
     if run.lock is not None and not run.lock.still_held():  # another run may be writing there
         return []
@@ -92,7 +93,8 @@ def _settle(run: Run, resumed: Resumed) -> list[str]:
         write_whole(path, json.dumps(content))
     except OSError as error:
         notes.append(
-            f"{path} cannot be written ({error}): a start before the next checkpoint would read the bad data again"
+            f"{path} cannot be written ({error}): a start before the next checkpoint would read the bad data "
+            "again"
         )
     try:
         notes.extend(pass_over(run.checkpoints, step, retention_of(run.config.train)))
@@ -102,10 +104,12 @@ def _settle(run: Run, resumed: Resumed) -> list[str]:
 
 
 def recall(resumed: Resumed, groups: ParallelGroups) -> Resumed:
-    """What the run goes on from as it decided when it was ended: at this checkpoint, or having gone back to it.
+    """What the run goes on from as it decided when it was ended: at this checkpoint, or having gone back to
+    it.
 
-    Data passed over, and what decides after going back, count for the checkpoint that the run went back to, and for
-    no other: a later one has both in its manifest, and before it the data has to be read. Every rank calls it.
+    Data passed over, and what decides after going back, count for the checkpoint that the run went back to,
+    and for no other: a later one has both in its manifest, and before it the data has to be read. Every rank
+    calls it.
 
     Raises:
         UserError: on all ranks: the file is not what ``roll_back`` wrote.
@@ -142,7 +146,8 @@ def check_passed_over(checkpoints: Path) -> None:
 
 
 def _remembered(path: Path) -> tuple[int, str, int, Decisions] | None:
-    """Step and hash of the checkpoint that a run went back to, samples passed over, ``Decisions``; None if it never did."""
+    """Step and hash of the checkpoint that a run went back to, samples passed over, ``Decisions``; None if it
+    never did."""
     try:
         content = read_json(path)
     except FileNotFoundError:

@@ -1,7 +1,8 @@
 """At most one run writes a run folder: a lock on a file inside, held by the first process.
 
-A lock is on a file, not on its name. Where somebody removes the file, the next run makes a new one and locks that; the
-first one notices at its next look, and ends. Until then, for about a step, both write: leave the file where it is.
+A lock is on a file, not on its name. Where somebody removes the file, the next run makes a new one and locks
+that; the first one notices at its next look, and ends. Until then, for about a step, both write: leave the
+file where it is.
 """
 
 from __future__ import annotations
@@ -28,19 +29,22 @@ WAIT_S = 120.0
 """For a lock that is taken. File servers keep that of a machine that was lost for about 90 s."""
 
 WAIT_AFTER_REQUEUE_S = 600.0
-"""The same when SLURM has started the job again: nobody else is meant to have the lock, and nobody sits and waits."""
+"""The same when SLURM has started the job again: nobody else is meant to have the lock, and nobody sits and
+waits."""
 
 LOOK_EVERY_S = 1.0
 """After the lock, between two steps and while another run has it."""
 _MOST_NAME_BYTES = 500
 _MOST_STRANGE = 20
-"""Times in a row that a file is another one at its name, before the file system is believed to tell no file from another."""
+"""Times in a row that a file is another one at its name, before the file system is believed to tell no file
+from another."""
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """Lustre mounted without flock, NFS without lockd, and file systems that know no locks at all."""
 
 
 class RunLock:
-    """The lock of a run folder, and whether it still keeps others out. It goes with the process, however it ends.
+    """The lock of a run folder, and whether it still keeps others out. It goes with the process, however it
+    ends.
 
     Args:
         folder: the run folder.
@@ -56,13 +60,14 @@ class RunLock:
         self._folder_was = os.stat(folder)
         self._lost: UserError | None = None
         self.next_look_s = time.monotonic() + LOOK_EVERY_S
-        """When ``lost`` is to be asked again, by the clock of ``time.monotonic``; at once where the folder is lost."""
+        """When ``lost`` is to be asked again, by the clock of ``time.monotonic``; at once where the folder is
+        lost."""
 
     def lost(self) -> UserError | None:
         """Why nothing may be written any more; None while the folder is this run's.
 
-        Where the lock file was removed, it is made and locked again, unless another run has come first. A disk that
-        does not answer says nothing: the next look tells.
+        Where the lock file was removed, it is made and locked again, unless another run has come first. A
+        disk that does not answer says nothing: the next look tells.
 
         Returns:
             TryAgain: another run has the folder. UserError: it is no longer there.
@@ -89,8 +94,9 @@ class RunLock:
             return None
         if not _same(self._folder_was, lambda: os.stat(self._folder)):
             return UserError(
-                f"{self._folder}: the run folder was moved or removed while the run was writing it{self._where_now()}; "
-                "nothing more is written. Bring it back under that name, or give its new one, and start again"
+                f"{self._folder}: the run folder was moved or removed while the run was writing "
+                f"it{self._where_now()}; nothing more is written. Bring it back under that name, or give its "
+                "new one, and start again"
             )
         gone = not _is_there(self._path)
         file = open_own(self._path)
@@ -100,8 +106,8 @@ class RunLock:
                 file, self._file = self._file, file
                 _sign(self._file)
                 logger.warning(
-                    f"{self._path}: was removed or replaced while the run was writing here; it is made again. "
-                    "It keeps a second run out: leave it where it is"
+                    f"{self._path}: was removed or replaced while the run was writing here; it is made "
+                    "again. It keeps a second run out: leave it where it is"
                 )
                 return None
             if taken:  # replaced once more meanwhile
@@ -110,8 +116,8 @@ class RunLock:
         finally:
             file.close()
         return TryAgain(
-            f"{self._folder}: another run has taken this folder over ({holder}), after {LOCK} was removed or replaced; "
-            "this one writes nothing more"
+            f"{self._folder}: another run has taken this folder over ({holder}), after {LOCK} was removed or "
+            "replaced; this one writes nothing more"
         )
 
     def _where_now(self) -> str:
@@ -154,8 +160,8 @@ def lock_run(
         most_s: seconds to wait, if less than that.
         made: folders that this run has made, the run folder first, each followed by the one that it is in.
 
-    On a file system without locks it warns and goes on: two runs would not be noticed, but there would be none at all
-    otherwise.
+    On a file system without locks it warns and goes on: two runs would not be noticed, but there would be
+    none at all otherwise.
 
     Raises:
         UserError: the lock file is a link, or not a file that a run can write.
@@ -190,19 +196,21 @@ def lock_run(
         strange = 0
         if time.monotonic() - since_s >= limit_s:
             raise TryAgain(
-                f"{folder}: another run is writing here ({holder}); choose another logging.name, or stop that run"
+                f"{folder}: another run is writing here ({holder}); choose another logging.name, or stop "
+                "that run"
             )
         if not told:
             logger.info(
-                f"note: {folder}: another run is writing here ({holder}). Waiting up to {limit_s:.0f} s for it to end; "
-                "the lock of a machine that was lost takes a while to go. Ctrl-C gives up"
+                f"note: {folder}: another run is writing here ({holder}). Waiting up to {limit_s:.0f} s for "
+                "it to end; the lock of a machine that was lost takes a while to go. Ctrl-C gives up"
             )
             told = True
         time.sleep(min(LOOK_EVERY_S, limit_s))
 
 
 def _claim(folder: Path, file: BinaryIO, known: bool) -> tuple[RunLock | None, str | None]:
-    """The lock, or who has it; neither where the file is no longer the one of that name, which keeps nobody out."""
+    """The lock, or who has it; neither where the file is no longer the one of that name, which keeps nobody
+    out."""
     path, locked = folder / LOCK, True
     try:
         if not _taken(file):
@@ -221,7 +229,8 @@ def _claim(folder: Path, file: BinaryIO, known: bool) -> tuple[RunLock | None, s
         return None, None
     if not locked:
         logger.warning(
-            f"{path}: this file system has no locks, so two runs that write {folder} at a time would not be noticed"
+            f"{path}: this file system has no locks, so two runs that write {folder} at a time would not be "
+            "noticed"
         )
     _sign(file)
     return RunLock(folder, file, locked, known), None

@@ -1,4 +1,5 @@
-"""Length of a run, its learning rate and what is due in it, as pure functions: nothing to save, nothing to restore."""
+"""Length of a run, its learning rate and what is due in it, as pure functions: nothing to save, nothing to
+restore."""
 
 from __future__ import annotations
 
@@ -54,5 +55,6 @@ def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:
 
 
 def is_due(every: int, step: int, steps: int) -> bool:
-    """Whether what comes ``every`` so many steps of ``steps``, and after the last, comes after ``step``; 0 never comes."""
+    """Whether what comes ``every`` so many steps of ``steps``, and after the last, comes after ``step``; 0
+    never comes."""
     return every > 0 and (step % every == 0 or step == steps)

@@ -75,7 +75,7 @@ def run_training(config: RunConfig, watchdog: Watchdog | None = None, stop: Stop
         0 when complete, the signal's number when stopped by one.
 
     Raises:
-        UserError: with one message for all ranks, which rank 0 is to print; a TryAgain where starting again may help.
+        UserError: one message for all ranks, which rank 0 is to print; a TryAgain where that may help.
         RankError: what this rank has to print itself.
     """
     watchdog = watchdog or Watchdog()
@@ -201,7 +201,7 @@ def _has_nothing_to_do(
 def _resume(
     config: RunConfig, folder: Path, engine: Engine, order: SampleOrder, steps: int, watchdog: Watchdog
 ) -> Resumed | None:
-    """Continue from the newest intact checkpoint, if there is any. What a killed process left goes after that.
+    """Continue from the newest intact checkpoint, if any. What a killed process left goes after that.
 
     Raises:
         UserError, TryAgain: on all ranks, as ``load_newest`` and ``recall``.
@@ -257,8 +257,8 @@ def _check_resume(config: RunConfig, folder: Path) -> None:
     if config.train.resume == "never" and there:
         newest = [*damaged_folders(checkpoints), *checkpoint_folders(checkpoints)][-1:]
         raise UserError(
-            f"{folder} already holds {newest[0].name if newest else 'a checkpoint'}, and train.resume=never; choose "
-            "another logging.name, delete the folder, or set train.resume=auto to continue"
+            f"{folder} already holds {newest[0].name if newest else 'a checkpoint'}, and train.resume=never; "
+            "choose another logging.name, delete the folder, or set train.resume=auto to continue"
         )
     if config.train.resume == "must" and not there:
         raise UserError(
@@ -281,8 +281,8 @@ def _find_checkpoints(folder: Path, groups: ParallelGroups) -> list[Path]:
     found, damaged = checkpoint_folders(checkpoints), damaged_folders(checkpoints)
     if damaged and not found:
         raise UserError(
-            f"{checkpoints} holds only damaged checkpoints ({', '.join(path.name for path in damaged)}); bring one "
-            "back from a copy, or start anew: choose another logging.name, or delete them"
+            f"{checkpoints} holds only damaged checkpoints ({', '.join(path.name for path in damaged)}); "
+            "bring one back from a copy, or start anew: choose another logging.name, or delete them"
         )
     return found
 
@@ -291,8 +291,8 @@ def _check_start(folder: Path, config: RunConfig, splits: Splits, groups: Parall
     """What can be refused before the run folder is made or locked.
 
     Raises:
-        UserError: ``train.resume`` does not fit what is there, the tokenizer cannot be used with this data and model or is
-            not the run's, the folder has links in it or may not be written, or a package is missing.
+        UserError: ``train.resume`` does not fit what is there, the tokenizer is not the run's or does not fit
+            data and model, the folder has links in it or may not be written, or a package is missing.
         TryAgain: the disk does not answer.
     """
     if groups.rank != 0:
@@ -359,10 +359,10 @@ def _introduce(run: Run) -> None:
     )
     print(
         f"{run.folder}: {count.total / 1e6:,.1f} M parameters, "
-        f"{flops_per_token_training(config.model) / 1e6:,.0f} MFLOP per token; {groups.world_size} process{'es' * (groups.world_size > 1)} = "
-        f"tensor parallel {groups.tp_size} x data parallel {groups.dp_size}, ZeRO-{run.engine.zero_stage}{alone}, "
-        f"{config.train.precision}; {run.steps:,} steps of {config.train.global_batch_size} x "
-        f"{config.model.sequence_length} tokens",
+        f"{flops_per_token_training(config.model) / 1e6:,.0f} MFLOP per token; {groups.world_size} "
+        f"process{'es' * (groups.world_size > 1)} = tensor parallel {groups.tp_size} x data parallel "
+        f"{groups.dp_size}, ZeRO-{run.engine.zero_stage}{alone}, {config.train.precision}; {run.steps:,} "
+        f"steps of {config.train.global_batch_size} x {config.model.sequence_length} tokens",
         flush=True,
     )
     if config.train.epochs is not None and config.optim.warmup_steps > run.steps:

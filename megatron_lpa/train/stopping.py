@@ -16,13 +16,15 @@ from megatron_lpa.parallel.groups import ParallelGroups
 IMPATIENCE_S = 10.0
 
 GO_ON, STOP, FAIL = 0, 1000, 2000
-"""What a rank wishes: STOP carries the signal's number, FAIL a problem's severity, and the largest counts for all."""
+"""What a rank wishes: STOP carries the signal's number, FAIL a problem's severity, and the largest counts for
+all."""
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
-    """Remembers the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP. Later ones change nothing, but for a SIGINT after ten
+    """Remembers the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP. Later ones change nothing, but for a SIGINT
+    after ten
     seconds: whoever presses Ctrl-C again then wants out of a run that does not reach the end of its step.
 
     SIGHUP comes when the terminal is closed. Under ``nohup`` it is ignored, and stays so.
@@ -30,8 +32,8 @@ class StopRequest:
     The exit code of a run stopped by a signal is ``128 + signum``, as shells have it.
 
     The ``deepspeed`` command does not pass SIGTERM on: it dies, and its processes would train on without
-    it. So a launcher that is gone counts as SIGTERM too. Make this object at the first line of a process, before the
-    launcher can be gone.
+    it. So a launcher that is gone counts as SIGTERM too. Make this object at the first line of a process,
+    before the launcher can be gone.
     """
 
     def __init__(self) -> None:
@@ -78,8 +80,8 @@ class Stopping:
     def report(self, problem: Exception | None) -> None:
         """Something may have gone wrong on this rank alone; the first problem counts.
 
-        A rank that raised by itself would leave the others waiting in a collective. So the loop makes all ranks raise at
-        the next agreement.
+        A rank that raised by itself would leave the others waiting in a collective. So the loop makes all
+        ranks raise at the next agreement.
 
         Args:
             problem: it says whether another attempt may help.

@@ -1,4 +1,5 @@
-"""Ends a run that hangs, and says where: which rank, in which stage of which step, with the stacks of its threads."""
+"""Ends a run that hangs, and says where: which rank, in which stage of which step, with the stacks of its
+threads."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ Result = TypeVar("Result")
 FOLDER = f"{LOGS}/{HANG}"
 WAITING = "waiting for other ranks"
 _OTHERS_S = 8.0
-"""For the other ranks' time to be up as well, and for them to read where this one is. Each looks every 5 s."""
+"""For the other ranks' time to be up as well, and for them to read where this one is. Each looks every 5
+s."""
 
 BOARD_S = 3.0
 """For the store to answer: the rank that serves it may be what hangs."""
@@ -61,15 +63,17 @@ class Whereabouts:
 class Watchdog:
     """Watches how long this process has been in one stage, from its first line on.
 
-    A rank that hangs makes all others wait in a collective. So each that has been in one stage for half its time puts
-    that on a board, which is a connection of its own to the store at which the processes met: no disk is needed. When
-    time is up, each reads the board and names the ranks to look at: never one that waits.
+    A rank that hangs makes all others wait in a collective. So each that has been in one stage for half its
+    time puts that on a board, which is a connection of its own to the store at which the processes met: no
+    disk is needed. When time is up, each reads the board and names the ranks to look at: never one that
+    waits.
 
-    Nothing that is done then can keep the process from ending: another thread ends it after ``LAST_WORDS_S``. Native code
-    that keeps Python's lock stops both threads; a timer of ``faulthandler``, which needs no lock, then ends the process
-    with 1 when its time has been up for as long again and a minute.
+    Nothing that is done then can keep the process from ending: another thread ends it after ``LAST_WORDS_S``.
+    Native code that keeps Python's lock stops both threads; a timer of ``faulthandler``, which needs no lock,
+    then ends the process with 1 when its time has been up for as long again and a minute.
 
-    Time during which the whole process stood still (SIGSTOP, a suspended machine) does not count, up to that timer.
+    Time during which the whole process stood still (SIGSTOP, a suspended machine) does not count, up to that
+    timer.
 
     Args:
         rank: of this process.
@@ -125,7 +129,8 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def finish(self) -> None:
-        """Where time was up, do not get ahead of what it says: others' ends are errors here, and follow from it."""
+        """Where time was up, do not get ahead of what it says: others' ends are errors here, and follow from
+        it."""
         if self._gave_up:
             self._thread.join(LAST_WORDS_S)
 
@@ -143,7 +148,8 @@ class Watchdog:
             limit_s = self._limit_s
             every_s = min(limit_s / 4, 5.0) if limit_s else 5.0
             if limit_s:
-                # Begun anew at each look; only when no look comes, because this thread cannot run, does it go off.
+                # Begun anew at each look; only when no look comes, because this thread cannot run, does it go
+                # off.
                 faulthandler.dump_traceback_later(2 * limit_s + BACKSTOP_S, exit=True, file=2)
             else:
                 faulthandler.cancel_dump_traceback_later()
@@ -193,12 +199,14 @@ class Watchdog:
         found = None if self._board is None else self._briefly(self._ask_board)
         if found is None:
             return [
-                "rank 0, which knows where the others are, does not answer: look at it first, and whether this machine reaches it"
+                "rank 0, which knows where the others are, does not answer: look at it first, and whether "
+                "this machine reaches it"
             ]
         return suspects({**found, self._rank: self.where}, self._world_size)
 
     def _briefly(self, work: Callable[[], Result]) -> Result | None:
-        """What ``work`` gives within ``BOARD_S``; None where it fails, or hangs, as with a rank 0 that stands still."""
+        """What ``work`` gives within ``BOARD_S``; None where it fails, or hangs, as with a rank 0 that stands
+        still."""
         if self._asks is not None and self._asks.is_alive():  # the last attempt still hangs
             self._asks.join(BOARD_S)
             if self._asks.is_alive():
@@ -254,7 +262,8 @@ def suspects(reports: Mapping[int, Whereabouts], world_size: int) -> list[str]:
     """Which ranks to look at first, in words: never one that waits for others.
 
     Args:
-        reports: where ranks have been for long, by rank. One of which nothing is heard stands still as a whole, or is gone.
+        reports: where ranks have been for long, by rank. One of which nothing is heard stands still as a
+            whole, or is gone.
         world_size: ranks in all.
     """
     lines = []
@@ -286,6 +295,6 @@ def _silent(reports: Mapping[int, Whereabouts], world_size: int) -> list[str]:
         return []
     named = ", ".join(map(str, silent[:_MOST_NAMED])) + (", ..." if len(silent) > _MOST_NAMED else "")
     return [
-        f"nothing is heard of {len(silent)} of {world_size} ranks ({named}): each stands still as a whole, is gone, or has "
-        "not been in one place for long: look there first"
+        f"nothing is heard of {len(silent)} of {world_size} ranks ({named}): each stands still as a whole, "
+        "is gone, or has not been in one place for long: look there first"
     ]

@@ -1,4 +1,5 @@
-"""What the documentation says exists: links, files, commands, options, keys, presets, and the worked example."""
+"""What the documentation says exists: links, files, commands, options, keys, presets, and the worked
+example."""
 
 from __future__ import annotations
 

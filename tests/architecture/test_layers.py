@@ -72,14 +72,15 @@ def test_relative_imports_are_not_used() -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "import megatron_lpa as m\nm.load_config, m.IndexedDataset, m.estimate_memory, m.read_metrics, dir(m)",
+        "import megatron_lpa as m\nm.load_config, m.IndexedDataset, m.estimate_memory, m.read_metrics, "
+        "dir(m)",
         "import pkgutil, importlib, megatron_lpa.data as d\n"
         "[importlib.import_module(f'megatron_lpa.data.{m.name}') for m in pkgutil.iter_modules(d.__path__)]",
         "import runpy, sys\nsys.argv = ['plan.py', '--preset', 'tiny/lpa', '--json']\n"
         "try: runpy.run_path('tools/plan.py', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code, end.code",
-        "import sys, megatron_lpa.__main__ as console\nsys.argv = ['megatron-lpa', 'plan', '--preset', 'tiny/lpa']\n"
-        "assert console.console() == 0",
+        "import sys, megatron_lpa.__main__ as console\nsys.argv = ['megatron-lpa', 'plan', '--preset', "
+        "'tiny/lpa']\nassert console.console() == 0",
     ],
     ids=["public names", "data", "tools/plan.py", "megatron-lpa plan"],
 )

@@ -1,4 +1,5 @@
-"""Names inside a run folder are spelled in ``run_folder.py`` and nowhere else, so that they can change in one place."""
+"""Names inside a run folder are spelled in ``run_folder.py`` and nowhere else, so that they can change in one
+place."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ optim: {warmup_steps: 2}
 train: {steps: 11, checkpoint_interval: 5, keep_checkpoints: 1}
 logging: {run_dir: RUNS, name: walked}
 """
-"""``tiny/lpa`` made small: 11 steps, with checkpoints written beside step 6 and step 11, and one at the end."""
+"""``tiny/lpa`` made small: 11 steps, with checkpoints written beside step 6 and step 11, and one at the
+end."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[str]]]
 
 @pytest.mark.parametrize("step", [3, 4])
 def test_a_step_on_which_nothing_is_due(walk: dict[str, list[list[str]]], step: int) -> None:
-    """Not one of the first, so that what is made once and kept does not count; no checkpoint is on its way yet."""
+    """Not one of the first, so that what is made once and kept does not count; no checkpoint is on its way
+    yet."""
     files = walk["steps"][step - 1]
     assert any(name.startswith("engine/") for name in files) and any(
         name.startswith("layers/") for name in files

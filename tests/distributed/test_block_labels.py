@@ -1,4 +1,5 @@
-"""``train.predict_next_block=false``: the loss of the paper's public code, whose labels lie inside each block."""
+"""``train.predict_next_block=false``: the loss of the paper's public code, whose labels lie inside each
+block."""
 
 from __future__ import annotations
 

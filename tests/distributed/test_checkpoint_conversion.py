@@ -1,4 +1,5 @@
-"""Converted checkpoints in real engines: ours in several layouts, and DeepSpeed's own loader of universal folders."""
+"""Converted checkpoints in real engines: ours in several layouts, and DeepSpeed's own loader of universal
+folders."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ SOURCE = Layout(4, 2, "zero3", "column_row", "bf16")
 
 @pytest.fixture(scope="module")
 def saved(world, tmp_path_factory) -> tuple[Path, State, list[float]]:
-    """A checkpoint of ZeRO-3 over 2 x 2 processes, the state that DeepSpeed gathered, and the losses of two more steps."""
+    """A checkpoint of ZeRO-3 over 2 x 2 processes, the state that DeepSpeed gathered, and the losses of two
+    more steps."""
     folder = tmp_path_factory.mktemp("saved")
     state, losses = world(4).run(train_and_save, SOURCE.config(), str(folder))[0]
     return folder / NAME, state, losses
@@ -237,7 +239,8 @@ def test_deepspeed_loads_a_universal_folder_and_goes_on_as_we_do(world, saved, o
     )[0]
     assert_same_bits(loaded, expected)
     assert client == {
-        "step": 2, "consumed_samples": 2 * BATCH, "consumed_tokens": 99, "skipped_samples": 0, "global_steps": 3,
+        "step": 2, "consumed_samples": 2 * BATCH, "consumed_tokens": 99, "skipped_samples": 0,
+        "global_steps": 3,
     }  # fmt: skip
     rounding = 2e-2 if trainer.precision == "bf16" else 1e-5
     assert loss == pytest.approx(loss_after, rel=rounding)
@@ -252,10 +255,10 @@ def test_deepspeed_loads_a_universal_folder_and_goes_on_as_we_do(world, saved, o
 def compared_together(keys: list[tuple[str, str]], kind: str, precision: str) -> list[list[tuple[str, str]]]:
     """Which parameters share one bound on the difference, relative to how far the step moved them.
 
-    In bf16 it is all of them: some biases have gradients of mere rounding, whose direction is chance. In fp32 it is each
-    on its own, except the biases of the keys. A bias adds the same to the scores of all positions, which softmax does
-    not see, so in exact arithmetic its gradient is zero: what is there is the rounding of a sum whose terms are those
-    of the factor beside it, and goes with that factor.
+    In bf16 it is all of them: some biases have gradients of mere rounding, whose direction is chance. In fp32
+    it is each on its own, except the biases of the keys. A bias adds the same to the scores of all positions,
+    which softmax does not see, so in exact arithmetic its gradient is zero: what is there is the rounding of
+    a sum whose terms are those of the factor beside it, and goes with that factor.
     """
     keys = [key for key in keys if key[1] == kind]
     if precision == "bf16":

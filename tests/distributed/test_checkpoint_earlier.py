@@ -1,4 +1,5 @@
-"""Checkpoints of an earlier version hold, in any layout of today, what safetensors itself reads from their files."""
+"""Checkpoints of an earlier version hold, in any layout of today, what safetensors itself reads from their
+files."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def test_masters_moments_and_weights_are_those_in_the_files(
     assert recorded.parallel.lowdim_layout == layout_in(manifest)["lowdim_layout"] == saved_layout
     run = load_config(
         ["--config", str(RUNS / name / "config.yaml"), "--parallel.tensor_parallel_size", str(tp_size),
-         "--parallel.lowdim_layout", layout, "--train.deepspeed_config", zero, "--model.pad_vocab_to_multiple_of", "2"]
+         "--parallel.lowdim_layout", layout, "--train.deepspeed_config", zero, "--model.pad_vocab_to_multiple_of", "2"]  # noqa: E501
     )  # fmt: skip
     saved_tp = manifest["layout"]["tensor_parallel_size"]
     state = reassembled(checkpoint, recorded.model, saved_tp, saved_layout)

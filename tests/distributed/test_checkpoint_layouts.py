@@ -1,4 +1,5 @@
-"""A state saved in one layout, read in another: equal bit for bit to the unsharded state, for every pair tried."""
+"""A state saved in one layout, read in another: equal bit for bit to the unsharded state, for every pair
+tried."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def step(engine, number: int) -> float:
 
 
 def unsharded_state(engine) -> State:
-    """Masters and moments by way of DeepSpeed's own gathering functions, merged over tensor-parallel ranks."""
+    """Masters and moments by way of DeepSpeed's own gathering functions, merged over tensor-parallel
+    ranks."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if engine.partition_stage in (1, 2):
@@ -302,7 +304,8 @@ def roll_back(run: RunConfig, folder: str) -> tuple[State, State, list[float], l
 
 @pytest.mark.parametrize(
     "layout",
-    [LAYOUTS[0], LAYOUTS[2], LAYOUTS[3], LAYOUTS[5], LAYOUTS[6], LAYOUTS[10], Layout(2, 2, "zero2", "column_row", "bf16")],
+    [LAYOUTS[0], LAYOUTS[2], LAYOUTS[3], LAYOUTS[5], LAYOUTS[6], LAYOUTS[10], Layout(2, 2, "zero2",
+    "column_row", "bf16")],
     ids=str,
 )  # fmt: skip
 def test_an_engine_that_trained_on_goes_back_exactly(world, tmp_path, layout):

@@ -1,4 +1,5 @@
-"""Checkpoints as data from outside: sealed lies, a disk that hiccups between hash and use, what is left after a rename."""
+"""Checkpoints as data from outside: sealed lies, a disk that hiccups between hash and use, what is left after
+a rename."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ RUN = RunConfig(
     parallel=ParallelConfig(2, "column_row"),
     optim=OptimConfig(lr=1e-2, warmup_steps=0),
     train=TrainConfig(
-        steps=9, global_batch_size=8, micro_batch_size=8, precision="bf16", deepspeed_config="zero1", keep_checkpoints=0
+        steps=9, global_batch_size=8, micro_batch_size=8, precision="bf16", deepspeed_config="zero1", keep_checkpoints=0  # noqa: E501
     ),
 )  # fmt: skip
 ALL = ["step_00000001", "step_00000002", "step_00000003"]
@@ -135,10 +136,10 @@ LIES: dict[str, Any] = {
     "bytes: 1e400": lambda m: m["files"]["state/rank_00001.safetensors"].update(bytes=float("inf")),
     "no order": lambda m: m.pop("order"),
     "a processes' size": lambda m: m["layout"].update(tensor_parallel_size=10**9),
-    "no tp_dim": lambda m: m["state"]["parameters"].popitem()[1].pop("tp_dim") or m["state"].pop("parameters"),
+    "no tp_dim": lambda m: m["state"]["parameters"].popitem()[1].pop("tp_dim") or m["state"].pop("parameters"),  # noqa: E501
     "a model that is a list": lambda m: m.update(model=[]),
     "no parameter of a name": lambda m: m["state"]["parameters"].popitem(),
-    "another shape": lambda m: next(p for p in m["state"]["parameters"].values() if len(p["shape"]) == 1).update(shape=[2]),
+    "another shape": lambda m: next(p for p in m["state"]["parameters"].values() if len(p["shape"]) == 1).update(shape=[2]),  # noqa: E501
     "NaN as steps": lambda m: m["state"].update(skipped_steps=float("nan")),
 }  # fmt: skip
 

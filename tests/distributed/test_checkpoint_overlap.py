@@ -113,7 +113,8 @@ def test_a_failure_in_one_process_s_thread_is_every_process_s(world, tmp_path, e
 
 
 def without_memory(run: RunConfig, folder: str, of: str) -> str:
-    """A save beside training, while copies to the CPU fail on the first process alone; then another without that."""
+    """A save beside training, while copies to the CPU fail on the first process alone; then another without
+    that."""
     from megatron_lpa.checkpoint import saving
     from megatron_lpa.engine.build import build_engine
     from megatron_lpa.engine.engine_state import EngineState

@@ -1,4 +1,5 @@
-"""Every choice of kernels against the reference, with tensor parallelism, ZeRO and activation checkpointing."""
+"""Every choice of kernels against the reference, with tensor parallelism, ZeRO and activation
+checkpointing."""
 
 from __future__ import annotations
 
@@ -81,7 +82,7 @@ def test_chunked_loss_under_selective_checkpointing_equals_the_reference(world, 
     for key, parameter in exact.items():
         shards = [torch.from_numpy(result["gradients"][key]) for result in results]
         torch.testing.assert_close(
-            merge(shards, results[0]["specs"][key]), parameter.grad, rtol=tolerance, atol=tolerance * largest, msg=key
+            merge(shards, results[0]["specs"][key]), parameter.grad, rtol=tolerance, atol=tolerance * largest, msg=key  # noqa: E501
         )  # fmt: skip
 
 

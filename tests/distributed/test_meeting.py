@@ -1,4 +1,5 @@
-"""Processes of one launch meet before any collective: who is missing, and who was started otherwise, is said by name."""
+"""Processes of one launch meet before any collective: who is missing, and who was started otherwise, is said
+by name."""
 
 from __future__ import annotations
 
@@ -130,7 +131,8 @@ def test_a_process_of_another_job_is_turned_away_and_does_no_harm(world: Any) ->
 
 
 def met_again(port: int, starts: int) -> list[Any]:
-    """As under torchrun, whose agent serves one store for all starts: rank 0 is late in each but the first."""
+    """As under torchrun, whose agent serves one store for all starts: rank 0 is late in each but the
+    first."""
     rank, results = int(os.environ["RANK"]), []
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
     agent = meeting._serve(place(0, 2), meeting._Patience(5.0, str, str)) if rank == 0 else None

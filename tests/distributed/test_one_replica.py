@@ -16,7 +16,8 @@ from megatron_lpa.engine.ds_config import SHIPPED
 
 
 def trained(run: RunConfig) -> tuple[str, int, list[float], dict]:
-    """Who steps, the stage that the layout names, losses of four steps of four micro-batches, final weights."""
+    """Who steps, the stage that the layout names, losses of four steps of four micro-batches, final
+    weights."""
     from megatron_lpa.checkpoint.saving import layout_of
     from megatron_lpa.engine.build import build_engine
     from megatron_lpa.engine.engine_state import EngineState

@@ -16,7 +16,8 @@ from megatron_lpa.config import OptimConfig, RunConfig, TrainConfig, load_config
 from megatron_lpa.engine.ds_config import SHIPPED
 
 SCALE = 32
-"""Widths and vocabulary of the 3B models over this; matrices, and ZeRO's limits with them, over its square."""
+"""Widths and vocabulary of the 3B models over this; matrices, and ZeRO's limits with them, over its
+square."""
 
 
 def scaled_run(preset: str, knobs: str) -> RunConfig:
@@ -40,7 +41,8 @@ def scaled_run(preset: str, knobs: str) -> RunConfig:
 
 
 def on_demand_and_device_waits(run: RunConfig) -> tuple[Counter[str], int]:
-    """Of the fourth step: gathers that nothing had begun before they were needed, and waits for the whole device."""
+    """Of the fourth step: gathers that nothing had begun before they were needed, and waits for the whole
+    device."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero.partitioned_param_profiler import PartitionedParameterProfiler
 

@@ -1,4 +1,5 @@
-"""docs/adding_a_structure.md, followed to the letter: the structure trains, saves, resumes anywhere and converts."""
+"""docs/adding_a_structure.md, followed to the letter: the structure trains, saves, resumes anywhere and
+converts."""
 
 from __future__ import annotations
 

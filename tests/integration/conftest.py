@@ -12,7 +12,8 @@ from megatron_lpa.data.storage.indexed_writer import IndexedDatasetWriter
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with a dataset whose next token depends on the last one, so that there is something to learn."""
+    """A folder with a dataset whose next token depends on the last one, so that there is something to
+    learn."""
     folder = tmp_path_factory.mktemp("runs")
     generator = np.random.default_rng(0)
     with IndexedDatasetWriter(folder / "data", np.uint16) as writer:

@@ -1,11 +1,12 @@
 """The entry point with faults in chosen global batches: ``FAULTS={"3": "nan", "7": "spike"}``.
 
 ``nan``: what the last rank's final norm gives is not a number. ``spike``: what all ranks' gives is far off.
-``hang``: the last rank reads its data for ever. ``die``: all ranks are gone before they read theirs. ``unreadable``: the last
-rank cannot read its data. ``stop``: the last rank is sent SIGTERM before the step. As ``{"start": "hang"}``: the last rank
-opens its data for ever; ``{"start": "die"}``: it is gone then. ``{"write": "hang"}``: it writes its first checkpoint for ever;
-``{"write": "moved"}``: once it has written its part, the run folder gets another name. ``moved``, ``taken``: so it is before the
-step, or another run has locked it, and what all ranks' final norm gives is not a number. ``moved, hang``: the last rank then hangs.
+``hang``: the last rank reads its data for ever. ``die``: all ranks are gone before they read theirs.
+``unreadable``: the last rank cannot read its data. ``stop``: the last rank is sent SIGTERM before the step.
+As ``{"start": "hang"}``: the last rank opens its data for ever; ``{"start": "die"}``: it is gone then.
+``{"write": "hang"}``: it writes its first checkpoint for ever; ``{"write": "moved"}``: once it has written
+its part, the run folder gets another name. ``moved``, ``taken``: so it is before the step, or another run has
+locked it, and what all ranks' final norm gives is not a number. ``moved, hang``: the last rank then hangs.
 """
 
 from __future__ import annotations

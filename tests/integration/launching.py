@@ -33,8 +33,8 @@ class Finished:
 class Launch:
     """Processes of ``python -m megatron_lpa.pretrain`` with a launcher's environment.
 
-    ``faults`` are what ``faulty_pretrain.py`` does, by global batch of the order of samples. ``more`` are further options of
-    single ranks.
+    ``faults`` are what ``faulty_pretrain.py`` does, by global batch of the order of samples. ``more`` are
+    further options of single ranks.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Bad input ends with one clear message on rank 0 and one exit code on all ranks: 78, as trying again is no use."""
+"""Bad input ends with one clear message on rank 0 and one exit code on all ranks: 78, as trying again is no
+use."""
 
 from __future__ import annotations
 
@@ -80,16 +81,19 @@ CASES = {
         ["train.tokens is 51,000,000,000", "good", "2,048 there", "data.allow_repeats"],
     ),
     "too few tokens in a blend": (
-        [], ["--data.blend", '{"good": 0.75, "foreign": 0.25}', "--train.steps", "null", "--train.tokens", "1e5"],
+        [], ["--data.blend", '{"good": 0.75, "foreign": 0.25}', "--train.steps", "null", "--train.tokens",
+        "1e5"],
         ["good (75 % of the samples)", "foreign (25 % of the samples)", "short"],
     ),
     "missing tokenizer": (DATA, ["--data.tokenizer", "/nowhere/tokenizer.json"], ["/nowhere/tokenizer.json"]),
     "shorter than one sequence": (DATA[2:], ["--data.prefix", "short"], ["short", "11", "17"]),
-    "heads and TP": (DATA, ["--parallel.tensor_parallel_size", "2", "--model.num_heads", "1", "--model.head_dim", "32"],
+    "heads and TP": (DATA, ["--parallel.tensor_parallel_size", "2", "--model.num_heads", "1",
+    "--model.head_dim", "32"],
                      ["model.num_heads", "tensor_parallel_size"]),
     "rank and TP": (DATA, ["--parallel.tensor_parallel_size", "2", "--model.projections.v.rank", "7"],
                     ["model.projections.v.rank", "tensor_parallel_size"]),
-    "vocabulary and TP": (DATA, ["--parallel.tensor_parallel_size", "2"], ["vocab", "pad_vocab_to_multiple_of"]),
+    "vocabulary and TP": (DATA, ["--parallel.tensor_parallel_size", "2"], ["vocab",
+    "pad_vocab_to_multiple_of"]),
     "world and TP": (DATA, ["--parallel.tensor_parallel_size", "4", "--model.pad_vocab_to_multiple_of", "4"],
                      ["world size", "tensor_parallel_size"]),
     "unknown preset": (DATA, ["--preset", "tiny/lap"], ["tiny/lap", "tiny/lpa"]),

@@ -24,8 +24,10 @@ def test_a_run_survives_every_kind_of_fault(tmp_path: Path) -> None:
     result = json.loads(output.read_text())
     assert result["violations"] == 0 and result["faults"] == 23
     assert {
-        "kill-one", "kill-random", "kill-in-save", "signal", "signal-twice", "pause", "stop-for-ever", "damage",
-        "disk-full", "read-error", "nan", "clock", "rank-mismatch", "open-error", "open-error-lasting", "link", "malformed",
+        "kill-one", "kill-random", "kill-in-save", "signal", "signal-twice", "pause", "stop-for-ever",
+        "damage",
+        "disk-full", "read-error", "nan", "clock", "rank-mismatch", "open-error", "open-error-lasting",
+        "link", "malformed",
         "pipe", "hang-start", "stop-between-bad",
     } == set(result["kinds"])  # fmt: skip
     assert not list((tmp_path / "runs").iterdir())  # nothing is left where nothing went wrong

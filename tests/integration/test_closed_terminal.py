@@ -1,4 +1,5 @@
-"""A run whose terminal or reader is gone: it saves, or goes on, and never ends in an error of its own output."""
+"""A run whose terminal or reader is gone: it saves, or goes on, and never ends in an error of its own
+output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Steps that are skipped, and runs that go back to a checkpoint, through the entry point with two processes."""
+"""Steps that are skipped, and runs that go back to a checkpoint, through the entry point with two
+processes."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(name: str, *more: str) -> list[str]:
     return [
         *SMALL, "--data.prefix", "data", "--logging.name", name, "--train.eval_interval", "0",
-        "--train.deepspeed_config", "zero2", "--train.checkpoint_interval", "4", "--train.keep_checkpoints", "0", *more,
+        "--train.deepspeed_config", "zero2", "--train.checkpoint_interval", "4", "--train.keep_checkpoints",
+        "0", *more,
     ]  # fmt: skip
 
 
@@ -44,7 +46,10 @@ def test_a_skipped_step_is_told_and_counted(folder: Path) -> None:
     done = launch(arguments("skipped"), 2, folder, {2: "nan"})
     assert done.codes == [0, 0], done.stderr
     run = folder / "runs/skipped"
-    said = "the gradient is not finite: the step changed nothing, and samples 16 to 23 of the order are passed over"
+    said = (
+        "the gradient is not finite: the step changed nothing, and samples 16 to 23 of the order are passed "
+        "over"
+    )
     assert f"warning: step 3: {said}" in done.stderr[0] and said not in done.stderr[1]
     assert any(said in event["message"] for event in records(run, "event"))
     train = records(run, "train")
@@ -81,9 +86,9 @@ def test_too_many_skipped_steps_go_back_and_behind_the_bad_data(folder: Path) ->
     expected, found = final_weights(run, 8), final_weights(folder / "runs/killed", 8)
     assert all(np.array_equal(expected[name], found[name]) for name in expected)
     # Going back again is counted on, also by a start that has not gone back itself.
-    once = launch(arguments("often", *options, "--train.max_rollbacks", "1"), 2, folder, {5: "nan", 6: "nan", 7: "die"})  # fmt: skip
+    once = launch(arguments("often", *options, "--train.max_rollbacks", "1"), 2, folder, {5: "nan", 6: "nan", 7: "die"})  # fmt: skip  # noqa: E501
     assert once.codes == [9, 9]
-    more = launch(arguments("often", *options, "--train.max_rollbacks", "1"), 2, folder, {7: "nan", 8: "nan"})  # fmt: skip
+    more = launch(arguments("often", *options, "--train.max_rollbacks", "1"), 2, folder, {7: "nan", 8: "nan"})  # fmt: skip  # noqa: E501
     assert more.codes == [78, 78] and "after going back 1 times" in more.errors[0]
 
     # The same by hand: four steps, then on from there with the three global batches 4, 5 and 6 passed over.

@@ -1,4 +1,5 @@
-"""When a run is stopped or killed decides nothing: it goes back as the undisturbed run does, to the same weights."""
+"""When a run is stopped or killed decides nothing: it goes back as the undisturbed run does, to the same
+weights."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ SIGTERM, KILLED = 143, 9
 def arguments(name: str, *more: str) -> list[str]:
     return [
         *SMALL, "--data.prefix", "data", "--logging.name", name, "--train.eval_interval", "0",
-        "--train.deepspeed_config", "zero2", "--train.checkpoint_interval", "4", "--train.keep_checkpoints", "1", *more,
+        "--train.deepspeed_config", "zero2", "--train.checkpoint_interval", "4", "--train.keep_checkpoints",
+        "1", *more,
     ]  # fmt: skip
 
 
@@ -79,7 +81,8 @@ def test_losses_are_compared_across_a_stop_and_a_kill_and_after_going_back(
 ) -> None:
     """Of two bad batches in a row each is recognised at once.
 
-    Before the batch 11 the checkpoint gone back to, of step 8, has too few losses of its own to compare the next with.
+    Before the batch 11 the checkpoint gone back to, of step 8, has too few losses of its own to compare the
+    next with.
     """
     options = ("--train.loss_spike", "1.5", "--train.steps", "16")
     bad = {first_bad: "spike", first_bad + 1: "spike"}
@@ -119,7 +122,8 @@ def test_a_checkpoint_amid_bad_steps_does_not_use_up_going_back(folder: Path) ->
 
 
 def test_an_interval_that_was_changed_costs_no_steps_and_no_checkpoint(folder: Path) -> None:
-    """Steps 1 to 6 saved at an interval of 1; then one of 5, a stop at step 7, and bad batches right after it."""
+    """Steps 1 to 6 saved at an interval of 1; then one of 5, a stop at step 7, and bad batches right after
+    it."""
     options = ("--train.max_skipped_steps", "1", "--train.keep_checkpoints", "0", "--train.keep_every", "1")
     first = ("--train.steps", "6", "--optim.decay_steps", "8", "--train.checkpoint_interval", "1")
     assert launch(arguments("changed", *options, *first), 2, folder).codes == [0, 0]

@@ -1,4 +1,5 @@
-"""Run folders of an earlier version go on: with their recorded settings, and to the losses that were recorded."""
+"""Run folders of an earlier version go on: with their recorded settings, and to the losses that were
+recorded."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ pytestmark = [
 # What DeepSpeed 0.19.8 waits for in a step, as "file.function".
 #
 # Once or twice per optimizer step, between backward and the optimizer, for decisions on the host: whether a
-# gradient is infinite (.item()), whether the norm is one (bool()); stage 3 also moves the norm to the CPU. The other
-# functions build tensors from Python numbers for these.
+# gradient is infinite (.item()), whether the norm is one (bool()); stage 3 also moves the norm to the CPU.
+# The other functions build tensors from Python numbers for these.
 DECISIONS = (
     "has_overflow",
     "is_invalid_grad_norm",
@@ -77,7 +77,8 @@ def stack() -> str:
 
 
 def where_waiting(act: Callable[[], object]) -> tuple[list[str], list[str]]:
-    """Stacks of every call that waits for a stream, an event or a value, and of every wait for the whole device.
+    """Stacks of every call that waits for a stream, an event or a value, and of every wait for the whole
+    device.
 
     PyTorch's debug mode sees the first kind except events, and nothing of the second.
     """

@@ -199,7 +199,8 @@ def test_the_deepspeed_launcher_runs_and_stops_with_it(folder):
 
 
 def test_the_deepspeed_launchers_exit_code_says_nothing_but_the_run_folder_does(folder, undisturbed):
-    """Its per-node launcher killed, the command ends with 0; the processes stop with a checkpoint all the same."""
+    """Its per-node launcher killed, the command ends with 0; the processes stop with a checkpoint all the
+    same."""
     run = folder / "runs" / "killed-launcher"
     process = deepspeed_command(
         folder, "killed-launcher", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

@@ -145,7 +145,8 @@ if "megatron_lpa.pretrain" in sys.orig_argv:
 
 
 def test_a_memory_that_cannot_be_used_is_refused_before_anything_is_set_aside(folder):
-    """A damaged checkpoint is renamed when an older one is loaded; a start that is refused renames nothing."""
+    """A damaged checkpoint is renamed when an older one is loaded; a start that is refused renames
+    nothing."""
     run = folder / "runs" / "remembers"
     more = ["--train.checkpoint_interval", "2", "--train.keep_checkpoints", "0", "--train.steps", "4"]
     assert launch(arguments("remembers", *more), 1, folder).codes == [0]

@@ -14,8 +14,10 @@ from launching import SMALL, TIMEOUT_S, Launch, launch, records
 
 TOP = ["checkpoints", "logs", "tokenizer", "tensorboard", "wandb", "snapshot"]
 INSIDE = [
-    ".lock", "metrics.jsonl", ".metrics.jsonl.partial", "metrics.partial", "config.yaml", "wandb_id", "tokenizer/tokenizer.json",
-    "checkpoints/passed_over.json", "checkpoints/.passed_over.json", "logs/hang/rank_00000.json", "logs/hang/rank_00000.txt",
+    ".lock", "metrics.jsonl", ".metrics.jsonl.partial", "metrics.partial", "config.yaml", "wandb_id",
+    "tokenizer/tokenizer.json",
+    "checkpoints/passed_over.json", "checkpoints/.passed_over.json", "logs/hang/rank_00000.json",
+    "logs/hang/rank_00000.txt",
 ]  # fmt: skip
 INSIDE_FOLDERS = [
     "checkpoints/step_00000002",
@@ -171,7 +173,8 @@ def test_a_run_that_has_lost_its_folder_does_not_go_back_in_it(
     """Retention would remove checkpoints that are another run's by now."""
     name = f"lost-{how}"
     more = [
-        "--train.steps", "10", "--train.eval_interval", "0", "--train.checkpoint_interval", "2", "--train.keep_checkpoints", "1",
+        "--train.steps", "10", "--train.eval_interval", "0", "--train.checkpoint_interval", "2",
+        "--train.keep_checkpoints", "1",
         "--train.max_skipped_steps", "2", "--train.checkpoint_overlap", "false",
     ]  # fmt: skip
     finished = launch(arguments(name, *more), 2, folder, {5: "nan", 6: how})

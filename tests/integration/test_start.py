@@ -1,4 +1,5 @@
-"""Processes that were not started alike are refused before anything is made; whatever hangs at the start is named."""
+"""Processes that were not started alike are refused before anything is made; whatever hangs at the start is
+named."""
 
 from __future__ import annotations
 
@@ -52,12 +53,16 @@ def test_other_files_at_the_same_path_are_noticed(folder: Path, tmp_path: Path) 
     tokens = bytearray((tmp_path / "1" / "data.bin").read_bytes())
     tokens[100:102] = b"\x05\x00" if tokens[100:102] != b"\x05\x00" else b"\x06\x00"
     (tmp_path / "1" / "data.bin").write_bytes(tokens)
-    entry = "import os, sys; os.chdir(sys.argv[1]); from megatron_lpa.pretrain import *; leave(main(sys.argv[2:]))"
+    entry = (
+        "import os, sys; os.chdir(sys.argv[1]); from megatron_lpa.pretrain import *; "
+        "leave(main(sys.argv[2:]))"
+    )
     port, processes = free_port(), []
     for rank in (0, 1):
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         command = [sys.executable, "-c", entry, str(tmp_path / str(rank)), *SMALL, *DATA]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
@@ -87,7 +92,8 @@ def test_a_rank_that_hangs_while_it_opens_data_is_named_and_no_other(folder: Pat
 def test_a_rank_whose_checkpoint_hangs_is_named_and_no_other(folder: Path, overlap: str) -> None:
     """Also where a thread writes it."""
     finished = launch(
-        [*SMALL, *DATA, "--train.steps", "6", "--logging.name", f"writes-{overlap}", "--train.checkpoint_interval", "2",
+        [*SMALL, *DATA, "--train.steps", "6", "--logging.name", f"writes-{overlap}",
+        "--train.checkpoint_interval", "2",
          "--train.checkpoint_overlap", overlap, "--train.step_timeout_s", "8"], 2, folder,
         faults={"write": "hang"},  # type: ignore[dict-item]
     )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Runs that are stopped and started again leave the records of one that never was; a complete one is left alone."""
+"""Runs that are stopped and started again leave the records of one that never was; a complete one is left
+alone."""
 
 from __future__ import annotations
 
@@ -33,8 +34,10 @@ if "megatron_lpa.pretrain" in sys.orig_argv and (step := os.environ.get("STOP_IN
 
 def arguments(name: str, *more: str) -> list[str]:
     return [
-        *SMALL, "--data.prefix", "data", "--data.split", "80,10,10", "--logging.name", name, "--logging.interval", "3",
-        "--train.checkpoint_interval", "4", "--train.keep_checkpoints", "1", "--train.keep_best", "true", *more,
+        *SMALL, "--data.prefix", "data", "--data.split", "80,10,10", "--logging.name", name,
+        "--logging.interval", "3",
+        "--train.checkpoint_interval", "4", "--train.keep_checkpoints", "1", "--train.keep_best", "true",
+        *more,
     ]  # fmt: skip
 
 
@@ -69,7 +72,8 @@ def undisturbed(folder: Path) -> Path:
 def test_a_stop_in_a_validation_changes_no_record(folder, undisturbed, tmp_path, monkeypatch):
     """It is made up by the next start, where its checkpoint learns of it; and means go over the stop.
 
-    The stop after step 4 is amid the interval of steps 4 to 6, and the one after step 8 comes when training is over.
+    The stop after step 4 is amid the interval of steps 4 to 6, and the one after step 8 comes when training
+    is over.
     """
     (tmp_path / "sitecustomize.py").write_text(STOPPED_IN_VALIDATION)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -107,7 +111,8 @@ def test_a_complete_run_is_left_as_it_is(folder, undisturbed):
     [
         (("--train.steps", "6"), "is complete: all 8 steps are trained .*, more than the 6 asked for"),
         (("--train.tokens", "768"), "is complete: all 8 steps are trained .*, more than the 6 asked for"),
-        (("--optim.weight_decay", "1"), "complete: all 8 steps .* other settings than these: optim.weight_decay was 0.0, is 1.0"),
+        (("--optim.weight_decay", "1"),
+        "complete: all 8 steps .* other settings than these: optim.weight_decay was 0.0, is 1.0"),
         (("--train.seed", "1"), "another order: order.seed was 27, is 1"),
         (("--model.norm_eps", "1"), "another model: model.norm_eps was 1e-06, is 1.0"),
         (("--data.split", "70,20,10"), "another order: order.samples_per_epoch was"),

@@ -6,10 +6,11 @@
         assert ended.state == "COMPLETED", cluster.output(ended)
 
 Both nodes declare 128 CPUs, 1 TB of memory and 8 GPUs of type a800, and jobs are scheduled by these numbers
-but run on what the machine has: nothing limits a job. It needs root, and no systemd: the jobs run as root too.
-There is no accounting database, so ``sacct`` does not work; ``scontrol`` remembers jobs for an hour.
+but run on what the machine has: nothing limits a job. It needs root, and no systemd: the jobs run as root
+too. There is no accounting database, so ``sacct`` does not work; ``scontrol`` remembers jobs for an hour.
 
-A requeued job starts again after 11 to 15 s. Jobs, also array tasks, are named as SLURM does: ``12`` or ``12_3``.
+A requeued job starts again after 11 to 15 s. Jobs, also array tasks, are named as SLURM does: ``12`` or
+``12_3``.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ class Cluster:
         return job.output.read_text(errors="replace") if job.output.is_file() else ""
 
     def processes(self, name: str) -> list[int]:
-        """The process numbers of a running job or array task, on all nodes; the batch script's comes first."""
+        """The process numbers of a running job or array task, on all nodes; the batch script's comes
+        first."""
         job, _, task = name.partition("_")
         wanted = (
             {f"SLURM_ARRAY_JOB_ID={job}", f"SLURM_ARRAY_TASK_ID={task}"} if task else {f"SLURM_JOB_ID={job}"}

@@ -2,9 +2,9 @@
 
     python keeper.py COMMAND [ARGUMENT ...]
 
-The kernel gives it every process that the daemon leaves behind (slurmd detaches its job steps), so that none is
-ever lost. Its standard input is a pipe that the test run holds: however the run ends, even by SIGKILL, the pipe
-closes. The daemon then gets SIGTERM and, after some seconds, all that is left gets SIGKILL.
+The kernel gives it every process that the daemon leaves behind (slurmd detaches its job steps), so that none
+is ever lost. Its standard input is a pipe that the test run holds: however the run ends, even by SIGKILL, the
+pipe closes. The daemon then gets SIGTERM and, after some seconds, all that is left gets SIGKILL.
 """
 
 from __future__ import annotations

@@ -21,10 +21,11 @@ def bash(folder: Path, script: str, state: str = "RUNNING", **environment: str) 
     for name in ("squeue", "scancel", "scontrol"):
         (programs / name).write_text(f'#!/bin/bash\necho {name} "$*" >>{folder}/called\necho {state}\n')
         (programs / name).chmod(0o755)
-    before = f'set -euo pipefail; source "$1"; run=run logs=run/logs/7.0 python=("{sys.executable}") asked_by=TERM; '
+    before = f'set -euo pipefail; source "$1"; run=run logs=run/logs/7.0 python=("{sys.executable}") asked_by=TERM; '  # noqa: E501
     done = subprocess.run(
         ["bash", "-c", before + script, "script", str(COMMON)],
-        cwd=folder, env={"PATH": f"{programs}:/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY), "SLURM_JOB_ID": "7", **environment},
+        cwd=folder, env={"PATH": f"{programs}:/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY),
+        "SLURM_JOB_ID": "7", **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout
@@ -79,7 +80,8 @@ def test_what_is_no_port_ends_the_job(site: Path, port: str) -> None:
         ({"0": "step 1\n", "1": ""}, ""),
         ({"0": "step 1\nerror: lr is bad\nerror: later\nexit code 78: x\n"}, ". Training said: lr is bad\n"),
         (
-            {"0": "error: rank 0 lost its connection to another process, which\n", "1": "error: no room on disk\n"},
+            {"0": "error: rank 0 lost its connection to another process, which\n",
+            "1": "error: no room on disk\n"},
             ". Training said: no room on disk\n",
         ),
         ({"0": "error: rank 0 lost its connection to another process, which\n"},
@@ -113,5 +115,6 @@ def test_a_stop_that_loses_steps_is_a_failure(site: Path) -> None:
     code, said = bash(site, "first_log=none; status=1; end_stopped")
     assert code == 143 and not (site / "called").exists()
     assert said.splitlines()[-1] == (
-        "error: stopped, but not in order: what came after step 12 is lost. Training said: the checkpoint could not be written"
+        "error: stopped, but not in order: what came after step 12 is lost. Training said: the checkpoint "
+        "could not be written"
     )

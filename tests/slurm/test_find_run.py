@@ -19,7 +19,8 @@ echo "run=$run"
 
 
 def find_run(folder: Path, restarts: int, *codes: int) -> tuple[int, str, int]:
-    """Exit code and output of a start at which the tool ends with ``codes``, attempt by attempt; and its attempts."""
+    """Exit code and output of a start at which the tool ends with ``codes``, attempt by attempt; and its
+    attempts."""
     (folder / "codes").write_text("".join(f"{code}\n" for code in codes))
     tool = folder / "python"
     tool.write_text(
@@ -29,7 +30,8 @@ def find_run(folder: Path, restarts: int, *codes: int) -> tuple[int, str, int]:
     tool.chmod(0o755)
     done = subprocess.run(
         ["bash", "-c", SCRIPT, "script", str(COMMON), str(restarts), str(tool)],
-        env={"PATH": "/usr/bin:/bin", "HEALTH_PAUSE_S": "0", "SLURM_JOB_ID": "7"}, capture_output=True, text=True,
+        env={"PATH": "/usr/bin:/bin", "HEALTH_PAUSE_S": "0", "SLURM_JOB_ID": "7"}, capture_output=True,
+        text=True,
     )  # fmt: skip
     return done.returncode, done.stdout, len((folder / "attempts").read_text().splitlines())
 

@@ -72,8 +72,10 @@ def test_a_line_nested_without_end_is_no_report(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("time", "x"), ("time", None), ("time", True), ("time", [1]), ("time", float("nan")), ("time", 10**400),
-        ("node", []), ("node", 7), ("node", "n\nerror: y"), ("problem", {"a": 1}), ("facts", []), ("facts", "x"), ("facts", {"torch": []}),
+        ("time", "x"), ("time", None), ("time", True), ("time", [1]), ("time", float("nan")), ("time",
+        10**400),
+        ("node", []), ("node", 7), ("node", "n\nerror: y"), ("problem", {"a": 1}), ("facts", []), ("facts",
+        "x"), ("facts", {"torch": []}),
         ("facts", "x\nerror: y" * 10_000),
     ],
 )  # fmt: skip
@@ -162,7 +164,8 @@ def test_a_disk_too_small_for_the_checkpoints_to_come(
         failed = first_looks_fail(patched, tmp_path, errno.ESTALE, ("scandir", "stat", "lstat"))
         assert "2 checkpoints of about 0.0 GB" in next(tool.disk_problems(tmp_path, config))
         assert str(checkpoint) in failed
-    # What is no checkpoint does not count, whatever a user called it: copies, links to nothing, those set aside.
+    # What is no checkpoint does not count, whatever a user called it: copies, links to nothing, those set
+    # aside.
     for name in ("step_00000004_backup", "step_copy", "damaged_step_00000012", "step_7"):
         shutil.copytree(checkpoint, checkpoint.with_name(name))
     (checkpoint.parent / "step_00000099").symlink_to("nowhere")

@@ -16,8 +16,10 @@ COMMON = REPOSITORY / "slurm" / "common.sh"
 def bash(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run lines after ``common.sh``, in a folder whose ``run`` is the run folder."""
     return subprocess.run(
-        ["bash", "-c", f'set -euo pipefail; source "$1"; run=run python=("{sys.executable}") restarts=0 first_step=4 max_idle=3; {script}', "script", str(COMMON)],
-        cwd=folder, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "HOME": str(folder / "home"), "PYTHONPATH": str(REPOSITORY)} | environment,
+        ["bash", "-c",
+        f'set -euo pipefail; source "$1"; run=run python=("{sys.executable}") restarts=0 first_step=4 max_idle=3; {script}', "script", str(COMMON)],  # noqa: E501
+        cwd=folder, env={"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "HOME": str(folder / "home"),
+        "PYTHONPATH": str(REPOSITORY)} | environment,
         capture_output=True, text=True, timeout=20,
     )  # fmt: skip
 
@@ -72,7 +74,8 @@ def test_a_folder_in_place_of_the_count_ends_the_job(site: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "counted"),
-    [("7 4 2", 3), ("7 04 08", 9), ("8 4 2", 0), ("7 3 2", 0), ("7 4", 0), ("7 4 x", 0), (f"7 4 {'9' * 30}", 0), ("7 4 a[$(x)]", 0)],
+    [("7 4 2", 3), ("7 04 08", 9), ("8 4 2", 0), ("7 3 2", 0), ("7 4", 0), ("7 4 x", 0), (f"7 4 {'9' * 30}",
+    0), ("7 4 a[$(x)]", 0)],
 )  # fmt: skip
 def test_what_a_count_of_idle_starts_may_say(site: Path, content: str, counted: int) -> None:
     (site / "run" / "logs" / "idle_starts").write_text(f"{content}\n")
@@ -118,7 +121,8 @@ def test_operators_are_compiled_outside_the_run_folder(site: Path) -> None:
     ("environment", "expected"),
     [
         ({"XDG_CACHE_HOME": "/caches"}, "/caches/megatron_lpa/operators-7//caches/megatron_lpa/operators-7"),
-        ({"XDG_CACHE_HOME": "caches", "HOME": "/h"}, "/h/.cache/megatron_lpa/operators-7//h/.cache/megatron_lpa/operators-7"),
+        ({"XDG_CACHE_HOME": "caches", "HOME": "/h"},
+        "/h/.cache/megatron_lpa/operators-7//h/.cache/megatron_lpa/operators-7"),
         ({"TORCH_EXTENSIONS_DIR": "/mine"}, "/mine/"),
     ],
 )  # fmt: skip

@@ -47,7 +47,7 @@ def options(*more: str) -> list[str]:
 
 
 def recorded(*lines: str) -> str:
-    """What the job script of a first start leaves in the snapshot, without the line that counts what is left out."""
+    """What the job script of a first start leaves in the snapshot, without the line that counts what is left out."""  # noqa: E501
     Path("job.sh").write_text("".join(f"{line}\n" for line in lines))
     tool = SimpleNamespace(**runpy.run_path(str(TOOL)))
     assert tool.main(options("--job-script", "job.sh")) == 0
@@ -186,17 +186,17 @@ def test_a_secret_stays_out_however_it_is_quoted(
 PLANTED = "sword-fish9"
 SECRET_LINES = [
     *(f"export {name}={PLANTED}" for name in (
-        "HF_TOKEN", "DB_PW", "DB_CREDS", "AWS_CRED", "DBPASS", "SMTPPASS", "LDAP_BINDPW", "GH_PASSWRD", "CURL_USERPWD", "db-pass",
+        "HF_TOKEN", "DB_PW", "DB_CREDS", "AWS_CRED", "DBPASS", "SMTPPASS", "LDAP_BINDPW", "GH_PASSWRD", "CURL_USERPWD", "db-pass",  # noqa: E501
     )),
-    f"HF_TOKEN=${{HF_TOKEN:-{PLANTED}}}", f': "${{HF_TOKEN:={PLANTED}}}"', f"HF_TOKEN=$'{PLANTED} b'", f"HF_TOKEN=a\\ {PLANTED}",
-    f'HF_TOKEN="$(echo {PLANTED})"', f"HF_TOKEN=$(echo a {PLANTED})", f"HF_TOKEN=`echo {PLANTED}`", f'HF_TOKEN="a {PLANTED}',
-    f"HF_TOKEN+={PLANTED}", f"TOKENS=(a {PLANTED})", f"setenv HF_TOKEN {PLANTED}", f"set -gx HF_TOKEN {PLANTED}",
-    f"HF_TOKEN=\\\n{PLANTED}", f"run --password \\\n  {PLANTED}", f"run --api-key={PLANTED}", f"srun --export=ALL,HF_TOKEN={PLANTED} x",
-    f"A=$(HF_TOKEN={PLANTED} run)", f"read -r HF_TOKEN <<< {PLANTED}", f"run <<< 'password: {PLANTED}'", f"password: a {PLANTED}",
+    f"HF_TOKEN=${{HF_TOKEN:-{PLANTED}}}", f': "${{HF_TOKEN:={PLANTED}}}"', f"HF_TOKEN=$'{PLANTED} b'", f"HF_TOKEN=a\\ {PLANTED}",  # noqa: E501
+    f'HF_TOKEN="$(echo {PLANTED})"', f"HF_TOKEN=$(echo a {PLANTED})", f"HF_TOKEN=`echo {PLANTED}`", f'HF_TOKEN="a {PLANTED}',  # noqa: E501
+    f"HF_TOKEN+={PLANTED}", f"TOKENS=(a {PLANTED})", f"setenv HF_TOKEN {PLANTED}", f"set -gx HF_TOKEN {PLANTED}",  # noqa: E501
+    f"HF_TOKEN=\\\n{PLANTED}", f"run --password \\\n  {PLANTED}", f"run --api-key={PLANTED}", f"srun --export=ALL,HF_TOKEN={PLANTED} x",  # noqa: E501
+    f"A=$(HF_TOKEN={PLANTED} run)", f"read -r HF_TOKEN <<< {PLANTED}", f"run <<< 'password: {PLANTED}'", f"password: a {PLANTED}",  # noqa: E501
     f"password: |\n  {PLANTED}\n", f'{{"api_key": "{PLANTED}", "b": 1}}', f"{{'api_key' : '{PLANTED}'}}",
-    f'curl -H "Authorization: Bearer {PLANTED}"', f"curl -H 'authorization: Digest a, {PLANTED}'", f'curl -H "X-Api-Key: {PLANTED}"',
-    f"curl -u me:{PLANTED} x", f"curl -ume:{PLANTED} x", f"curl --user=me:{PLANTED} x", f"sshpass -p {PLANTED} ssh x",
-    f"sshpass -p'{PLANTED}' ssh x", f"wandb login {PLANTED}", f"wandb login --relogin {PLANTED}", f"docker login -u me -p {PLANTED} x",
+    f'curl -H "Authorization: Bearer {PLANTED}"', f"curl -H 'authorization: Digest a, {PLANTED}'", f'curl -H "X-Api-Key: {PLANTED}"',  # noqa: E501
+    f"curl -u me:{PLANTED} x", f"curl -ume:{PLANTED} x", f"curl --user=me:{PLANTED} x", f"sshpass -p {PLANTED} ssh x",  # noqa: E501
+    f"sshpass -p'{PLANTED}' ssh x", f"wandb login {PLANTED}", f"wandb login --relogin {PLANTED}", f"docker login -u me -p {PLANTED} x",  # noqa: E501
     f"machine h login me password {PLANTED}", f"curl https://h/x?a=1&sig={PLANTED}&b=2",
 ]  # fmt: skip
 
@@ -223,7 +223,7 @@ def test_of_a_job_script_little_is_recorded(tool: SimpleNamespace) -> None:
         "cat <<END",
         "swordfish",
         "END",
-        "echo swordfish | srun --export=ALL,Q=swordfish python -m megatron_lpa.pretrain --preset tiny/lpa && echo swordfish",
+        "echo swordfish | srun --export=ALL,Q=swordfish python -m megatron_lpa.pretrain --preset tiny/lpa && echo swordfish",  # noqa: E501
     ) == (
         "#SBATCH --nodes=2 -n 4 --comment <removed> --export=<removed> -J <removed>\n"
         "#SBATCH --gres=gpu:8 -J<removed>\n"
@@ -320,7 +320,7 @@ def test_no_words_of_the_users_come_with_the_job(
     commands = tmp_path / "bin"
     commands.mkdir()
     (commands / "scontrol").write_text(
-        f"#!/bin/sh\ncat <<'END'\nJobId=7 JobName={word} a\n   UserId=u(1) GroupId=g(1)\n   NumNodes=2 NumCPUs=4\n"
+        f"#!/bin/sh\ncat <<'END'\nJobId=7 JobName={word} a\n   UserId=u(1) GroupId=g(1)\n   NumNodes=2 NumCPUs=4\n"  # noqa: E501
         f"   Command=/home/u/run.sh --pw {word}\n   Comment=NumNodes={word}\n   SubmitLine=sbatch {word}\n"
         f"   AdminComment={word} x\n   Extra={word}\n   WorkDir=/home/u\nEND\n"
     )

@@ -290,7 +290,8 @@ def test_nodes_that_cannot_train_are_named_before_training_starts(site: Site) ->
     started = (site.folder / "containers").read_text().splitlines()
     assert all(line.startswith(f"exec --nv my image.sif {sys.executable} ") for line in started)
     assert [line.partition("/tools/")[2].partition(" --")[0] for line in sorted(started)] == [
-        "health_check.py judge 127.0.0.1 127.0.0.2", "health_check.py node", "health_check.py node", "snapshot_run.py",
+        "health_check.py judge 127.0.0.1 127.0.0.2", "health_check.py node", "health_check.py node",
+        "snapshot_run.py",
     ]  # fmt: skip
 
     ended, output = site.ended(wrong)

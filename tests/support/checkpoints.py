@@ -1,4 +1,5 @@
-"""Checkpoints without any training: a state of random numbers, cut at random places and spread over random files."""
+"""Checkpoints without any training: a state of random numbers, cut at random places and spread over random
+files."""
 
 from __future__ import annotations
 
@@ -80,7 +81,8 @@ def random_checkpoint(
         "validation_loss": 2.5,
         "decisions": {"skipped_in_a_row": 2, "losses": [3.5, 0.30000000000000004], "rollbacks": 1},
         "layout": {
-            "tensor_parallel_size": tp_size, "data_parallel_size": 2, "lowdim_layout": lowdim, "zero_stage": 2,
+            "tensor_parallel_size": tp_size, "data_parallel_size": 2, "lowdim_layout": lowdim,
+            "zero_stage": 2,
             "precision": precision, "micro_batch_size": 4,
         },
         "order": dataclasses.asdict(SampleOrder(27, 1000, 8, {"hash": "abc"})),

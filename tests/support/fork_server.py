@@ -1,8 +1,10 @@
-"""A process that has imported what training needs, and forks instead of starting interpreters; see ``forked.py``.
+"""A process that has imported what training needs, and forks instead of starting interpreters; see
+``forked.py``.
 
-It has one thread, so that a fork lacks nothing. A request is a message with the words after ``python``, a folder and
-an environment, and four descriptors: standard input, output, error, and a pipe for the exit code. The answer is the
-number of the new process, which leaves this file by ``main``'s end and then does what a new interpreter would.
+It has one thread, so that a fork lacks nothing. A request is a message with the words after ``python``, a
+folder and an environment, and four descriptors: standard input, output, error, and a pipe for the exit code.
+The answer is the number of the new process, which leaves this file by ``main``'s end and then does what a new
+interpreter would.
 """
 
 from __future__ import annotations
@@ -116,7 +118,8 @@ def main(requests: socket.socket) -> list[str] | None:
 
     sys.path.pop()
     import_training()
-    # Compiled in a fresh clone; and DeepSpeed keeps what it has loaded, so that no process here takes the compiler's lock.
+    # Compiled in a fresh clone; and DeepSpeed keeps what it has loaded, so that no process here takes the
+    # compiler's lock.
     importlib.import_module("deepspeed.comm.torch").build_shm_op()
     refuse_threads()
     requests.send(b"ready")

@@ -1,9 +1,10 @@
-"""Python processes that are ready at once: forked from one that has imported torch, DeepSpeed and the package.
+"""Python processes that are ready at once: forked from one that has imported torch, DeepSpeed and the
+package.
 
     process = Forked(["-m", "megatron_lpa.pretrain", *arguments], folder, {}, out, err)
 
-Starting an interpreter and importing costs each process about five seconds of a processor. What tests the start of the
-interpreter, a launcher, or what is imported when, uses ``subprocess``.
+Starting an interpreter and importing costs each process about five seconds of a processor. What tests the
+start of the interpreter, a launcher, or what is imported when, uses ``subprocess``.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ def _server() -> socket.socket:
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("fork_server.py")), str(theirs.fileno())],
             env=_ENVIRONMENT | {"TORCH_CPP_LOG_LEVEL": "ERROR"},
-            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+            pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            start_new_session=True,
         )  # fmt: skip
     if ours.recv(64) != b"ready":
         raise RuntimeError("no process to fork from could be started; its error is on standard error")

@@ -1,6 +1,7 @@
 """One run of preprocessing on a malformed input, compared with what the oracle says of it.
 
-The cases are in ``tests/unit/preparation/test_preparation_fuzz_*.py``. Each is made from a seed that its failure prints.
+The cases are in ``tests/unit/preparation/test_preparation_fuzz_*.py``. Each is made from a seed that its
+failure prints.
 """
 
 from __future__ import annotations
@@ -171,7 +172,8 @@ class Bench:
         assert next(documents, None) is None and not left
 
     def _check_error(self, path: Path, lines: list[int], drop: tuple[str, ...]) -> None:
-        """The first bad record is named; told to leave it out after all, the run goes on to the same files."""
+        """The first bad record is named; told to leave it out after all, the run goes on to the same
+        files."""
         expected = self.outputs()
         shutil.rmtree(self.folder / "out")
         with pytest.raises(UserError) as caught, time_limit():

@@ -27,7 +27,8 @@ def whole_manifest(step: int, files: Mapping[str, Any], **more: Any) -> dict[str
         },
         "order": {"seed": 27, "samples_per_epoch": 1000, "samples_per_step": 8, "data": {"hash": "abc"}},
         "model": {
-            "vocab_size": 64, "dropout": 0.1, "num_kv_heads": None, "tie_embeddings": False, "norm": "rmsnorm",
+            "vocab_size": 64, "dropout": 0.1, "num_kv_heads": None, "tie_embeddings": False,
+            "norm": "rmsnorm",
             "projections": {"q": {"kind": "lowdim", "rank": 8}},
         },
         "config": {"train": {"precision": "bf16"}},

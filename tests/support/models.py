@@ -45,7 +45,8 @@ MODELS = {
         SETTING_1, vocab_size=61, pad_vocab_to_multiple_of=4, tie_embeddings=True, activation="gelu",
         lm_head_bias=False, projections=LPA,
     ),
-    "output_biases": replace(SETTING_2, projections=lowdim(bias="output", q=8, k=4, v=8, o=8, up=16, down=12)),
+    "output_biases": replace(SETTING_2, projections=lowdim(bias="output", q=8, k=4, v=8, o=8, up=16,
+    down=12)),
     "both_biases_gelu_tanh": replace(
         SETTING_1, activation="gelu_tanh", projections=lowdim(bias="both", q=8, k=8, o=8, up=16, down=12),
     ),

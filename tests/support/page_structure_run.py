@@ -1,4 +1,5 @@
-"""The structure of docs/adding_a_structure.md from training to conversion. Run with the copy of the package that has it.
+"""The structure of docs/adding_a_structure.md from training to conversion. Run with the copy of the package
+that has it.
 
 PYTHONPATH=<copy>:tests python tests/support/page_structure_run.py FOLDER
 """
@@ -123,8 +124,8 @@ def costs_are_those_of_what_is_built(world: World) -> None:
         saved_bytes_per_token_layer(one_layer, ParallelConfig(size), TrainConfig(precision="fp32"))[0]
         for size in (1, 2)
     ]
-    # Halved: q, k, v, attention's output, the log-sum-exp, the FFN's output; the latents of o and down. Not those of
-    # q, k, v, up, which every rank gathers.
+    # Halved: q, k, v, attention's output, the log-sum-exp, the FFN's output; the latents of o and down. Not
+    # those of q, k, v, up, which every rank gathers.
     assert kept[0] - kept[1] == 4 * (4 * 32 + 4 + 48 + 2 * 16) // 2
 
 

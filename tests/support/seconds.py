@@ -1,7 +1,8 @@
 """Which tests take long: ``python tests/support/seconds.py report.xml`` writes ``tests/seconds.json``.
 
-The report is pytest's: ``make test TEST_ARGS=--junitxml=report.xml``. ``conftest.py`` starts long files first, and leaves slow
-tests out of ``make test-quick``. A test that is not in the file is quick, so a record that is old does no harm.
+The report is pytest's: ``make test TEST_ARGS=--junitxml=report.xml``. ``conftest.py`` starts long files
+first, and leaves slow tests out of ``make test-quick``. A test that is not in the file is quick, so a record
+that is old does no harm.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ LONG_FILE_S, SLOW_TEST_S = 3.0, 1.0
 
 
 def recorded(report: Path) -> dict[str, int]:
-    """Seconds of long files and, by their names in them without parameters, of the longest case of slow tests."""
+    """Seconds of long files and, by their names in them without parameters, of the longest case of slow
+    tests."""
     files: dict[str, float] = defaultdict(float)
     tests: dict[str, float] = defaultdict(float)
     for case in ElementTree.parse(report).iter("testcase"):

@@ -36,7 +36,8 @@ def random_documents(seed: int, count: int, longest: int = 40) -> list[list[int]
 def manifest_of(
     prefix: Path | str, documents: Sequence[Sequence[int]], block_bytes: int = 1 << 26
 ) -> Manifest:
-    """What preprocessing two equal source files and subsets would have recorded of the files at ``prefix``."""
+    """What preprocessing two equal source files and subsets would have recorded of the files at
+    ``prefix``."""
     half = len(documents) // 2
     tokens = [len(document) for document in documents]
     name = Path(prefix).name

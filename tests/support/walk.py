@@ -2,9 +2,10 @@
 
     python walk.py OUTPUT ARGUMENTS of megatron_lpa.pretrain
 
-OUTPUT gets JSON: under ``steps`` a list of names for each optimizer step, of all that is entered from its forward pass up to
-that of the next one: one iteration of the loop, callbacks included. Under ``saves`` one for each checkpoint, from
-``begin_save`` to the end of ``complete``, with the thread that writes it, without what calls the two.
+OUTPUT gets JSON: under ``steps`` a list of names for each optimizer step, of all that is entered from its
+forward pass up to that of the next one: one iteration of the loop, callbacks included. Under ``saves`` one
+for each checkpoint, from ``begin_save`` to the end of ``complete``, with the thread that writes it, without
+what calls the two.
 """
 
 from __future__ import annotations

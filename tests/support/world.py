@@ -1,7 +1,7 @@
 """A world of processes that lives through a whole test session and runs many cases.
 
-Joining costs time, so processes start once per world size; see ``forked.py``. A case is a module-level function
-``case(*arguments)`` that every rank runs; it returns something picklable.
+Joining costs time, so processes start once per world size; see ``forked.py``. A case is a module-level
+function ``case(*arguments)`` that every rank runs; it returns something picklable.
 """
 
 from __future__ import annotations
@@ -82,8 +82,10 @@ class World:
         for rank in range(size):
             ours, theirs = socket.socketpair()
             environment = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port), "PYTHONPATH": os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")]),
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port), "PYTHONPATH": os.pathsep.join([TESTS, os.environ.get("PYTHONPATH",
+                "")]),
             }  # fmt: skip
             words = ["-c", "from support.world import serve; serve()"]
             with theirs:

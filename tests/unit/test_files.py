@@ -267,7 +267,8 @@ def test_what_is_there_is_told_as_it_is(tmp_path: Path) -> None:
         for name in ("folder", "file", "pipe", "to-file", "to-folder", "to-nothing", "loop", "gone", "file/x")
     }
     assert found == {
-        "folder": "1100", "file": "1010", "pipe": "1000", "to-file": "1011", "to-folder": "1101", "to-nothing": "0001",
+        "folder": "1100", "file": "1010", "pipe": "1000", "to-file": "1011", "to-folder": "1101",
+        "to-nothing": "0001",
         "loop": "0001", "gone": "0000", "file/x": "0000",
     }  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""Whatever a callback hands in, what is written is JSON and a record that the tools read, or a clear refusal."""
+"""Whatever a callback hands in, what is written is JSON and a record that the tools read, or a clear
+refusal."""
 
 from __future__ import annotations
 
@@ -28,10 +29,11 @@ def read_back(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_what_is_not_finite_is_null_and_named() -> None:
-    given = {"kind": "valid", "step": 4, "tokens": 9, "loss": math.nan, "perplexity": math.inf, "norms": [1.0, -math.inf]}  # fmt: skip
+    given = {"kind": "valid", "step": 4, "tokens": 9, "loss": math.nan, "perplexity": math.inf, "norms": [1.0, -math.inf]}  # fmt: skip  # noqa: E501
     record, as_text = finished(given, 4, 5.0)
     assert read_back(record) == {
-        "kind": "valid", "step": 4, "tokens": 9, "loss": None, "perplexity": None, "norms": [1.0, None], "time": 5.0,
+        "kind": "valid", "step": 4, "tokens": 9, "loss": None, "perplexity": None, "norms": [1.0, None],
+        "time": 5.0,
         "not_finite": {"loss": "nan", "perplexity": "inf", "norms.1": "-inf"},
     }  # fmt: skip
     assert as_text == []

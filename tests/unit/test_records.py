@@ -1,4 +1,5 @@
-"""Writing a file of records anew: nothing is lost in between, whatever the disk can do, and whenever it fails."""
+"""Writing a file of records anew: nothing is lost in between, whatever the disk can do, and whenever it
+fails."""
 
 from __future__ import annotations
 

@@ -14,12 +14,15 @@ from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.run_folder import refuse_links
 
 FOLDERS = [
-    "checkpoints", "checkpoints/step_00000010", "checkpoints/.step_00000010.partial", "checkpoints/.step_00000010.removed",
-    "checkpoints/.step_00000010.replaced", "checkpoints/damaged_step_00000010", "checkpoints/passed_step_00000010", "logs", "logs/hang", "logs/77.0", ".snapshot.7.1", "tokenizer",
+    "checkpoints", "checkpoints/step_00000010", "checkpoints/.step_00000010.partial",
+    "checkpoints/.step_00000010.removed",
+    "checkpoints/.step_00000010.replaced", "checkpoints/damaged_step_00000010",
+    "checkpoints/passed_step_00000010", "logs", "logs/hang", "logs/77.0", ".snapshot.7.1", "tokenizer",
     "tensorboard", "wandb", ".wandb", "snapshot",
 ]  # fmt: skip
 FILES = [
-    ".lock", "metrics.jsonl", ".metrics.jsonl.partial", "metrics.damaged.jsonl", "metrics.damaged.2.jsonl", "config.yaml",
+    ".lock", "metrics.jsonl", ".metrics.jsonl.partial", "metrics.damaged.jsonl", "metrics.damaged.2.jsonl",
+    "config.yaml",
     "wandb_id", "tokenizer/tokenizer.json", "tokenizer/any.tiktoken", "checkpoints/passed_over.json",
     "checkpoints/step_00000010/DAMAGED.txt", "tensorboard/events.out.tfevents.1", "logs/hang/rank_00000.json",
 ]  # fmt: skip

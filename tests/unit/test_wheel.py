@@ -1,4 +1,5 @@
-"""What is installed from a wheel works without the repository: the console command, from text to a trained model."""
+"""What is installed from a wheel works without the repository: the console command, from text to a trained
+model."""
 
 from __future__ import annotations
 
@@ -69,14 +70,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs a program of a new environment with the wheel, in an empty folder: ``run("python", ...)``.
 
-    What the package depends on is that of this environment, which an installed file of paths adds: it is large, and
-    whatever is installed here in place (an editable installation) does not count there.
+    What the package depends on is that of this environment, which an installed file of paths adds: it is
+    large, and whatever is installed here in place (an editable installation) does not count there.
     """
     environment, cwd = tmp_path_factory.mktemp("environment"), tmp_path_factory.mktemp("elsewhere")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     programs = environment / "bin"
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(programs / "python"), "--disable-pip-version-check", "install",
+        [sys.executable, "-m", "pip", "--python", str(programs / "python"), "--disable-pip-version-check",
+        "install",
          "--quiet", "--no-index", "--no-deps", str(wheel)],
         check=True, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
     )  # fmt: skip
@@ -92,7 +94,7 @@ def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     def run(program: str, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [str(programs / program), *map(str, arguments)], cwd=cwd, env=variables, capture_output=True, text=True
+            [str(programs / program), *map(str, arguments)], cwd=cwd, env=variables, capture_output=True, text=True  # noqa: E501
         )  # fmt: skip
         assert done.returncode == code, done.stdout + done.stderr
         return done

@@ -13,8 +13,8 @@ from megatron_lpa.errors import UserError, named, shown
 from megatron_lpa.files import UnusableFile, read_json, unreadable
 
 FORMAT = 2
-# The Pile's, of 51 billion tokens, has 0.2 MB: 1,600 checksums and 30 sources. A source for each of a million input files
-# are 0.4 GB.
+# The Pile's, of 51 billion tokens, has 0.2 MB: 1,600 checksums and 30 sources. A source for each of a million
+# input files are 0.4 GB.
 MOST_MANIFEST_BYTES = 1 << 30
 MOST_CHARACTERS = 4096
 """Of a text: the longest path that Linux takes. Names of subsets may be longer."""
@@ -43,8 +43,8 @@ class SourceRecord:
         size_bytes: of the file; 0 for a dataset.
         sha256: of the file as it lies on disk, in hex; ``None`` for a dataset.
         documents: that it gave.
-        config, split, revision: of a dataset; the revision is the hub's commit, or a hash over the names, sizes and
-            dates of a local folder's files.
+        config, split, revision: of a dataset; the revision is the hub's commit, or a hash over the names,
+            sizes and dates of a local folder's files.
     """
 
     path: str

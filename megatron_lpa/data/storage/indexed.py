@@ -59,7 +59,8 @@ def idx_path(prefix: str | Path) -> Path:
 class IndexedDataset:
     """A token dataset; opening it checks the whole index, but reads no tokens.
 
-    The index and whole documents are memory-mapped. What training reads, ``tokens``, is not (see ``reading.py``).
+    The index and whole documents are memory-mapped. What training reads, ``tokens``, is not (see
+    ``reading.py``).
 
     A document may consist of several sequences (Megatron splits some by sentences) or of none.
 
@@ -111,7 +112,8 @@ class IndexedDataset:
             raise UserError(f"{self._bin_path}: holds no tokens; check the input text and {_REBUILD}")
 
     def _map_index(self) -> tuple[np.dtype[Any], int, int]:
-        """Maps the index once its header fits its size; dtype, sequences and document indices. One attempt."""
+        """Maps the index once its header fits its size; dtype, sequences and document indices. One
+        attempt."""
         with io.BufferedReader(cast(io.RawIOBase, open_regular(self._idx_path))) as stream:
             actual_bytes = os.fstat(stream.fileno()).st_size
             described = self._read_header(stream.read(HEADER.size), actual_bytes)
@@ -145,7 +147,8 @@ class IndexedDataset:
         return dtype, num_sequences, num_indices
 
     def _check_sequences(self) -> int:
-        """Where the last sequence ends, in bytes, once each is known to begin where the one before it ends."""
+        """Where the last sequence ends, in bytes, once each is known to begin where the one before it
+        ends."""
         end_bytes = 0
         for start in range(0, len(self._sizes), _CHECK_BLOCK):
             sizes = self._sizes[start : start + _CHECK_BLOCK].astype(np.int64)
@@ -238,7 +241,8 @@ class IndexedDataset:
         return self._reader.mapped()
 
     def sequence_sizes(self, start: int, stop: int) -> np.ndarray:
-        """Tokens of sequences ``start`` to ``stop``: a read-only int32 ``(stop - start,)`` view of the index."""
+        """Tokens of sequences ``start`` to ``stop``: a read-only int32 ``(stop - start,)`` view of the
+        index."""
         if not 0 <= start <= stop <= self.num_sequences:
             raise IndexError(f"sequences {start}:{stop} of {self.num_sequences} in {self.prefix}")
         return self._sizes[start:stop]

@@ -19,7 +19,10 @@ def meant_instead(prefix: str) -> str:
     """Advice for a message: datasets near by, or what makes one."""
     write = "give the prefix of a dataset that tools/preprocess_data.py wrote"
     if prefix.endswith(_TEXT) and os.path.exists(prefix):
-        return f"{shown(prefix)} is text: make a dataset of it with tools/preprocess_data.py, and give its prefix"
+        return (
+            f"{shown(prefix)} is text: make a dataset of it with tools/preprocess_data.py, and give its "
+            "prefix"
+        )
     folder, name = (prefix.rstrip("/"), "") if os.path.isdir(prefix) else os.path.split(prefix)
     try:
         there = [found[:-4] for found in names_in(folder or ".") if found.endswith(".idx")]

@@ -1,7 +1,7 @@
 """Files that grow for hours and appear whole or not at all.
 
-``files.write_whole`` is for small ones: here a killed process leaves what a later one goes on with, and a lock keeps two
-from writing one file.
+``files.write_whole`` is for small ones: here a killed process leaves what a later one goes on with, and a
+lock keeps two from writing one file.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class PartialFile:
             os.close(descriptor)
 
     def _open(self) -> int:
-        """The leftover, or a new file. A link, or a file that has another name as well, is let go of first: what it leads
-        to stays as it is.
+        """The leftover, or a new file. A link, or a file that has another name as well, is let go of first:
+        what it leads to stays as it is.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         while True:
@@ -131,8 +131,8 @@ class PartialFile:
         except FileExistsError:
             os.close(descriptor)
             raise WrittenElsewhere(
-                f"{self.path}: another process may be writing it, as this file system has no locks and {lock} "
-                "exists; it names the process: if that one is gone, remove the file"
+                f"{self.path}: another process may be writing it, as this file system has no locks and "
+                f"{lock} exists; it names the process: if that one is gone, remove the file"
             ) from None
         self._lock_file = lock
 

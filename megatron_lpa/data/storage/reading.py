@@ -90,7 +90,8 @@ class PatientFile(io.RawIOBase):
         return patiently(attempt, self._path)
 
     def _open_again(self) -> None:
-        """A handle that went stale stays so. Another file under the same name is none of ours: the old one stays open."""
+        """A handle that went stale stays so. Another file under the same name is none of ours: the old one
+        stays open."""
         try:
             file, size_bytes = self._open()
         except (OSError, UserError):
@@ -136,8 +137,10 @@ class PatientFile(io.RawIOBase):
 
 
 class TokenReader:
-    """The tokens of a ``.bin`` file, which stays open. They are read by system calls, so that an error of the disk is an
-    exception: through a mapping, the same error is SIGBUS, which ends the process without a word about the file.
+    """The tokens of a ``.bin`` file, which stays open. They are read by system calls, so that an error of the
+    disk is an
+    exception: through a mapping, the same error is SIGBUS, which ends the process without a word about the
+        file.
 
     Args:
         path: the file.
@@ -159,7 +162,8 @@ class TokenReader:
 
         Raises:
             OSError: with the file and the offset: it may not be read.
-            TryAgain: with these, after several attempts: the disk does not give them, or the file has become shorter.
+            TryAgain: with these, after several attempts: the disk does not give them, or the file has become
+                shorter.
         """
         size = self._dtype.itemsize
         return np.frombuffer(self._file.read_at(start * size, (stop - start) * size), dtype=self._dtype)

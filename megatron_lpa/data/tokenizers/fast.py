@@ -36,8 +36,8 @@ class WrongIdsError(UserError):
 class FastTokenizer:
     """Encodes with ``engine``, and with the reference the texts on which the two are known to differ.
 
-    The ids are the reference's. ``accelerate`` has compared the two before; in the run one text of every 4 MB, or
-    a piece of it, is compared too. Which texts depends on the texts only.
+    The ids are the reference's. ``accelerate`` has compared the two before; in the run one text of every 4
+    MB, or a piece of it, is compared too. Which texts depends on the texts only.
 
     Args:
         reference: the plain tokenizer.
@@ -122,14 +122,15 @@ class FastTokenizer:
         self.checks += 1
         if found.tolist() != self.reference.encode(text):
             raise WrongIdsError(
-                f"tokenizer {self.name!r}: gigatoken gives other ids than {self.reference.engine} for the text "
-                f"{shortened(text, 200)}; what was written so far may be wrong too and is discarded; start again "
-                "with --engine reference"
+                f"tokenizer {self.name!r}: gigatoken gives other ids than {self.reference.engine} for the "
+                f"text {shortened(text, 200)}; what was written so far may be wrong too and is discarded; "
+                "start again with --engine reference"
             )
 
 
 def accelerate(reference: Tokenizer, probed: bool = False) -> Tokenizer:
-    """``reference`` behind gigatoken where that gives the same ids, else ``reference`` with a ``fallback_reason``.
+    """``reference`` behind gigatoken where that gives the same ids, else ``reference`` with a
+    ``fallback_reason``.
 
     ``probed`` takes the equality for known, see :func:`load_tokenizer`.
     """

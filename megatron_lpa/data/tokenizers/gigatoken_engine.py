@@ -32,8 +32,8 @@ import psutil
 from megatron_lpa.errors import shown
 
 # gigatoken remembers every word that it has seen, without bound: 400 MB of random words of 9 letters grew
-# the process to 3.2 GB (of 40 letters to 2.2 GB), 65 MB of real text by 0.07 GB; its SentencePiece backend stayed at
-# 0.3 GB. A tokenizer loaded anew starts empty: with it 300 MB of random words peaked at 0.43 GB.
+# the process to 3.2 GB (of 40 letters to 2.2 GB), 65 MB of real text by 0.07 GB; its SentencePiece backend
+# stayed at 0.3 GB. A tokenizer loaded anew starts empty: with it 300 MB of random words peaked at 0.43 GB.
 CACHE_LIMIT_BYTES = 256 * 2**20
 _MEASURE_CHARACTERS = 2**20
 
@@ -65,7 +65,8 @@ class GigatokenEngine:
 
     def __call__(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids ``(tokens,)`` uint32 and tokens per text ``(len(texts),)`` int64."""
-        # Not encode_batch: for SentencePiece that forgets its words after every batch, and it imports awkward.
+        # Not encode_batch: for SentencePiece that forgets its words after every batch, and it imports
+        # awkward.
         encode = self._tokenizer.encode
         parts = [encode(text) for text in texts]
         sizes = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
@@ -131,7 +132,8 @@ def refusal(config: Any) -> str | None:
 
 @functools.cache
 def new_in_unicode() -> re.Pattern[str]:
-    """Matches a code point on which the Unicode versions of the engines may disagree, or half a surrogate pair.
+    """Matches a code point on which the Unicode versions of the engines may disagree, or half a surrogate
+    pair.
 
     What this Python takes for unassigned is included, for it may be a letter to a newer gigatoken.
     """

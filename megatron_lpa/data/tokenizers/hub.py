@@ -22,7 +22,8 @@ def hub_files(name: str) -> tuple[Path, Path | None]:
 
     Raises:
         UserError: no such name.
-        TryAgain: no network, after at most ``HUB_WAIT_S`` seconds without an answer, or the cache's disk does not answer.
+        TryAgain: no network, after at most ``HUB_WAIT_S`` seconds without an answer, or the cache's disk does
+            not answer.
     """
     if not _HUB_NAME.fullmatch(name) or name.endswith(_FILE_ENDINGS):
         raise UserError(f"{name}: no such tokenizer file or folder; check the path")

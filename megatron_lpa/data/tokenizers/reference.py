@@ -49,7 +49,8 @@ class HuggingFaceTokenizer:
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
             raise UserError(
-                f"{file}: not a tokenizer.json that tokenizers can read ({first_line(error)}); give another file"
+                f"{file}: not a tokenizer.json that tokenizers can read ({first_line(error)}); give another "
+                "file"
             ) from error
         # Files saved after fine-tuning often cut every text at a few hundred tokens, or pad it.
         self._tokenizer.no_truncation()

@@ -160,7 +160,8 @@ def _parse_ranks(data: bytes, file: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = _not_negative(int(rank))
         except (ValueError, binascii.Error) as error:
             raise UserError(
-                f"{file}:{number}: not '<base64> <rank>', so this is not a tiktoken rank file ({first_line(error)})"
+                f"{file}:{number}: not '<base64> <rank>', so this is not a tiktoken rank file "
+                f"({first_line(error)})"
             ) from error
     check_ids(ranks.values(), len(ranks), f"{file}: a token")
     if len(set(ranks.values())) < len(ranks):
@@ -200,6 +201,7 @@ def _checked(pattern: Any, special: Any, config_file: Path) -> tuple[str, dict[s
         re.search(r"\S", token) and type(token_id) is int for token, token_id in special.items()
     ):
         raise UserError(
-            f'{config_file}: special_tokens is {shown(special)}; give an object such as {{"<|endoftext|>": 50256}}'
+            f"{config_file}: special_tokens is {shown(special)}; give an object such as "
+            '{"<|endoftext|>": 50256}'
         )
     return pattern, special

@@ -103,7 +103,8 @@ def read_json(file: Path) -> Any:
 
 
 def check_ids(ids: Iterable[object], entries: int, what: str) -> None:
-    """Refuses ids that no tokenizer has: libraries make tables as long as the largest id, and a stranger wrote it.
+    """Refuses ids that no tokenizer has: libraries make tables as long as the largest id, and a stranger
+    wrote it.
 
     Published tokenizers leave gaps, but have no ids far above the number of their entries.
 
@@ -119,8 +120,8 @@ def check_ids(ids: Iterable[object], entries: int, what: str) -> None:
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < limit:
             raise UserError(
-                f"{what} has the id {str(token_id)[:60]}, but ids of {entries:,} tokens are whole numbers from 0 "
-                f"to {limit - 1:,} at most; give another file"
+                f"{what} has the id {str(token_id)[:60]}, but ids of {entries:,} tokens are whole numbers "
+                f"from 0 to {limit - 1:,} at most; give another file"
             )
 
 

@@ -52,8 +52,8 @@ class Callback:
     """
 
     every: int = 1
-    """``after_step`` is called after each step that this divides, and after the last; with 0 never. It may change during
-    a run, on all ranks alike.
+    """``after_step`` is called after each step that this divides, and after the last; with 0 never. It may
+    change during a run, on all ranks alike.
     """
 
     def on_start(self, run: Run) -> None:
@@ -99,7 +99,8 @@ class Sink:
         """One record of ``metrics.jsonl``."""
 
     def has_record(self, kind: str, step: int) -> bool:
-        """Whether it holds a record of this kind and step, of whichever start; False where it does not know."""
+        """Whether it holds a record of this kind and step, of whichever start; False where it does not
+        know."""
         return False
 
     def flush(self) -> None:

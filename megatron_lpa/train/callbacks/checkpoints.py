@@ -42,7 +42,8 @@ class Checkpoints(Callback):
         self._saving: PendingCheckpoint | None = None
 
     def on_start(self, run: Run) -> None:
-        """Record what was noticed while resuming; a validation made up for counts for the checkpoint of its step."""
+        """Record what was noticed while resuming; a validation made up for counts for the checkpoint of its
+        step."""
         self.every = run.config.train.checkpoint_interval
         if run.resumed is not None:
             self.saved_step = run.resumed.progress.step
@@ -64,7 +65,8 @@ class Checkpoints(Callback):
         """Save at the interval, and complete what is on its way.
 
         Raises:
-            RollBack: on all ranks, when the state is not finite. Nothing is saved, so that a diverged model never
+            RollBack: on all ranks, when the state is not finite. Nothing is saved, so that a diverged model
+            never
                 takes the place of a good checkpoint.
             UserError: the checkpoint cannot be written and ``train.on_checkpoint_failure`` is ``stop``.
         """
@@ -95,9 +97,9 @@ class Checkpoints(Callback):
         if run.config.train.on_checkpoint_failure == "stop":
             raise error
         warning = (
-            f"step {run.progress.step}: {error}; training goes on and the next attempt is {next_attempt}; what was "
-            "trained since the last checkpoint would be lost "
-            "(train.on_checkpoint_failure=stop ends the run instead)"
+            f"step {run.progress.step}: {error}; training goes on and the next attempt is {next_attempt}; "
+            "what was trained since the last checkpoint would be lost (train.on_checkpoint_failure=stop "
+            "ends the run instead)"
         )
         if run.is_main:
             logger.warning(warning)
@@ -116,8 +118,8 @@ class Checkpoints(Callback):
         """Save whatever has not been saved.
 
         Raises:
-            UserError: the state is not finite, and no next start would go back because of it: the run is complete, or
-                has no checkpoint.
+            UserError: the state is not finite, and no next start would go back because of it: the run is
+                complete, or has no checkpoint.
         """
         if self._saving is not None:
             try:
@@ -130,8 +132,8 @@ class Checkpoints(Callback):
             if run.stopping.stopped_by and self.saved_step >= 0:
                 self._record(
                     run,
-                    f"nothing is saved: {problem}; the next start goes on from step {self.saved_step}, and goes back when "
-                    "it comes to a checkpoint like this",
+                    f"nothing is saved: {problem}; the next start goes on from step {self.saved_step}, and "
+                    "goes back when it comes to a checkpoint like this",
                 )
                 return
             raise UserError(f"step {run.progress.step}: {problem}; {DIVERGED}") from problem

@@ -22,7 +22,8 @@ _NEVER_SHOWN = ("kind", "step", "time", SAID, NOT_FINITE)
 
 
 class Console(Sink):
-    """Readable lines on stdout, and a progress bar on a terminal. What somebody has said already is not said again."""
+    """Readable lines on stdout, and a progress bar on a terminal. What somebody has said already is not said
+    again."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -82,7 +83,8 @@ class Console(Sink):
 
 
 class Speed:
-    """How long the steps that are left will take, by all that this process has done since its first record."""
+    """How long the steps that are left will take, by all that this process has done since its first
+    record."""
 
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None
@@ -132,8 +134,8 @@ def _ours(clock: str, place: str, record: Record, left_s: float | None) -> str |
     start = f"{clock} step {place}"
     if record["kind"] in ("valid", "test") and "tokens_evaluated" in record:
         return (
-            f"{start} {record['kind']} loss {_loss(record)} perplexity {_perplexity(record.get('perplexity'))}"
-            f" {record['tokens_evaluated']:,} tokens"
+            f"{start} {record['kind']} loss {_loss(record)} perplexity "
+            f"{_perplexity(record.get('perplexity'))} {record['tokens_evaluated']:,} tokens"
         )
     if record["kind"] == "event" and isinstance(record.get("message"), str):
         return f"{start} {_one_line(record['message'])}"

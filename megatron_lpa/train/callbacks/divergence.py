@@ -16,18 +16,20 @@ from megatron_lpa.train.state import Run
 class Divergence(Callback):
     """Counts skipped steps and watches the loss. First in the order, so that no other sees a step that goes.
 
-    The engine skips a step on all ranks alike when the global norm of the gradient is not finite. What is known of the
-    steps before is in ``decisions`` and nowhere else: a checkpoint of this very step holds it.
+    The engine skips a step on all ranks alike when the global norm of the gradient is not finite. What is
+    known of the steps before is in ``decisions`` and nowhere else: a checkpoint of this very step holds it.
     """
 
     def __init__(self, metrics: Metrics) -> None:
         self.decisions = AT_START
-        """What decides whether the run goes back; as of ``run.progress``, like everything that a checkpoint holds."""
+        """What decides whether the run goes back; as of ``run.progress``, like everything that a checkpoint
+        holds."""
         self._metrics = metrics
         self._skipped = 0
 
     def on_start(self, run: Run) -> None:
-        """Take note of how many steps an earlier start skipped, and forget losses that are of no use any more."""
+        """Take note of how many steps an earlier start skipped, and forget losses that are of no use any
+        more."""
         self._go_on_from(run, run.resumed)
 
     def after_rollback(self, run: Run, resumed: Resumed) -> None:
@@ -65,16 +67,17 @@ class Divergence(Callback):
         mean = self.decisions.mean_loss()
         if mean is not None and loss > mean + limit:
             raise RollBack(
-                f"the loss is {loss:.4f}, more than train.loss_spike={limit:g} above the {mean:.4f} of the last "
-                f"{len(self.decisions.losses)} steps",
+                f"the loss is {loss:.4f}, more than train.loss_spike={limit:g} above the {mean:.4f} of the "
+                f"last {len(self.decisions.losses)} steps",
                 self.decisions,
             )
 
     def _tell_skipped(self, run: Run) -> None:
         end = run.progress.position
         message = (
-            f"the gradient is not finite: the step changed nothing, and samples {end - run.config.train.global_batch_size:,} "
-            f"to {end - 1:,} of the order are passed over ({self.decisions.skipped_in_a_row} in a row, {self._skipped} in all)"
+            "the gradient is not finite: the step changed nothing, and samples "
+            f"{end - run.config.train.global_batch_size:,} to {end - 1:,} of the order are passed over "
+            f"({self.decisions.skipped_in_a_row} in a row, {self._skipped} in all)"
         )
         self._metrics.on_event(run, f"step {run.progress.step}: {message}")
 
@@ -82,8 +85,8 @@ class Divergence(Callback):
 def _agreed_loss(run: Run, report: StepReport) -> float:
     """The largest of all ranks' losses, infinite when any is not finite.
 
-    Ranks of one tensor-parallel group may have sums that differ in the last bit. All decide by one number, which is the one that
-    a checkpoint holds.
+    Ranks of one tensor-parallel group may have sums that differ in the last bit. All decide by one number,
+    which is the one that a checkpoint holds.
     """
     own = float(run.engine.mean_over_replicas(report.result.loss))
     losses = gather_numbers(own, run.engine.groups)

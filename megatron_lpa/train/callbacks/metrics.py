@@ -27,8 +27,9 @@ logger = logging.getLogger(__name__)
 class Metrics(Callback):
     """Makes one record per logging interval and hands every record to all sinks on rank 0.
 
-    Losses stay on the device until the interval ends or a checkpoint is written, so that the steps between never wait
-    for it. A mean is over all steps since the last record, also those before a stop; times are those of this start.
+    Losses stay on the device until the interval ends or a checkpoint is written, so that the steps between
+    never wait for it. A mean is over all steps since the last record, also those before a stop; times are
+    those of this start.
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
@@ -41,7 +42,8 @@ class Metrics(Callback):
         self._step_s = self._data_wait_s = 0.0
 
     def on_start(self, run: Run) -> None:
-        """Open all sinks, once each has seen what an earlier start left; go on with the interval of the stop."""
+        """Open all sinks, once each has seen what an earlier start left; go on with the interval of the
+        stop."""
         if run.resumed is not None:
             self._unrecorded = run.resumed.unrecorded
         # Not told before the first step: a start that trains no step has changed nothing.
@@ -146,8 +148,8 @@ class Metrics(Callback):
         """Hand a record to all sinks; called on every rank, acts on rank 0.
 
         Args:
-            run: the run. Where the record is none that tools can read, that is its problem: all ranks stop at the next
-                agreement, with a checkpoint.
+            run: the run. Where the record is none that tools can read, that is its problem: all ranks stop at
+                the next agreement, with a checkpoint.
             record: as ``finished`` takes it. It needs a kind; ours are train, valid, test and event.
         """
         if not run.is_main:

@@ -1,4 +1,5 @@
-"""The sink that is the record of a run. Its views have modules of their own: the console, TensorBoard, W&B."""
+"""The sink that is the record of a run. Its views have modules of their own: the console, TensorBoard,
+W&B."""
 
 from __future__ import annotations
 
@@ -30,9 +31,10 @@ MOST_WAITING = 10_000
 class MetricsFile(Sink):
     """``metrics.jsonl`` in the run folder: the record of a run, one JSON object per line.
 
-    Records that cannot be written wait in memory, and are tried again with each one that follows: a disk that is full
-    for a while ends no run and leaves no gap. A file that somebody removes, replaces or cuts meanwhile is made whole
-    again as far as it can be, and says itself what is missing. One that gets a second name is written anew under the
+    Records that cannot be written wait in memory, and are tried again with each one that follows: a disk that
+    is full for a while ends no run and leaves no gap. A file that somebody removes, replaces or cuts
+    meanwhile is made whole again as far as it can be, and says itself what is missing. One that gets a second
+    name is written anew under the
     first: a copy made with ``cp -al`` keeps what it has.
     """
 
@@ -199,7 +201,8 @@ class MetricsFile(Sink):
             self._note(f"{self._path} {happened}")
 
     def _look(self) -> tuple[int, bool, int]:
-        """Of the open file: its bytes, -1 where it cannot be read any more; whether it has its name; how many it has."""
+        """Of the open file: its bytes, -1 where it cannot be read any more; whether it has its name; how many
+        it has."""
         assert self._file is not None
         try:
             own = os.fstat(self._file.fileno())

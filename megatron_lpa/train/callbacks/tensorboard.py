@@ -30,7 +30,8 @@ class TensorBoard(Sink):
         self._writer = SummaryWriter(str(run.folder / TENSORBOARD), purge_step=run.progress.step + 1)
 
     def write(self, record: Record) -> None:
-        """Every number under ``<kind>/<name>``, at once: a run that is killed goes on behind what was written."""
+        """Every number under ``<kind>/<name>``, at once: a run that is killed goes on behind what was
+        written."""
         for name, value in numbers(record).items():
             self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"], record.get("time"))
         self._writer.flush()

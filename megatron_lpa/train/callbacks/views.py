@@ -1,4 +1,5 @@
-"""What views of ``metrics.jsonl`` have in common: they show what it says, also after steps have come again."""
+"""What views of ``metrics.jsonl`` have in common: they show what it says, also after steps have come
+again."""
 
 from __future__ import annotations
 

@@ -88,7 +88,8 @@ def read_identity(folder: Path) -> Identity | None:
 def is_copy(identity: Identity, folder: Path) -> bool:
     """Whether a folder is a copy of the one that a W&B run belongs to. One that was moved is none.
 
-    The folder at its former place tells, if it still is one of a W&B run. Where none is there any more, the folder was
+    The folder at its former place tells, if it still is one of a W&B run. Where none is there any more, the
+    folder was
     moved: within a file system it keeps its inode, and else it was moved on this machine.
     """
     own = folder.resolve()
@@ -107,14 +108,16 @@ def is_copy(identity: Identity, folder: Path) -> bool:
 
 
 class WandB(Sink):
-    """Weights & Biases, online or offline; which W&B run belongs to the run folder is kept in it, for resuming.
+    """Weights & Biases, online or offline; which W&B run belongs to the run folder is kept in it, for
+    resuming.
 
-    A W&B run takes nothing back. So where steps come again, and in a copy of a run folder, another W&B run is begun, and
-    gets the records so far as well. Offline, what the one before has in the run folder is put where ``wandb sync`` does
-    not find it; online it gets a tag.
+    A W&B run takes nothing back. So where steps come again, and in a copy of a run folder, another W&B run is
+    begun, and gets the records so far as well. Offline, what the one before has in the run folder is put
+    where ``wandb sync`` does not find it; online it gets a tag.
 
-    W&B gets metrics and the configuration without known secrets. What it would collect by itself it does not: the
-    command, every variable of SLURM (with the job's comment), the repository's address. The snapshot has what matters.
+    W&B gets metrics and the configuration without known secrets. What it would collect by itself it does not:
+    the command, every variable of SLURM (with the job's comment), the repository's address. The snapshot has
+    what matters.
     """
 
     def __init__(self, mode: Literal["offline", "online"]) -> None:

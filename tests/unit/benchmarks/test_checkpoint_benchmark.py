@@ -29,7 +29,8 @@ def test_it_runs_and_records(tmp_path: Path) -> None:
 
 def test_the_table_counts_what_training_loses_of_half_an_hour() -> None:
     result = {
-        "preset": "p", "layers": 2, "parameters": 3e6, "deepspeed_config": "zero3", "device": "cpu", "step_s": 0.5,
+        "preset": "p", "layers": 2, "parameters": 3e6, "deepspeed_config": "zero3", "device": "cpu",
+        "step_s": 0.5,
         "kinds": {
             "at_once": {"blocked_s": 9.0, "total_s": 9.0, "bytes": 18e9},
             "beside": {"blocked_s": 1.0, "slower_s": 0.8, "total_s": 12.0, "bytes": 18e9},

@@ -158,7 +158,10 @@ def test_a_refused_continuation_leaves_the_earlier_log_and_an_accepted_one_adds_
 
 
 def test_a_refusal_of_the_suite_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
-    act = "[p.unlink() for p in folder.iterdir() if p.name != 'gpu_suite.log']; print('error: no way'); sys.exit(2)"
+    act = (
+        "[p.unlink() for p in folder.iterdir() if p.name != 'gpu_suite.log']; print('error: no way'); "
+        "sys.exit(2)"
+    )
     call = called(tmp_path, act)
     _, err = call.communicate(timeout=60)
     assert "UserError: no way" in err.splitlines()[-1] and list(tmp_path.iterdir()) == []

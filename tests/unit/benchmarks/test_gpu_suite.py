@@ -82,7 +82,7 @@ def test_tests_that_failed_in_an_earlier_call_are_not_vouched_for_by_leaving_the
 ) -> None:
     monkeypatch.setattr(suite_tests, "run_tests", lambda *_: FAILED)
     ran(tmp_path, "gate")
-    words = ["--dry-run", "--parts", "tune", "--output", str(tmp_path / "suite.json"), "--continue", str(tmp_path / "suite.json")]  # fmt: skip
+    words = ["--dry-run", "--parts", "tune", "--output", str(tmp_path / "suite.json"), "--continue", str(tmp_path / "suite.json")]  # fmt: skip  # noqa: E501
     with pytest.raises(SystemExit, match="failed: gate"):
         gpu_suite.run(arguments_of(gpu_suite, *words, "--table", str(tmp_path / "shipped.json")))
     assert (tmp_path / "suite.table.json").exists() and not (tmp_path / "shipped.json").exists()

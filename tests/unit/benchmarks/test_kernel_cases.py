@@ -40,7 +40,8 @@ def table() -> dict[Case, tuple[Measured, ...]]:
 
 
 def cases_of(preset: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Case, int]]:
-    """What one layer of the preset's model asks for at its micro-batch, in bf16. Fake tensors take no memory."""
+    """What one layer of the preset's model asks for at its micro-batch, in bf16. Fake tensors take no
+    memory."""
     asked: list[tuple[Case, int]] = []
     plan_of = products.plan_of
 
@@ -52,7 +53,7 @@ def cases_of(preset: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> It
     config = run_config(preset, {"model.num_layers": 1})
     with FakeTensorMode():
         decoder = Decoder(
-            config.model, ParallelGroups.single(), config.parallel.lowdim_layout, recompute_for("none"), config.kernels
+            config.model, ParallelGroups.single(), config.parallel.lowdim_layout, recompute_for("none"), config.kernels  # noqa: E501
         )  # fmt: skip
         ids = torch.zeros(config.train.micro_batch_size, config.model.sequence_length + 1, dtype=torch.long)
         with torch.set_grad_enabled(training):
@@ -105,7 +106,8 @@ def test_only_what_will_be_timed_is_compiled() -> None:
         (n, False) for n in (1, 1, 4, 4, 16, 16)
     ]
     assert not any(plan.backward_tile for _, _, plan in work)
-    # Widths and further tokens add nothing; the backward pass has kernels of its own, and forward one that keeps latents.
+    # Widths and further tokens add nothing; the backward pass has kernels of its own, and forward one that
+    # keeps latents.
     training = [
         Job(Shape(tokens, width, 128), 3, False, True) for tokens, width in ((5120, 768), (98304, 1024))
     ]

@@ -77,7 +77,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     waits = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
         "Event": Event, "CUDAGraph": Graph, "graph": device.capture, "synchronize": device.synchronize,
-        "_sleep": lambda cycles: device.launch(cycles / 2e9), "Stream": lambda: waits, "current_stream": lambda: waits,
+        "_sleep": lambda cycles: device.launch(cycles / 2e9), "Stream": lambda: waits,
+        "current_stream": lambda: waits,
         "stream": lambda stream: contextlib.nullcontext(),
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)

@@ -52,7 +52,8 @@ def test_the_loop_learns(stand_in: None) -> None:
 def test_sizes_are_given_in_its_words(stand_in: None) -> None:
     sizes = official_model(run_config("tiny/lpa", {}).model).sizes
     assert sizes == {
-        "vocab_size": 4096, "embed_dim": 128, "ffn_dim": 384, "num_heads": 4, "head_dim": 32, "attn_lowdim": 32,
+        "vocab_size": 4096, "embed_dim": 128, "ffn_dim": 384, "num_heads": 4, "head_dim": 32,
+        "attn_lowdim": 32,
         "ffn_lowdim": 1, "num_layers": 4, "seq_len": 256, "low_attn": "yes", "low_ffn": "no",
     }  # fmt: skip
 

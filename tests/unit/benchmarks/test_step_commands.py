@@ -1,4 +1,5 @@
-"""``tools/benchmark.py train-step``, ``evaluate-step`` and ``profile`` at tiny sizes; no test looks at a time."""
+"""``tools/benchmark.py train-step``, ``evaluate-step`` and ``profile`` at tiny sizes; no test looks at a
+time."""
 
 from __future__ import annotations
 
@@ -174,7 +175,7 @@ def test_profile(benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "bare_trace.json.gz").stat().st_size > 1000
     assert figures["steps"] == 2 and not figures["on_gpu"]
     assert {"matrix products", "attention", "optimizer", "elementwise"} <= set(figures["categories_ms"])
-    assert sum(figures["categories_ms"].values()) + figures["idle_ms"] == pytest.approx(figures["step_ms"], rel=0.05)  # fmt: skip
+    assert sum(figures["categories_ms"].values()) + figures["idle_ms"] == pytest.approx(figures["step_ms"], rel=0.05)  # fmt: skip  # noqa: E501
     assert "idle gaps" in capsys.readouterr().out
 
 

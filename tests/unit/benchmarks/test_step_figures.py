@@ -23,8 +23,8 @@ from megatron_lpa.planning.flops import flops_per_token_forward
 DENSE = run_config("3b/transformer", {}).model
 LPA = run_config("3b/lpa", {}).model
 
-# Per layer 4 x 4096^2 + 2 x 4096 x 14336 = 184,549,376 matrix elements, twice that in FLOPs, and 2 x 4096 x 4096 for
-# causal attention; 16 layers; the head's 2 x 32000 x 4096; backward is two forwards.
+# Per layer 4 x 4096^2 + 2 x 4096 x 14336 = 184,549,376 matrix elements, twice that in FLOPs, and 2 x 4096 x
+# 4096 for causal attention; 16 layers; the head's 2 x 32000 x 4096; backward is two forwards.
 DENSE_TRAINING = 3 * (16 * (2 * 184_549_376 + 33_554_432) + 262_144_000)
 # q, k, v, o: 4 x 512 x (4096 + 4096) = 16,777,216 in place of 67,108,864.
 LPA_TRAINING = 3 * (16 * (2 * 134_217_728 + 33_554_432) + 262_144_000)
@@ -89,7 +89,8 @@ def test_what_lpa_can_save() -> None:
 def test_llama_has_nearly_the_same_flops() -> None:
     llama = llama_equivalent(DENSE)
     assert llama.ffn_hidden_size == 9600  # two thirds of 14336 is 9557.3; 75 x 128 is nearest
-    # Three matrices of 9600 against two of 14336: (4 x 4096 + 3 x 9600) / (4 x 4096 + 2 x 14336) of the elements.
+    # Three matrices of 9600 against two of 14336: (4 x 4096 + 3 x 9600) / (4 x 4096 + 2 x 14336) of the
+    # elements.
     matrices = 16 * 2 * 4096 * (4 * 4096 + 3 * 9600)
     assert flops_per_token_forward(llama) == matrices + 16 * 33_554_432 + 262_144_000
     assert flops_per_token_forward(llama) / flops_per_token_forward(DENSE) == pytest.approx(1, abs=0.004)

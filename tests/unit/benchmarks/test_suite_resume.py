@@ -146,7 +146,7 @@ def test_figures_of_other_circumstances_are_refused(
     assert re.search(message, line), line
 
 
-@pytest.mark.parametrize(("text", "message"), [("{\"benchm", "cannot be read as a result"), ("[1]", "not a result"), (None, "no such file")])  # fmt: skip
+@pytest.mark.parametrize(("text", "message"), [("{\"benchm", "cannot be read as a result"), ("[1]", "not a result"), (None, "no such file")])  # fmt: skip  # noqa: E501
 def test_what_is_no_result_is_refused(
     text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,7 +51,7 @@ def test_self_times_leave_out_what_is_nested() -> None:
     ]
     assert trace.self_times(operators) == [30, 25, 5, 40, 10]
     assert trace.covered_us(operators) == 100
-    assert trace.covered_us([event("kernel", "a", 0, 10), event("kernel", "b", 5, 10), event("kernel", "c", 20, 5)]) == 20  # fmt: skip
+    assert trace.covered_us([event("kernel", "a", 0, 10), event("kernel", "b", 5, 10), event("kernel", "c", 20, 5)]) == 20  # fmt: skip  # noqa: E501
 
 
 def test_a_step_on_a_gpu() -> None:
@@ -140,7 +140,7 @@ def test_steps_on_a_cpu_from_a_file(tmp_path: Path) -> None:
     assert not figures["on_gpu"] and figures["steps"] == 2 and figures["step_ms"] == pytest.approx(0.1)
     assert figures["categories_ms"] == {"matrix products": 0.025, "optimizer": 0.005}
     assert figures["idle_ms"] == pytest.approx(0.07)
-    assert figures["largest"][0] == {"name": "aten::mm", "ms_per_step": 0.02, "calls_per_step": 0.5, "category": "matrix products"}  # fmt: skip
+    assert figures["largest"][0] == {"name": "aten::mm", "ms_per_step": 0.02, "calls_per_step": 0.5, "category": "matrix products"}  # fmt: skip  # noqa: E501
 
 
 def test_a_trace_without_steps_is_refused() -> None:

@@ -1,4 +1,5 @@
-"""Conversions that are killed or interrupted, meet a full disk or a bad one: nothing is left, or the whole."""
+"""Conversions that are killed or interrupted, meet a full disk or a bad one: nothing is left, or the
+whole."""
 
 from __future__ import annotations
 

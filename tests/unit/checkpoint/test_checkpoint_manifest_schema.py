@@ -1,4 +1,5 @@
-"""Sealed manifests that say what cannot be: damage, told in one short line, whatever the key and the value."""
+"""Sealed manifests that say what cannot be: damage, told in one short line, whatever the key and the
+value."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from megatron_lpa.errors import UserError
 from megatron_lpa.run_folder import MANIFEST
 
 MISSING = object()
-WRONG: list[Any] = [MISSING, None, [], {}, [1], {"a": 1}, True, False, -1, 0, 1.5, 10**30, 10**400, float("nan"), float("inf"), "", "7", "x" * 10**6, "\0"]  # fmt: skip
+WRONG: list[Any] = [MISSING, None, [], {}, [1], {"a": 1}, True, False, -1, 0, 1.5, 10**30, 10**400, float("nan"), float("inf"), "", "7", "x" * 10**6, "\0"]  # fmt: skip  # noqa: E501
 
 FREE = {  # what a key may hold although it is in the list above
     ("format",): [],
@@ -82,8 +83,10 @@ def allowed(place: tuple[str | int, ...], value: Any) -> bool:
         return True  # a setting that another version does not know is a difference, not damage
     if place[0] == "model" and len(place) > 1:
         kinds: dict[str | int, list[Any]] = {
-            "vocab_size": [0, -1], "dropout": [-1, 0, 1.5, 10**30], "num_kv_heads": [None, 0, -1], "rank": [None, 0, -1],
-            "tie_embeddings": [True, False], "norm": ["7"], "kind": ["7"], "projections": [{}, {"a": 1}], "q": [{}, {"a": 1}],
+            "vocab_size": [0, -1], "dropout": [-1, 0, 1.5, 10**30], "num_kv_heads": [None, 0, -1],
+            "rank": [None, 0, -1],
+            "tie_embeddings": [True, False], "norm": ["7"], "kind": ["7"], "projections": [{}, {"a": 1}],
+            "q": [{}, {"a": 1}],
         }  # fmt: skip
         return any(
             value is fine or (type(value) is type(fine) and value == fine) for fine in kinds[place[-1]]
@@ -185,21 +188,25 @@ FILE = {"bytes": 10, "sha256": 64 * "0"}
     [
         {"files": {name: FILE}}
         for name in (
-            "/etc/passwd", "../x", "state/../x", "state/..", "state/.", "state//x", "state/./x", "./state/x", "state/x/y",
-            "state", "state/", "", "manifest.json", "other/x", "weights/a\0b", "weights/a\nb", "state/" + 300 * "x",
+            "/etc/passwd", "../x", "state/../x", "state/..", "state/.", "state//x", "state/./x", "./state/x",
+            "state/x/y",
+            "state", "state/", "", "manifest.json", "other/x", "weights/a\0b", "weights/a\nb",
+            "state/" + 300 * "x",
             "weights/\ud800", "state/\u0660",
         )
     ]
     + [
         {"state": {"format": 1, "optimizer_step": 3, "skipped_steps": 0, "parameters": {"a": parameter}}}
         for parameter in (
-            {"shape": [3, 12], "tp_dim": 0}, {"shape": [8], "tp_dim": 1}, {"shape": [1 << 30, 1 << 30], "tp_dim": None},
-            {"shape": 17 * [1], "tp_dim": None}, {"shape": [0], "tp_dim": None}, {"shape": [True, 4], "tp_dim": None},
+            {"shape": [3, 12], "tp_dim": 0}, {"shape": [8], "tp_dim": 1}, {"shape": [1 << 30, 1 << 30],
+            "tp_dim": None},
+            {"shape": 17 * [1], "tp_dim": None}, {"shape": [0], "tp_dim": None}, {"shape": [True, 4],
+            "tp_dim": None},
             {"shape": [8, 12], "tp_dim": 2}, {"shape": [2, 3, 8], "tp_dim": 1}, {"shape": [], "tp_dim": 0},
         )
     ]
     + [
-        {"layout": {**whole_manifest(3, {})["layout"], "tensor_parallel_size": size, "data_parallel_size": other}}
+        {"layout": {**whole_manifest(3, {})["layout"], "tensor_parallel_size": size, "data_parallel_size": other}}  # noqa: E501
         for size, other in ((10**9, 1), (1 << 17, 2), (3, 1))
     ],
     ids=lambda change: repr(change)[:60],
@@ -216,7 +223,8 @@ def test_names_shapes_and_layouts_fit_what_they_are_for(tmp_path: Path, change: 
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "null", "7", "{", '"x"', "[" * 100_000, '{"a": ' * 100_000, '{"format": ' + "9" * 5000 + "}", "{}" + "x" * 10_000,
+        "", "[]", "null", "7", "{", '"x"', "[" * 100_000, '{"a": ' * 100_000,
+        '{"format": ' + "9" * 5000 + "}", "{}" + "x" * 10_000,
         '{"checksum": NaN, "format": 1}',
     ],
     ids=lambda text: text[:12],
@@ -244,12 +252,14 @@ def test_what_earlier_versions_did_not_write_has_defaults_and_what_later_ones_do
 
 
 WRONG_DECISIONS: list[dict[str, Any]] = [
-    {"decisions": value} for value in (None, [], "x", 7, {"losses": None}, {"losses": {}}, {"losses": [1.5, None]},
+    {"decisions": value} for value in (None, [], "x", 7, {"losses": None}, {"losses": {}}, {"losses": [1.5,
+    None]},
     {"losses": [float("nan")]}, {"losses": [True]}, {"losses": [1e300]}, {"losses": ["x" * 10**6]},
     {"rollbacks": -1}, {"rollbacks": True}, {"rollbacks": 1.0}, {"rollbacks": 10**30},
     {"skipped_in_a_row": None}, {"skipped_in_a_row": "7"})
 ] + [
-    {"unrecorded": value} for value in (None, [], {}, {"steps": 2, "finite": 1}, {"steps": 2, "finite": 3, "loss_sum": 1.0},
+    {"unrecorded": value} for value in (None, [], {}, {"steps": 2, "finite": 1}, {"steps": 2, "finite": 3,
+    "loss_sum": 1.0},
     {"steps": -1, "finite": 0, "loss_sum": 1.0}, {"steps": 2, "finite": 1, "loss_sum": float("inf")},
     {"steps": 2, "finite": 1, "loss_sum": 10**400}, {"steps": 2.0, "finite": 1, "loss_sum": 1.0},
     {"steps": 2, "finite": True, "loss_sum": 1.0}, {"steps": 2, "finite": 1, "loss_sum": "1"})

@@ -95,7 +95,8 @@ def test_a_manifest_that_the_disk_does_not_give_decides_nothing(tmp_path, monkey
 @pytest.mark.parametrize(
     ("retention", "kept"),
     [
-        (Retention(), {100: "keep_checkpoints=0", 200: "keep_checkpoints=0", 300: "keep_checkpoints=0", 400: "keep_checkpoints=0"}),
+        (Retention(), {100: "keep_checkpoints=0", 200: "keep_checkpoints=0", 300: "keep_checkpoints=0",
+        400: "keep_checkpoints=0"}),
         (Retention(newest=2), {}),
         (Retention(newest=2, every=150), {300: "keep_every=150"}),
         (Retention(newest=9, best=True), {200: "keep_best"}),

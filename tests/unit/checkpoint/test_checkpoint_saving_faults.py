@@ -34,7 +34,8 @@ def test_a_lost_neighbour_is_one_line_with_what_to_do(words: str, monkeypatch: p
 @pytest.mark.parametrize(
     "words",
     [
-        "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete",
+        "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to "
+        "complete",
         "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5)",
     ],
 )

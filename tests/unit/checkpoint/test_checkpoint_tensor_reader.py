@@ -1,4 +1,5 @@
-"""Safetensors files read by system calls, against the safetensors library; strangers' files; disks that hiccup."""
+"""Safetensors files read by system calls, against the safetensors library; strangers' files; disks that
+hiccup."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_tensor_and_any_range_of_it_is_what_the_library_reads(tmp_path: Path) -> None:
     tensors = {
-        "f": torch.randn(5, 7), "h": torch.randn(3, 2, 4).half(), "b": torch.randn(9).bfloat16(), "d": torch.randn(2, 2).double(),
+        "f": torch.randn(5, 7), "h": torch.randn(3, 2, 4).half(), "b": torch.randn(9).bfloat16(),
+        "d": torch.randn(2, 2).double(),
         "scalar": torch.tensor(1.5), "none": torch.zeros(0, 4),
     }  # fmt: skip
     path = tmp_path / "x.safetensors"
@@ -155,12 +157,18 @@ def test_a_folder_of_files_that_is_a_link_is_not_gone_through(tmp_path: Path) ->
 
 
 INDICES: list[Any] = [
-    None, [], "x", 7, {}, {"weight_map": None}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": None}},
-    {"weight_map": {"a": ["part.safetensors"]}}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "../part.safetensors"}},
-    {"weight_map": {"a": "/tmp/part.safetensors"}}, {"weight_map": {"a": "sub/part.safetensors"}}, {"weight_map": {"a": ""}},
-    {"weight_map": {"a": "part\0.safetensors"}}, {"weight_map": {"a": "part.safetensors", "b": "..", "c": "."}},
-    {"weight_map": {"a": "gone.safetensors"}}, {"weight_map": {"a": "pipe.safetensors"}}, {"weight_map": {"a": "link.safetensors"}},
-    {"weight_map": {"a": "x" * 100_000}}, {"weight_map": {"a": "part.bin"}}, {"weight_map": {"a": "\ud800.safetensors"}},
+    None, [], "x", 7, {}, {"weight_map": None}, {"weight_map": []}, {"weight_map": {}},
+    {"weight_map": {"a": None}},
+    {"weight_map": {"a": ["part.safetensors"]}}, {"weight_map": {"a": 1}},
+    {"weight_map": {"a": "../part.safetensors"}},
+    {"weight_map": {"a": "/tmp/part.safetensors"}}, {"weight_map": {"a": "sub/part.safetensors"}},
+    {"weight_map": {"a": ""}},
+    {"weight_map": {"a": "part\0.safetensors"}}, {"weight_map": {"a": "part.safetensors", "b": "..",
+    "c": "."}},
+    {"weight_map": {"a": "gone.safetensors"}}, {"weight_map": {"a": "pipe.safetensors"}},
+    {"weight_map": {"a": "link.safetensors"}},
+    {"weight_map": {"a": "x" * 100_000}}, {"weight_map": {"a": "part.bin"}},
+    {"weight_map": {"a": "\ud800.safetensors"}},
 ]  # fmt: skip
 
 
@@ -235,7 +243,7 @@ class Hiccup:
 @pytest.mark.parametrize("after", range(6))  # the hash, the header's opening and reads, then the tensors
 @pytest.mark.parametrize("file", ["state/rank_00001.safetensors", "weights/model.safetensors"])
 def test_a_disk_that_hiccups_is_asked_again_and_one_that_fails_is_no_damage(
-    tmp_path: Path, saved: tuple[Path, State], monkeypatch: pytest.MonkeyPatch, no_pauses: None, number: int, after: int, file: str
+    tmp_path: Path, saved: tuple[Path, State], monkeypatch: pytest.MonkeyPatch, no_pauses: None, number: int, after: int, file: str  # noqa: E501
 ) -> None:  # fmt: skip
     run, state = saved
     weights = run / "checkpoints" / NAME / "weights"
@@ -327,8 +335,10 @@ def test_a_state_of_whole_tensors_or_another_precision_is_no_file_of_fragments(t
     checkpoint = tmp_path / NAME
     path, sound = checkpoint / "state/rank_00000.safetensors", manifest_of(checkpoint)
     for key, value in (
-        ("a/master/whole/0", torch.zeros(2, 2)), ("a/master/whole/0", torch.zeros(2).half()), ("a", torch.zeros(2)),
-        ("a/master/whole/-1", torch.zeros(2)), ("a/master/whole/" + "9" * 5000, torch.zeros(2)), ("a/b/c/\u0660", torch.zeros(1)),
+        ("a/master/whole/0", torch.zeros(2, 2)), ("a/master/whole/0", torch.zeros(2).half()), ("a",
+        torch.zeros(2)),
+        ("a/master/whole/-1", torch.zeros(2)), ("a/master/whole/" + "9" * 5000, torch.zeros(2)),
+        ("a/b/c/\u0660", torch.zeros(1)),
     ):  # fmt: skip
         save_file({key: value}, path)
         described = {"bytes": path.stat().st_size, "sha256": files.sha256(path)}

@@ -50,7 +50,8 @@ def test_of_long_values_the_part_is_shown_in_which_they_differ() -> None:
 
 
 def test_a_saved_model_of_an_earlier_version_is_today_s_with_its_defaults() -> None:
-    """Settings that came later do by default what was done before; what somebody set otherwise is a difference."""
+    """Settings that came later do by default what was done before; what somebody set otherwise is a
+    difference."""
     own = dataclasses.asdict(ModelConfig(num_layers=3))
     earlier = copy.deepcopy(own)
     for projection in earlier["projections"].values():
@@ -59,7 +60,7 @@ def test_a_saved_model_of_an_earlier_version_is_today_s_with_its_defaults() -> N
     assert differences(completed(earlier, defaults), own, "model") == []
     own["projections"]["q"] |= {"bias": "output", "by_layer": {"0": "dense"}}
     assert differences(completed(earlier, defaults), own, "model") == [
-        "model.projections.q.bias was default, is output", "model.projections.q.by_layer was None, is {'0': 'dense'}",
+        "model.projections.q.bias was default, is output", "model.projections.q.by_layer was None, is {'0': 'dense'}",  # noqa: E501
     ]  # fmt: skip
     del earlier["num_layers"]
     assert "num_layers was 12, is 3" in differences(completed(earlier, defaults), own)

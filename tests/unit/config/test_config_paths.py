@@ -1,4 +1,5 @@
-"""``~`` and variables in paths: filled in once, where the configuration is read, and recorded as what they meant."""
+"""``~`` and variables in paths: filled in once, where the configuration is read, and recorded as what they
+meant."""
 
 from __future__ import annotations
 

@@ -114,7 +114,8 @@ def knobs(name: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_zero3_prefetches_whole_layers_and_the_head(name: str) -> None:
-    """DeepSpeed fetches ahead until it has passed the bucket, and only while what is gathered is under the limit."""
+    """DeepSpeed fetches ahead until it has passed the bucket, and only while what is gathered is under the
+    limit."""
     model = load_config(["--preset", name]).model
     counts = count_parameters(model)
     layer = (counts.attention + counts.ffn + counts.norm) // model.num_layers
@@ -158,7 +159,8 @@ def test_learning_rates_are_the_papers(family: str, transformer: float, lpa: flo
     assert load_config(["--preset", f"{family}/lpa"]).optim.lr == lpa
 
 
-# The public code's two scripts and the defaults of the trainer that they call; the paper's where it says something.
+# The public code's two scripts and the defaults of the trainer that they call; the paper's where it says
+# something.
 @pytest.mark.parametrize("variant", ["official", "official_transformer"])
 @pytest.mark.parametrize(
     ("family", "vocabulary", "precision", "warmup", "eval_interval", "lr"),

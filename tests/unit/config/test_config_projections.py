@@ -1,4 +1,5 @@
-"""Projections that differ by layer, and which of their factors has a bias: what is refused, and what is built."""
+"""Projections that differ by layer, and which of their factors has a bias: what is refused, and what is
+built."""
 
 from __future__ import annotations
 
@@ -160,7 +161,8 @@ def test_which_factor_has_a_bias(bias, linear_bias, dense, pair_in, pair_out) ->
 
 
 def test_the_companion_s_model_on_the_page_is_what_its_code_counts(tmp_path) -> None:
-    """GPT-2 shape, RoPE, tied, 12 layers of width 768: the first FFN dense, the others of rank 192 with output biases."""
+    """GPT-2 shape, RoPE, tied, 12 layers of width 768: the first FFN dense, the others of rank 192 with
+    output biases."""
     page = Path(__file__).parents[3] / "docs" / "models.md"
     (block,) = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "companion.yaml").write_text(block)

@@ -130,8 +130,10 @@ def test_the_password_of_a_url_is_removed_where_it_stands_alone(monkeypatch: pyt
 @pytest.mark.parametrize(
     "line",
     [
-        *("HF_TOKEN=$HF_TOKEN", "HF_TOKEN=${HF_TOKEN}", 'export A_KEY="$1" B=c', "HF_TOKEN=", "--train.tokens=51e9", "tokens: 51e9"),
-        *("TOKENIZER=/t", "srun --nodes=2 --mpi=none", "FORWARD=a", "tiktoken==0.14.0", "OLDPWD=/a", "COMPASS=n", "BYPASS=1"),
+        *("HF_TOKEN=$HF_TOKEN", "HF_TOKEN=${HF_TOKEN}", 'export A_KEY="$1" B=c', "HF_TOKEN=",
+        "--train.tokens=51e9", "tokens: 51e9"),
+        *("TOKENIZER=/t", "srun --nodes=2 --mpi=none", "FORWARD=a", "tiktoken==0.14.0", "OLDPWD=/a",
+        "COMPASS=n", "BYPASS=1"),
     ],
 )  # fmt: skip
 def test_what_is_no_secret_stays(line: str) -> None:

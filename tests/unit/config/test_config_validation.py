@@ -136,7 +136,8 @@ def test_the_batch_must_be_whole_and_near_values_are_offered() -> None:
     text = refusal(world_size=6)
     assert "train.global_batch_size 320" in text and "= 120; set it to 240 or 360" in text
     assert "train.micro_batch_size to" not in text
-    # 20 x 32 = 640. Below, a process gets fewer than 20, which is fine: 9 or 11 for each, or micro-batches of 10.
+    # 20 x 32 = 640. Below, a process gets fewer than 20, which is fine: 9 or 11 for each, or micro-batches of
+    # 10.
     text = refusal(world_size=32)
     assert "set it to 288 or 352, or train.micro_batch_size to 5 or 10" in text
     for batch in (288, 352):

@@ -1,4 +1,5 @@
-"""A disk that does not answer for a moment changes nothing, and one that never does is no reason to give up for good."""
+"""A disk that does not answer for a moment changes nothing, and one that never does is no reason to give up
+for good."""
 
 from __future__ import annotations
 
@@ -150,8 +151,10 @@ CASES: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
         "data.bin", lambda place: same_files(f"{place}/data", f"{place}/bpe/../data"), ["stat"],
     ),
     "a summary": ("data.bin", lambda place: summarize(str(place / "data")), ["open", "stat"]),
-    "a verification by .idx": ("data.idx", lambda place: verify(str(place / "data")), ["open", "stat", "pread"]),
-    "a verification by .bin": ("data.bin", lambda place: verify(str(place / "data")), ["open", "stat", "pread"]),
+    "a verification by .idx": ("data.idx", lambda place: verify(str(place / "data")), ["open", "stat",
+    "pread"]),
+    "a verification by .bin": ("data.bin", lambda place: verify(str(place / "data")), ["open", "stat",
+    "pread"]),
     "a verification by .json": ("data.json", lambda place: verify(str(place / "data")), ["open"]),
     "a merge by .idx": ("data.idx", merged, ["open", "stat", "pread"]),
     "a merge by .bin": ("data.bin", merged, ["open", "stat", "pread"]),

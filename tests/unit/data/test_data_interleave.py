@@ -120,7 +120,8 @@ def in_sequence(weights: list[Fraction], length: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_jump_arrives_where_the_sequence_does(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With windows and chunks so small that every position is jumped to, from brackets that have yet to meet."""
+    """With windows and chunks so small that every position is jumped to, from brackets that have yet to
+    meet."""
     monkeypatch.setattr(interleave, "_CHUNK", 16)
     monkeypatch.setattr(interleave, "_BLOCK", 8)
     monkeypatch.setattr(interleave, "_WINDOW", 4)

@@ -1,4 +1,5 @@
-"""What the manifest of a dataset may say in words: nothing that fills a screen or passes for a line of its own."""
+"""What the manifest of a dataset may say in words: nothing that fills a screen or passes for a line of its
+own."""
 
 from __future__ import annotations
 

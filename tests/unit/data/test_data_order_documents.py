@@ -35,7 +35,8 @@ def test_the_largest_dataset_and_seed() -> None:
 
 
 def test_golden_order() -> None:
-    """If this fails, running experiments would hold out and read other documents: do not change the numbers."""
+    """If this fails, running experiments would hold out and read other documents: do not change the
+    numbers."""
     assert order(10).tolist() == [7, 6, 5, 4, 0, 8, 3, 9, 1, 2]
     assert DocumentOrder(51_200_000, 1).range(0, 4).tolist() == [6797489, 28371417, 5072858, 35345235]
     assert DocumentOrder(65537, 27).range(65533, 65537).tolist() == [61483, 42378, 63929, 7015]

@@ -1,4 +1,5 @@
-"""A disk that does not give tokens is an error with the file and the offset, and not the end of the process."""
+"""A disk that does not give tokens is an error with the file and the offset, and not the end of the
+process."""
 
 from __future__ import annotations
 
@@ -61,8 +62,8 @@ except TryAgain as error:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done
     assert (
-        f"{tmp_path}/data.bin: cannot be read (the file ends at byte 10000, reading 52000 bytes at offset 8000)"
-        in done.stdout
+        f"{tmp_path}/data.bin: cannot be read (the file ends at byte 10000, reading 52000 bytes at offset "
+        "8000)" in done.stdout
     )
 
 

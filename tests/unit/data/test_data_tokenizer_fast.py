@@ -151,8 +151,10 @@ FALLBACKS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
             pre_tokenizer={
                 "type": "Sequence",
                 "pretokenizers": [
-                    {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Removed", "invert": False},
-                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+                    {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Removed",
+                    "invert": False},
+                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                    "use_regex": False},
                 ],
             }
         ),
@@ -264,7 +266,8 @@ def test_a_panic_of_gigatoken_is_no_end(bpe_folder: Path, monkeypatch: pytest.Mo
 
 
 class FakeEngine:
-    """The reference's ids, but wrong ones for texts in which ``wrong`` occurs; remembers what it was given."""
+    """The reference's ids, but wrong ones for texts in which ``wrong`` occurs; remembers what it was
+    given."""
 
     def __init__(self, reference: Tokenizer, wrong: str) -> None:
         self.reference, self.wrong = reference, wrong

@@ -1,4 +1,5 @@
-"""DeepSpeed's CPU Adam that cannot be built: what lasts until somebody changes something, and what may be gone."""
+"""DeepSpeed's CPU Adam that cannot be built: what lasts until somebody changes something, and what may be
+gone."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ EXTENSION = "Error building extension 'cpu_adam': [1/3] c++ -MMD\n" + "x\n" * 10
     [
         OSError(errno.ENOSPC, "No space left on device"), OSError(errno.ESTALE, "Stale file handle"),
         OSError(errno.EMFILE, "Too many open files"), MemoryError(),
-        caused(RuntimeError(EXTENSION + "c++: fatal error: Killed"), subprocess.CalledProcessError(1, "ninja")),
+        caused(RuntimeError(EXTENSION + "c++: fatal error: Killed"), subprocess.CalledProcessError(1,
+        "ninja")),
         RuntimeError(EXTENSION + "fatal error: cannot write: No space left on device; command not found"),
         caused(RuntimeError(EXTENSION + "x: not found"), subprocess.CalledProcessError(-9, "ninja")),
         caused(MissingCUDAException("Unable to run nvcc"), OSError(errno.EMFILE, "Too many open files")),
@@ -64,8 +66,10 @@ def test_what_may_be_gone_is_tried_again(error: Exception, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "error",
     [
-        MissingCUDAException("CUDA_HOME does not exist"), CUDAMismatchException("version 11.8 does not match"),
-        caused(MissingCUDAException("Unable to run nvcc"), FileNotFoundError(errno.ENOENT, "No such file", "nvcc")),
+        MissingCUDAException("CUDA_HOME does not exist"),
+        CUDAMismatchException("version 11.8 does not match"),
+        caused(MissingCUDAException("Unable to run nvcc"), FileNotFoundError(errno.ENOENT, "No such file",
+        "nvcc")),
         FileNotFoundError(errno.ENOENT, "No such file or directory", "c++"),
         RuntimeError(EXTENSION + "/bin/sh: 1: c++: not found"),
         RuntimeError(EXTENSION + "fatal error: cuda_runtime.h: No such file or directory"),

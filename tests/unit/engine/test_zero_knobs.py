@@ -105,8 +105,10 @@ def test_a_value_of_another_type_is_refused_with_its_key(tmp_path, value):
         ({"offload_optimizer": {"devise": "cpu"}}, ["offload_optimizer.devise", "did you mean 'device'"]),
         ({"offload_optimizer": {"device": "CPU"}}, ["offload_optimizer.device is 'CPU'", "'cpu' or 'none'"]),
         ({"offload_optimizer": {"device": None}}, ["offload_optimizer.device is null"]),
-        ({"offload_optimizer": {"device": "cpu", "ratio": 2}}, ["offload_optimizer.ratio is 2", "from 0 to 1"]),
-        ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, ["offload_optimizer.ratio needs", "stage 3"]),
+        ({"offload_optimizer": {"device": "cpu", "ratio": 2}}, ["offload_optimizer.ratio is 2",
+        "from 0 to 1"]),
+        ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, ["offload_optimizer.ratio needs",
+        "stage 3"]),
         ({"offload_param": {"device": "cpu"}}, ["offload_param needs zero_optimization.stage 3"]),
         ({"offload_param": {"device": "nvme", "nvme_path": "/x"}}, ["offload_param to nvme", "cpu"]),
         ({"cpu_offload": True}, ["cpu_offload is an old name", '"offload_optimizer": {"device": "cpu"}']),
@@ -117,7 +119,8 @@ def test_a_value_of_another_type_is_refused_with_its_key(tmp_path, value):
         ({"comms_logger": {}}, ["zero_optimization.comms_logger", "belongs in the file itself"]),
         ({"overlap_comm": 1}, ["overlap_comm is 1 but must be true or false"]),
         ({"reduce_bucket_size": True}, ["reduce_bucket_size is true", "whole number greater than 0"]),
-        ({"prefetch_bucket_size": 1, "stage3_prefetch_bucket_size": 2}, ["prefetch_bucket_size is given twice"]),
+        ({"prefetch_bucket_size": 1, "stage3_prefetch_bucket_size": 2},
+        ["prefetch_bucket_size is given twice"]),
         ({"leaf_module": ["a.B"]}, ["leaf_module is ['a.B']", '"names"']),
         ({"leaf_module": {"names": [1]}}, ["leaf_module.names is [1]", "a list of texts"]),
         ({"reduce_bucket_size": 10**15}, ["reduce_bucket_size", "1,000,000,000,000 or less"]),
@@ -204,7 +207,8 @@ def test_what_only_a_gpu_can_do(tmp_path, knobs):
 
 @pytest.mark.parametrize("given", [None, {}, {"device": "none"}, {"pin_memory": True}])
 def test_an_offload_to_nowhere_is_none(tmp_path, given):
-    """DeepSpeed's device is none where the file names none; the optimizer is chosen by whether there is an offload."""
+    """DeepSpeed's device is none where the file names none; the optimizer is chosen by whether there is an
+    offload."""
     assert read(tmp_path, {"stage": 3, "offload_optimizer": given, "offload_param": given}) == {"stage": 3}
     offload = {"device": "cpu", "pin_memory": True}
     assert read(tmp_path, {"stage": 3, "offload_optimizer": offload}) == {

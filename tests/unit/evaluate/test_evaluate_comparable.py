@@ -27,7 +27,8 @@ S, SPLIT = 16, "70,20,10"
 
 @pytest.fixture(scope="module")
 def data(documents: list[str], tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same text as ``large`` and ``small``, by tokenizers of those names, and another text as ``other``."""
+    """The same text as ``large`` and ``small``, by tokenizers of those names, and another text as
+    ``other``."""
     folder = tmp_path_factory.mktemp("data")
     texts = {"a": documents, "b": documents[::-1]}
     for name, lines in texts.items():
@@ -53,7 +54,7 @@ def run_of(save_run: SaveRun, folder: Path, data: Path, name: str, loss: float =
     splits = open_splits(config, S, seed=1234)
     assert splits.valid is not None
     made = save_run(
-        folder, data=config, tokenizer=str(data / ("small" if name == "small" else "large")), facts=splits.train.facts()
+        folder, data=config, tokenizer=str(data / ("small" if name == "small" else "large")), facts=splits.train.facts()  # noqa: E501
     )  # fmt: skip
     shutil.copytree(data / ("small" if name == "small" else "large"), made / "tokenizer")
     tokens = more.pop("tokens", splits.valid.num_samples * S)
@@ -139,7 +140,7 @@ def test_where_the_text_is_gone_the_way_out_is_named(tmp_path: Path, save_run: S
     ],
 )
 def test_what_else_makes_losses_differ_is_said(
-    tmp_path: Path, save_run: SaveRun, data: Path, other: str, more: dict[str, Any], note: str | None, cell: str
+    tmp_path: Path, save_run: SaveRun, data: Path, other: str, more: dict[str, Any], note: str | None, cell: str  # noqa: E501
 ) -> None:  # fmt: skip
     one = run_of(save_run, tmp_path / "runs" / "a", data, "large")
     two = run_of(save_run, tmp_path / "runs" / "b", data, other, **more)

@@ -27,7 +27,8 @@ LENGTHS = {
     "with empty": [0, 0, 3, 8, 1, 0],
     "random": np.random.default_rng(0).integers(0, 5000, 1001).tolist(),
     "skewed": (np.random.default_rng(1).pareto(1.0, 3000) * 100).astype(int).tolist(),
-    "beyond what is counted": [*range(1000), (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 1 << 25, 1 << 25, 1 << 31],
+    "beyond what is counted": [*range(1000), (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 1 << 25, 1 << 25,
+    1 << 31],
     "all beyond": [1 << 21, 1 << 20, 1 << 22, 1 << 20],
 }  # fmt: skip
 
@@ -69,7 +70,7 @@ def test_summary_of_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert [part.tokens for part in summary.subsets] == sorted(halves, reverse=True)
     text = summary_text(summary)
     for expected in ("101", f"{lengths.sum():,} (uint16)", "f" * 64, "1,000 ids", "Pile-CC", "d.b.jsonl",
-                     f"{halves[0] / lengths.sum():.2%}", "4.000", "1 empty, 2 dropped, 3 rejected"):  # fmt: skip
+                     f"{halves[0] / lengths.sum():.2%}", "4.000", "1 empty, 2 dropped, 3 rejected"):  # fmt: skip  # noqa: E501
         assert expected in text, expected
     assert sum(line.count("#") for line in text.splitlines()) > 40
     content = json.loads(json.dumps(summary_json(summary)))

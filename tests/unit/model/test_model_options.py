@@ -1,4 +1,5 @@
-"""Output biases, layers that differ, decay by option: what is counted is what is built, and nothing else moves."""
+"""Output biases, layers that differ, decay by option: what is counted is what is built, and nothing else
+moves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""``bf16_mixed`` against float64, beside the same model written in plain operations under PyTorch's autocast."""
+"""``bf16_mixed`` against float64, beside the same model written in plain operations under PyTorch's
+autocast."""
 
 from __future__ import annotations
 

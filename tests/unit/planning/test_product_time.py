@@ -35,7 +35,8 @@ INSIDE = {
 
 
 class Counted(TorchDispatchMode):
-    """FLOPs of products, bytes of tensors read and written, launches. Views and allocations launch nothing."""
+    """FLOPs of products, bytes of tensors read and written, launches. Views and allocations launch
+    nothing."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -194,7 +194,8 @@ def test_manifests_of_odd_json(datasets: Path) -> None:
             check(datasets, "json", content)
 
 
-# --- headers, in little memory ----------------------------------------------------------------------------------
+# --- headers, in little memory
+# ----------------------------------------------------------------------------------
 
 COUNTS = [
     0,

@@ -271,7 +271,8 @@ def test_text_files(bench: Bench, block: int) -> None:
     run(bench, f"txt-{block}", make)
 
 
-# --- compressed -------------------------------------------------------------------------------------------------
+# --- compressed
+# -------------------------------------------------------------------------------------------------
 
 
 def pieces(chance: random.Random, data: bytes) -> list[bytes]:
@@ -318,8 +319,9 @@ def compressed(chance: random.Random, ending: str, data: bytes) -> bytes:
 def test_compressed_files(bench: Bench, ending: str, damage: str, block: int) -> None:
     """
     gzip's CRC finds every flipped bit of the content. Two kinds of damage no reader can see: a cut exactly
-    between two frames or members, after which the file is a whole shorter one, and flipped bits in a zstd frame
-    without a checksum that decode to other characters of a valid record. The oracle decodes to the same.
+    between two frames or members, after which the file is a whole shorter one, and flipped bits in a zstd
+    frame without a checksum that decode to other characters of a valid record. The oracle decodes to the
+    same.
     """
 
     def make(chance: random.Random) -> Case:

@@ -163,7 +163,8 @@ def rows_of(path: Path) -> list[Record]:
     return records
 
 
-# --- folders ----------------------------------------------------------------------------------------------------
+# --- folders
+# ----------------------------------------------------------------------------------------------------
 
 GOOD = b'{"text": "%d"}\n'
 ODD_NAMES = [
@@ -235,7 +236,8 @@ def test_a_name_that_is_not_utf8_is_refused(bench: Bench, where: str) -> None:
 
 
 def test_folders_with_links(bench: Bench) -> None:
-    """Links to folders are followed, each folder once; in a circle they end; into nothing they are refused."""
+    """Links to folders are followed, each folder once; in a circle they end; into nothing they are
+    refused."""
     with bench.fresh() as folder:
         for number, name in enumerate(("in/a", "in/deep/er", "elsewhere/b")):
             (folder / name).mkdir(parents=True)

@@ -55,7 +55,8 @@ def test_what_may_be_gone_is_tried_again(number: int, monkeypatch: pytest.Monkey
     "error",
     [
         FileNotFoundError(errno.ENOENT, "No such file"), PermissionError(errno.EACCES, "Permission denied"),
-        FileNotFoundError("Couldn't find the dataset"), ValueError("Unknown split"), wrapped(KeyError("text")),
+        FileNotFoundError("Couldn't find the dataset"), ValueError("Unknown split"),
+        wrapped(KeyError("text")),
     ],
     ids=repr,
 )  # fmt: skip

@@ -101,9 +101,9 @@ def refused(tmp_path: Path, message: str, change: Callable[[Manifest], Manifest]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer": replace(TOKENIZER, fingerprint="e" * 64)}, r"b\.json: has a tokenizer of fingerprint e+, but .*a\.json f+"),
+        ({"tokenizer": replace(TOKENIZER, fingerprint="e" * 64)}, r"b\.json: has a tokenizer of fingerprint e+, but .*a\.json f+"),  # noqa: E501
         ({"tokenizer": replace(TOKENIZER, eod_id=5)}, r"b\.json: has end-of-document id 5, but .*a\.json 0"),
-        ({"tokenizer": replace(TOKENIZER, vocab_size=9)}, r"b\.json: has a vocabulary of 9, but .*a\.json 1000"),
+        ({"tokenizer": replace(TOKENIZER, vocab_size=9)}, r"b\.json: has a vocabulary of 9, but .*a\.json 1000"),  # noqa: E501
         ({"append_eod": False}, r"b\.json: has append_eod False, but .*a\.json True"),
         ({"json_key": "summary"}, r"b\.json: has json_key summary, but .*a\.json text"),
         ({"documents": 2}, r"b\.json: says documents 2, but b\.idx 1"),

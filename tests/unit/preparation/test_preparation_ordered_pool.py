@@ -81,7 +81,8 @@ def test_a_worker_that_cannot_start_says_why() -> None:
 def test_a_signal_that_another_thread_gets_waits_until_a_worker_is_started(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The mask of this thread does not hold it back: Python runs its handler here, whichever thread got it."""
+    """The mask of this thread does not hold it back: Python runs its handler here, whichever thread got
+    it."""
     events: list[str] = []
     done = threading.Event()
     other = threading.Thread(target=done.wait)

@@ -1,4 +1,5 @@
-"""Patterns find what Python's ``glob`` finds, and no folder is passed over because the disk does not give it."""
+"""Patterns find what Python's ``glob`` finds, and no folder is passed over because the disk does not give
+it."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ from megatron_lpa.preparation.merge_inputs import resolve_prefixes
 from megatron_lpa.preparation.patterns import files_matching
 from megatron_lpa.preparation.sources import resolve_inputs
 
-NAMES = ["a/x.jsonl", "a/y.txt", "b/x.jsonl", "b/deep/er/x.jsonl", "c[1]/x.jsonl", ".hid/x.jsonl", "b/.hid.jsonl", "x.jsonl"]  # fmt: skip
+NAMES = ["a/x.jsonl", "a/y.txt", "b/x.jsonl", "b/deep/er/x.jsonl", "c[1]/x.jsonl", ".hid/x.jsonl", "b/.hid.jsonl", "x.jsonl"]  # fmt: skip  # noqa: E501
 PATTERNS = [
-    "*", "*.jsonl", "*/*.jsonl", "**/*.jsonl", "**", "b/**", "a/?.*", "[ab]/x.jsonl", "c[[]1]/*", "no*/x", ".*/*", "b/.*",
-    "**/er/*", "b/", "*/", "**/", "a/x.jsonl", "../*/*.jsonl", "./*/x.jsonl", "*/deep/../x.jsonl", "ln/*", "**/deep/**/*", "x.jsonl/*",
+    "*", "*.jsonl", "*/*.jsonl", "**/*.jsonl", "**", "b/**", "a/?.*", "[ab]/x.jsonl", "c[[]1]/*", "no*/x",
+    ".*/*", "b/.*",
+    "**/er/*", "b/", "*/", "**/", "a/x.jsonl", "../*/*.jsonl", "./*/x.jsonl", "*/deep/../x.jsonl", "ln/*",
+    "**/deep/**/*", "x.jsonl/*",
 ]  # fmt: skip
 
 

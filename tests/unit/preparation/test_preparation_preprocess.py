@@ -208,7 +208,7 @@ def test_input_without_any_token_is_refused(bpe_folder: Path, tmp_path: Path) ->
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}] * 3)
     with pytest.raises(
         UserError,
-        match=r"no document has tokens under 'text' \(3 are empty, 0 dropped because of their subset, 0 bad\)",
+        match=r"no document has tokens under 'text' \(3 are empty, 0 dropped because of their subset, 0 bad\)",  # noqa: E501
     ):
         preprocess(PreprocessConfig(f"{tmp_path}/x", str(bpe_folder), (str(path),)))
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]

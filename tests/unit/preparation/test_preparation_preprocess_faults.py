@@ -1,4 +1,5 @@
-"""Preprocessing that is killed, meets a full disk, or loses a worker: nothing is lost and nothing half-written looks whole."""
+"""Preprocessing that is killed, meets a full disk, or loses a worker: nothing is lost and nothing
+half-written looks whole."""
 
 from __future__ import annotations
 
@@ -96,10 +97,11 @@ def test_a_run_killed_at_random_moments_goes_on_to_the_same_bytes(
 
 
 def without_unborn_workers(output: str, how: signal.Signals) -> str:
-    """Output without what Python says of a worker whose parent was killed while it started: that nobody can prevent."""
+    """Output without what Python says of a worker whose parent was killed while it started: that nobody can
+    prevent."""
     if how != signal.SIGKILL:
         return output
-    unborn = r'Traceback \(most recent call last\):\n  File "<string>", line 1, in <module>\n(  .*\n)+?EOFError: Ran out of input\n'
+    unborn = r'Traceback \(most recent call last\):\n  File "<string>", line 1, in <module>\n(  .*\n)+?EOFError: Ran out of input\n'  # noqa: E501
     return re.sub(unborn, "", output)
 
 
@@ -118,7 +120,8 @@ class Killed(BaseException):
 def test_a_fault_between_any_two_system_calls_of_publication_is_recovered(
     corpus: Path, bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """Every rename, removal and flush to disk in turn is the last of a killed run, or is where it is stopped."""
+    """Every rename, removal and flush to disk in turn is the last of a killed run, or is where it is
+    stopped."""
 
     def config(folder: Path) -> PreprocessConfig:
         return PreprocessConfig(

@@ -1,4 +1,5 @@
-"""Links, pipes, other options and a disk that hiccups: what is done to a run, and what is taken for a broken promise."""
+"""Links, pipes, other options and a disk that hiccups: what is done to a run, and what is taken for a broken
+promise."""
 
 from __future__ import annotations
 

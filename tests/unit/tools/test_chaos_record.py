@@ -43,14 +43,16 @@ def test_a_stop_comes_behind_a_bad_batch_and_before_the_one_that_makes_the_run_g
         assert sorted(home.nan_batches) == [batch for series in SERIES for batch in series]
         assert all(len(series) == home.max_skipped for series in SERIES)
         assert {f.batch for f in home.faults} <= {b for series in SERIES for b in series[:-1]}
-        # The steps done behind the first series are one more than its batches; a checkpoint is due among them.
+        # The steps done behind the first series are one more than its batches; a checkpoint is due among
+        # them.
         assert any((batch + 1) % INTERVAL == 0 for batch in SERIES[0])
 
 
 def test_the_short_plan_has_every_kind() -> None:
     kinds = {fault.kind for scenario in short_plan(1) for fault in scenario.faults}
     assert {
-        "rank-mismatch", "open-error", "open-error-lasting", "stop-between-bad", "link", "pipe", "malformed", "hang-start",
+        "rank-mismatch", "open-error", "open-error-lasting", "stop-between-bad", "link", "pipe", "malformed",
+        "hang-start",
     } <= kinds  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""What the fault injection makes of starts with links and pipes in the run folder, and of those that go back."""
+"""What the fault injection makes of starts with links and pipes in the run folder, and of those that go
+back."""
 
 from __future__ import annotations
 

@@ -41,7 +41,8 @@ def write_run(folder: Path, records: list[dict[str, Any]], checkpoint: int | Non
 
 
 class Recorder:
-    """Stands in for running commands, each of which trains to the end, or does nothing and says so to nobody."""
+    """Stands in for running commands, each of which trains to the end, or does nothing and says so to
+    nobody."""
 
     def __init__(self, trains: bool = True) -> None:
         self.launched: list[list[str]] = []

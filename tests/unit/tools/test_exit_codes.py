@@ -113,7 +113,8 @@ def test_who_imports_the_package_gets_no_handlers() -> None:
         "import json, logging\n"
         "import megatron_lpa, megatron_lpa.pretrain, megatron_lpa.commands.plan\n"
         "package = logging.getLogger('megatron_lpa')\n"
-        "print(json.dumps([package.handlers, logging.getLogger().handlers, package.level, package.propagate]))"
+        "print(json.dumps([package.handlers, logging.getLogger().handlers, package.level, "
+        "package.propagate]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == [[], [], 0, True]

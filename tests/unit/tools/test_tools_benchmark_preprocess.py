@@ -27,7 +27,8 @@ TEXTS = [
 ]
 METHOD_NUMBERS = {
     "seconds", "seconds_without_decompression", "seconds_bare", "mb_per_second", "documents_per_second",
-    "tokens_per_second", "tokens_per_second_per_core", "peak_memory_mb", "ours_is_faster_by", "ours_is_faster_by_bare",
+    "tokens_per_second", "tokens_per_second_per_core", "peak_memory_mb", "ours_is_faster_by",
+    "ours_is_faster_by_bare",
 }  # fmt: skip
 
 

@@ -52,7 +52,8 @@ def trained(
     monkeypatch.setattr(FakeSaving, "written", [])
     train = TrainConfig(checkpoint_interval=3, on_checkpoint_failure=on_failure)  # type: ignore[arg-type]
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(train=train), steps=steps, resumed=None, is_main=True, checkpoints=Path("x"), order=None, stopping=SimpleNamespace(stopped_by=0), splits=SimpleNamespace(valid=None, test=None),
+        config=SimpleNamespace(train=train), steps=steps, resumed=None, is_main=True, checkpoints=Path("x"),
+        order=None, stopping=SimpleNamespace(stopped_by=0), splits=SimpleNamespace(valid=None, test=None),
         engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(), enter=lambda stage: None,
     )  # fmt: skip
     run.has_lost_folder = lambda: run.progress.step >= lost_at
@@ -108,7 +109,8 @@ def test_a_stop_with_a_state_that_is_not_finite_leaves_going_back_to_the_next_st
     monkeypatch.setattr(module, "EngineState", state_that_is(finite=False))
     told: list[str] = []
     run: Any = SimpleNamespace(
-        engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(step=6), stopping=SimpleNamespace(stopped_by=15),
+        engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(step=6),
+        stopping=SimpleNamespace(stopped_by=15),
         has_lost_folder=lambda: False,
     )  # fmt: skip
     metrics: Any = SimpleNamespace(emit=lambda run, record: told.append(record["message"]))

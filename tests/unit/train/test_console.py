@@ -45,7 +45,8 @@ def test_a_line_has_the_time_of_day_and_the_time_that_is_left() -> None:
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [
-        (0, "0s"), (99.4, "99s"), (99.6, "2m"), (5969, "99m"), (5971, "1h40m"), (7199, "2h00m"), (35969, "9h59m"),
+        (0, "0s"), (99.4, "99s"), (99.6, "2m"), (5969, "99m"), (5971, "1h40m"), (7199, "2h00m"), (35969,
+        "9h59m"),
         (35971, "10.0h"), (172000, "47.8h"), (272800, "3.2d"), (86400 * 120, "120d"),
     ],
 )  # fmt: skip
@@ -94,7 +95,8 @@ def test_everything_fits_beside_the_mfu_of_a_long_run() -> None:
         ({"kind": "grads", "message": "all well"}, "grads: message=all well"),
         ({"kind": "valid", "loss": 1.0, "tokens_evaluated": "few"}, "valid: loss=1 tokens_evaluated=few"),
         ({"kind": "test", "loss": "low", "tokens_evaluated": None}, "test: loss=low tokens_evaluated=null"),
-        ({"kind": "train", "loss": 1.0, "mfu": "high", "lr": 10**400}, f"train: loss=1 mfu=high lr={10**400}"),
+        ({"kind": "train", "loss": 1.0, "mfu": "high", "lr": 10**400},
+        f"train: loss=1 mfu=high lr={10**400}"),
         ({"kind": "event", "message": "a\x1b[2Jb\nc \u4eac"}, "a\\x1b[2Jb\\nc \u4eac"),
         ({"kind": "valid", "loss": 1.0, "tokens": 4}, "valid: loss=1 tokens=4"),
         (
@@ -102,7 +104,8 @@ def test_everything_fits_beside_the_mfu_of_a_long_run() -> None:
             "valid loss 2.0000 perplexity 7.39 12,345 tokens",
         ),
         (
-            {"kind": "test", "loss": None, "perplexity": None, "tokens_evaluated": 9, "not_finite": {"loss": "nan"}},
+            {"kind": "test", "loss": None, "perplexity": None, "tokens_evaluated": 9,
+            "not_finite": {"loss": "nan"}},
             "test loss not finite (nan) perplexity nan 9 tokens",
         ),
         (
@@ -127,7 +130,8 @@ def test_what_is_left_is_told_by_records_and_not_by_steps_alone(capsys: pytest.C
 
 
 def test_what_is_left_counts_validations_that_are_far_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of 100 s after each 1,000 steps of 0.1 s: wherever in between, 10,000 steps take 2,000 s, half an hour."""
+    """Of 100 s after each 1,000 steps of 0.1 s: wherever in between, 10,000 steps take 2,000 s, half an
+    hour."""
     sink, now = console(20_000), AT
     for step in range(1, 10_001):
         now += 0.1 + (100 if step % 1000 == 0 else 0)

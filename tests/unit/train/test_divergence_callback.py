@@ -68,7 +68,8 @@ class Stepping:
 
 
 def expected(losses: list[float | None], most_skipped: int, spike: float) -> list[bool]:
-    """The rules in plain words: whether the run goes back because of each step. Going back takes the step out."""
+    """The rules in plain words: whether the run goes back because of each step. Going back takes the step
+    out."""
     known: list[float] = []
     row, answers = 0, []
     for loss in losses:
@@ -147,7 +148,8 @@ def test_after_going_back_the_checkpoints_losses_are_compared_with() -> None:
     [
         None, [], "3", {"rollbacks": True}, {"rollbacks": -1}, {"rollbacks": 1.0}, {"skipped_in_a_row": None},
         {"skipped_in_a_row": "3"}, {"skipped_in_a_row": 10**400}, {"losses": None}, {"losses": {"0": 1.0}},
-        {"losses": [math.nan]}, {"losses": [math.inf]}, {"losses": [True]}, {"losses": ["1"]}, {"losses": [10**400]},
+        {"losses": [math.nan]}, {"losses": [math.inf]}, {"losses": [True]}, {"losses": ["1"]},
+        {"losses": [10**400]},
     ],
 )  # fmt: skip
 def test_what_is_not_decisions_is_refused(content: Any) -> None:

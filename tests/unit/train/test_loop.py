@@ -47,7 +47,8 @@ def test_callbacks_are_told_before_a_problem_ends_the_run(
 
     monkeypatch.setattr(loop, "train_one_step", step)
     run: Any = SimpleNamespace(
-        config=SimpleNamespace(train=TrainConfig(step_timeout_s=0.0)), folder=tmp_path, steps=3, progress=Progress(),
+        config=SimpleNamespace(train=TrainConfig(step_timeout_s=0.0)), folder=tmp_path, steps=3,
+        progress=Progress(),
         engine=SimpleNamespace(groups=ParallelGroups.single()), enter=lambda stage: None, watchdog=Watchdog(),
     )  # fmt: skip
     first, second = Told(where), Told()

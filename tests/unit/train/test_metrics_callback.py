@@ -23,8 +23,10 @@ from megatron_lpa.train.stopping import Stopping, StopRequest
 
 def run_of(folder: Path) -> Any:
     return SimpleNamespace(
-        folder=folder, progress=Progress(step=4), lock=None, is_main=True, steps=8, stopping=Stopping(ParallelGroups.single(), StopRequest()),
-        config=SimpleNamespace(logging=SimpleNamespace(progress_bar="off")), engine=SimpleNamespace(groups=None),
+        folder=folder, progress=Progress(step=4), lock=None, is_main=True, steps=8,
+        stopping=Stopping(ParallelGroups.single(), StopRequest()),
+        config=SimpleNamespace(logging=SimpleNamespace(progress_bar="off")),
+        engine=SimpleNamespace(groups=None),
     )  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def test_a_record_that_no_tool_would_read_ends_the_run_in_order(opened: tuple[Me
     metrics.emit(run, {"kind": "train", "my_figure": 1.0})
     problem = run.stopping.problem
     assert type(problem) is UserError and problem.exit_code == 78
-    assert "a callback's record of the kind 'train' cannot be written: this train record has no tokens" in str(problem)  # fmt: skip
+    assert "a callback's record of the kind 'train' cannot be written: this train record has no tokens" in str(problem)  # fmt: skip  # noqa: E501
     metrics.emit(run, {"kind": "event", "message": "the end"})
     metrics.on_finish(run)
     metrics.close(run)

@@ -58,7 +58,7 @@ def opened(folder: Path) -> MetricsFile:
     return sink
 
 
-def test_records_wait_and_come_in_order_once_there_is_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+def test_records_wait_and_come_in_order_once_there_is_room(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip  # noqa: E501
     sink = opened(tmp_path)
     sink.write(record(1))
     real = sink._file
@@ -249,11 +249,11 @@ def test_nothing_is_written_once_the_folder_is_another_runs(tmp_path: Path) -> N
 
 
 DAMAGED = [
-    b'{"kind": "train", "step": 2, "loss": "\xff"}', b'{"kind": "train", "step": "2"}', b'{"kind": "train", "step": null}',
+    b'{"kind": "train", "step": 2, "loss": "\xff"}', b'{"kind": "train", "step": "2"}', b'{"kind": "train", "step": null}',  # noqa: E501
     b'{"kind": "train", "step": [2]}', b'{"kind": "train", "step": NaN}', b'{"kind": "train", "step": true}',
-    b'{"kind": "train", "step": 1e400}', b'{"kind": "train", "step": -1}', b'{"kind": "train"}', b'{"step": 2}',
+    b'{"kind": "train", "step": 1e400}', b'{"kind": "train", "step": -1}', b'{"kind": "train"}', b'{"step": 2}',  # noqa: E501
     b'{"kind": ["train"], "step": 2}', b"[2]", b'{"kind": "train", "step": 2, "tokens": 9, "step_ms": 1}',
-    b'{"kind": "valid", "step": 2, "tokens": "9", "loss": 1}', b"2", b"\0" * 30, b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}",
+    b'{"kind": "valid", "step": 2, "tokens": "9", "loss": 1}', b"2", b"\0" * 30, b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}",  # noqa: E501
     b'{"kind": "tra{"kind": "train", "step": 2}', b" " + b"x" * records.MOST_RECORD_BYTES,
 ]  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""The metrics file where somebody cuts its head, copies it with hard links, or the disk fails after it was written anew."""
+"""The metrics file where somebody cuts its head, copies it with hard links, or the disk fails after it was
+written anew."""
 
 from __future__ import annotations
 

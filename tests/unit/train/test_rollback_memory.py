@@ -31,7 +31,8 @@ def run_at(folder: Path, step: int, seal: str = "s", decisions: Decisions | None
     train = TrainConfig(max_rollbacks=3, checkpoint_interval=4, keep_checkpoints=2)
     return SimpleNamespace(
         checkpoints=folder, progress=progress, is_main=True, order=None,
-        engine=SimpleNamespace(groups=ParallelGroups.single()), config=SimpleNamespace(train=train), lock=None,
+        engine=SimpleNamespace(groups=ParallelGroups.single()), config=SimpleNamespace(train=train),
+        lock=None,
         resumed=Resumed(folder / f"step_{step:08d}", progress, seal, decisions),
     )  # fmt: skip
 
@@ -76,15 +77,17 @@ def test_checkpoints_and_memories_of_earlier_versions_are_understood(tmp_path: P
     "content",
     [
         "", "[]", "null", "{}", '{"step": 4', "[" * 100_000, "\udc80", '{"step": NaN}',
-        *(json.dumps({"step": 4, "checkpoint": "s", "skipped_samples": 24, "decisions": {}} | change) for change in (
-            {"step": None}, {"step": "4"}, {"step": -1}, {"step": True}, {"step": 10**300}, {"skipped_samples": 1.5},
-            {"skipped_samples": -8}, {"skipped_samples": None}, {"decisions": None}, {"decisions": {"rollbacks": -1}},
+        *(json.dumps({"step": 4, "checkpoint": "s", "skipped_samples": 24, "decisions": {}} | change) for change in (  # noqa: E501
+            {"step": None}, {"step": "4"}, {"step": -1}, {"step": True}, {"step": 10**300},
+            {"skipped_samples": 1.5},
+            {"skipped_samples": -8}, {"skipped_samples": None}, {"decisions": None},
+            {"decisions": {"rollbacks": -1}},
         )),
     ],
 )  # fmt: skip
 def test_what_is_no_memory_is_one_short_line(tmp_path: Path, content: str) -> None:
     (tmp_path / PASSED_OVER).write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(UserError, match="remove it, and the data that was passed over then is read again") as caught:  # fmt: skip
+    with pytest.raises(UserError, match="remove it, and the data that was passed over then is read again") as caught:  # fmt: skip  # noqa: E501
         recalled(run_at(tmp_path, 4))
     assert caught.value.exit_code == 78
     assert (
@@ -135,7 +138,7 @@ def bad_step(folder: Path, steps: tuple[int, ...], interval: int, **train: Any) 
 
 
 @pytest.mark.parametrize(
-    ("interval", "taken", "left"), [(4, 12, (4, 7, 12)), (5, 14, (4, 7, 12, 14)), (7, 14, (4, 7, 12, 14)), (0, 14, (4, 7, 12, 14))]
+    ("interval", "taken", "left"), [(4, 12, (4, 7, 12)), (5, 14, (4, 7, 12, 14)), (7, 14, (4, 7, 12, 14)), (0, 14, (4, 7, 12, 14))]  # noqa: E501
 )  # fmt: skip
 def test_it_goes_back_to_where_a_run_that_was_never_stopped_would(
     tmp_path: Path, tried: list[str], interval: int, taken: int, left: tuple[int, ...]
@@ -155,7 +158,8 @@ def test_it_goes_back_to_where_a_run_that_was_never_stopped_would(
 
 
 def test_an_interval_that_was_changed_takes_it_no_further_back(tmp_path: Path, tried: list[str]) -> None:
-    """Steps 1 to 7 at an interval of 1, then 8 at a stop, with an interval of 5 and one rule that names them all."""
+    """Steps 1 to 7 at an interval of 1, then 8 at a stop, with an interval of 5 and one rule that names them
+    all."""
     run = bad_step(tmp_path, tuple(range(1, 9)), 5, keep_every=1)
     for step in range(1, 9):
         path = tmp_path / f"step_{step:08d}"

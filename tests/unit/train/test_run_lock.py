@@ -81,7 +81,8 @@ def test_how_long_it_waits(
     assert WAIT_AFTER_REQUEUE_S > WAIT_S
     with lock_run(tmp_path):
         for arguments, restarts, expected in (
-            ((), "0", WAIT_S), ((), "1", WAIT_AFTER_REQUEUE_S), ((70.0,), "1", 70.0), ((None, 80.0), "1", 80.0), ((0.0,), "0", 0.0),
+            ((), "0", WAIT_S), ((), "1", WAIT_AFTER_REQUEUE_S), ((70.0,), "1", 70.0), ((None, 80.0), "1",
+            80.0), ((0.0,), "0", 0.0),
         ):  # fmt: skip
             monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
             waited.clear()

@@ -44,7 +44,8 @@ def write(
     if fingerprint is not None:
         tokenizer = TokenizerRecord(f"tok-{fingerprint}", fingerprint, vocab_size, eod_id)
         manifest = Manifest(
-            documents=1, tokens=num_samples * S + 1, empty_documents=0, dropped_documents=0, rejected_documents=0,
+            documents=1, tokens=num_samples * S + 1, empty_documents=0, dropped_documents=0,
+            rejected_documents=0,
             bytes_text=1, words=1, dtype="int32", json_key="text", append_eod=append_eod, tokenizer=tokenizer,
             checksums=Checksums([], []), sources=[],
         )  # fmt: skip

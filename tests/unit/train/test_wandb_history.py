@@ -58,13 +58,13 @@ class Start:
             sink.close()
 
 exec(sys.argv[2])
-"""
+"""  # noqa: E501
 
 
 def start(folder: Path, code: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder), code], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", PROGRAM, str(folder), code], env=environment, capture_output=True, text=True, timeout=240  # noqa: E501
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

@@ -1,4 +1,5 @@
-"""What Weights & Biases is told of a run: its figures and its configuration, and nothing of the environment."""
+"""What Weights & Biases is told of a run: its figures and its configuration, and nothing of the
+environment."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def test_nothing_of_the_environment_the_command_or_the_repository_is_recorded(tm
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     subprocess.run(
         [sys.executable, "-c", PROGRAM, str(run), "--api-key=given-to-the-command"],
-        cwd=repository, env={**environment, **SECRETS, "SLURM_JOB_ID": "7"}, check=True, capture_output=True, timeout=120,
+        cwd=repository, env={**environment, **SECRETS, "SLURM_JOB_ID": "7"}, check=True, capture_output=True,
+        timeout=120,
     )  # fmt: skip
     files = [path for path in run.rglob("*") if path.is_file() and not path.is_symlink()]
     (record,) = [path for path in files if path.suffix == ".wandb"]

@@ -50,7 +50,7 @@ def test_a_disk_that_never_answers_cannot_keep_the_process(tmp_path: Path) -> No
         "import os; os.fsync = lambda descriptor: time.sleep(1000)\n"
         "from megatron_lpa.train import watchdog as module; module.LAST_WORDS_S = 1.0; watchdog = ",
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=30)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=30)  # fmt: skip  # noqa: E501
     assert done.returncode == EXIT_HANG
     assert "error: rank 3 is reading data after 4 steps, for " in done.stderr
 
@@ -61,7 +61,7 @@ def test_native_code_that_keeps_python_s_lock_cannot_keep_the_process(tmp_path: 
         "watchdog = ",
         "from megatron_lpa.train import watchdog as module; module.BACKSTOP_S = 0.3; watchdog = ",
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=25)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=25)  # fmt: skip  # noqa: E501
     assert done.returncode == 1
     assert "Timeout" in done.stderr and "read_a_disk_that_does_not_answer" in done.stderr
 
@@ -185,7 +185,8 @@ def test_a_store_that_failed_once_is_asked_again() -> None:
     store.broken = True
     watchdog._post(True)
     assert watchdog._suspects() == [
-        "rank 0, which knows where the others are, does not answer: look at it first, and whether this machine reaches it"
+        "rank 0, which knows where the others are, does not answer: look at it first, and whether this "
+        "machine reaches it"
     ]
     store.broken = False
     store.told["whereabouts/0"] = json.dumps(asdict(Whereabouts("reading data", 4)))
@@ -212,8 +213,8 @@ def at(stage: str, step: int = 7, waits: bool = False) -> Whereabouts:
 def test_the_rank_that_others_wait_for_is_named() -> None:
     reports = {rank: at("reading data", 7, waits=True) for rank in (0, 1, 3)}
     assert suspects(reports, 3 + 1) == [
-        "nothing is heard of 1 of 4 ranks (2): each stands still as a whole, is gone, or has not been in one place for "
-        "long: look there first"
+        "nothing is heard of 1 of 4 ranks (2): each stands still as a whole, is gone, or has not been in "
+        "one place for long: look there first"
     ]
     reports[2] = at("reading data")
     assert suspects(reports, 4) == [
@@ -226,11 +227,13 @@ def test_where_nobody_waits_the_rank_that_is_elsewhere_than_most_is_named() -> N
     assert suspects(reports, 3) == []
     reports[1] = at("in Checkpoints")
     assert suspects(reports, 3) == [
-        "rank 1 is in Checkpoints after 7 steps, where most ranks are computing after 7 steps: look at it first"
+        "rank 1 is in Checkpoints after 7 steps, where most ranks are computing after 7 steps: look at it "
+        "first"
     ]
     del reports[2]
     assert suspects(reports, 2) == [
-        "the ranks are at different places: rank 0 is computing after 7 steps, rank 1 is in Checkpoints after 7 steps"
+        "the ranks are at different places: rank 0 is computing after 7 steps, rank 1 is in Checkpoints "
+        "after 7 steps"
     ], "of two that both work, neither is accused"
 
 
