@@ -135,8 +135,6 @@ def test_commands_in_running_text_name_existing_files_and_targets(page: Path) ->
 
 @pages
 def test_lines_of_prose_are_short(page: Path) -> None:
-    if page.name == "CHANGELOG.md":
-        pytest.skip("its lines are still to be wrapped")
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert [line for line in text.splitlines() if len(line) > 110 and not line.startswith(("|", "!"))] == []
 
