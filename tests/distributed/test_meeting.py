@@ -315,7 +315,7 @@ def test_no_port_is_open_to_others_where_the_machines_name_leads_to_its_network(
     def listened_to(**more: str) -> str:
         return subprocess.run(
             [*renamed, f'{setup}exec "{sys.executable}" -c "$0"', PROCESS],
-            env=environment | more, capture_output=True, text=True, check=True, timeout=120,
+            env=environment | more, capture_output=True, text=True, check=True, timeout=300,
         ).stdout.splitlines()[-1]  # fmt: skip
 
     assert listened_to() == "['127.0.0.1']"
