@@ -142,7 +142,8 @@ def build_optimizer(
     decayed: list[torch.Tensor] = []
     plain: list[torch.Tensor] = []
     for parameter in module.parameters():
-        (decayed if spec_of(parameter).decays_by(optim) else plain).append(stepped_on(parameter))
+        decays = spec_of(parameter).decays(optim.decay_biases, optim.decay_norms)
+        (decayed if decays else plain).append(stepped_on(parameter))
     param_groups: list[dict[str, Any]] = [
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": plain, "weight_decay": 0.0},

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from megatron_lpa.config import OptimConfig
+from typing import Literal
 
 Role = Literal["embedding", "input", "output", "head", "bias", "norm_weight", "norm_bias"]
 
@@ -45,8 +42,8 @@ class ParameterSpec:
         """Elements of one rank's shard."""
         return math.prod(self.local_shape(tp_size))
 
-    def decays_by(self, optim: OptimConfig) -> bool:
-        """Whether weight decay applies with these settings; without any, to matrices only."""
+    def decays(self, biases: bool = False, norms: bool = False) -> bool:
+        """Whether weight decay applies: to matrices, and where a run says so to biases and norms."""
         if self.role in ("norm_weight", "norm_bias"):
-            return optim.decay_norms
-        return optim.decay_biases or self.role != "bias"
+            return norms
+        return biases or self.role != "bias"

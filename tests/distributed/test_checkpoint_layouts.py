@@ -231,9 +231,9 @@ def pytorch_adamw(model: ModelConfig) -> State:
     initialize(decoder, model, ParallelGroups.single(), TrainConfig().seed)
     named = dict(decoder.named_parameters())
     groups = [
-        {"params": [p for p in named.values() if spec_of(p).decays_by(OptimConfig())], "weight_decay": 0.1},
+        {"params": [p for p in named.values() if spec_of(p).decays()], "weight_decay": 0.1},
         {
-            "params": [p for p in named.values() if not spec_of(p).decays_by(OptimConfig())],
+            "params": [p for p in named.values() if not spec_of(p).decays()],
             "weight_decay": 0.0,
         },
     ]

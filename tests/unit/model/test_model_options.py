@@ -111,7 +111,7 @@ def test_what_decays(biases: bool, norms: bool) -> None:
     optim = OptimConfig(decay_biases=biases, decay_norms=norms)
     for name, parameter in built(MODELS["both_biases_gelu_tanh"]).named_parameters():
         expected = norms if "norm" in name else biases if "bias" in name else True
-        assert spec_of(parameter).decays_by(optim) == expected, name
+        assert spec_of(parameter).decays(optim.decay_biases, optim.decay_norms) == expected, name
 
 
 def test_structures_are_those_of_the_layer() -> None:
