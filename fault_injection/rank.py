@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fault_injection.interposed import Disk
+from megatron_lpa import run_folder
 
 STEP, LOAD, BAD = "step", "load", "bad"
 
@@ -136,7 +137,7 @@ class Places:
 
         def held_rename(source: Any, target: Any, **options: Any) -> None:
             name = Path(source).name
-            publishing = name.startswith(f".{STEP}") and name.endswith(".partial")
+            publishing = name.startswith(f".{run_folder.STEP}") and name.endswith(".partial")
             if publishing:
                 self.reach("before-rename", _step_in(name))
             rename(source, target, **options)
@@ -162,7 +163,7 @@ def _put(owner: Any, **functions: Any) -> None:
 
 
 def _step_in(path: str) -> int:
-    return int(path.rpartition(STEP)[2][:8])
+    return int(path.rpartition(run_folder.STEP)[2][:8])
 
 
 def run(spec: dict[str, Any], link: socket.socket) -> NoReturn:

@@ -289,10 +289,14 @@ def test_nodes_that_cannot_train_are_named_before_training_starts(site: Site) ->
     assert "training was not started" in output
     started = (site.folder / "containers").read_text().splitlines()
     assert all(line.startswith(f"exec --nv my image.sif {sys.executable} ") for line in started)
-    assert [line.partition("/tools/")[2].partition(" --")[0] for line in sorted(started)] == [
+    tools = [line.partition("/tools/")[2].partition(" --")[0] for line in sorted(started)]
+    assert [tool for tool in tools if tool] == [
         "health_check.py judge 127.0.0.1 127.0.0.2", "health_check.py node", "health_check.py node",
         "snapshot_run.py",
     ]  # fmt: skip
+    assert [line.partition(" -m ")[2].split()[0] for line in started if "/tools/" not in line] == [
+        "megatron_lpa.run_folder"
+    ]
 
     ended, output = site.ended(wrong)
     assert (ended.state, ended.exit_code) == ("FAILED", 2), output
