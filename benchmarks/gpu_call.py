@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.descendants import adopt_orphans, end_descendants, end_with_parent
 from benchmarks.gpu_packages import CAPABILITIES, installed, to_install, wheels_by_name
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import EXIT_REFUSED, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = "gpu_suite.json"
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return SuiteProcess(arguments, gpu, environment, end).run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_REFUSED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

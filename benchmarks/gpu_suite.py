@@ -26,7 +26,7 @@ import torch
 from benchmarks import kernel
 from benchmarks.commands import ROOT
 from benchmarks.suite_parts import BUILD, Suite
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import EXIT_REFUSED, UserError
 from megatron_lpa.ops import dispatch
 
 HELP = "GPU tests, whole steps, kernels, tuning and profiles, within a time limit"
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_REFUSED)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from benchmarks.gpu_packages import CARRIED, SOURCE_ONLY, normalised
-from megatron_lpa.errors import UserError
+from megatron_lpa.errors import EXIT_REFUSED, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PLATFORMS = ("manylinux_2_28", "manylinux_2_17", "manylinux2014", "manylinux1")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_REFUSED
     return 0
 
 

@@ -8,6 +8,7 @@ itself may be a link.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fnmatch
 import os
@@ -85,15 +86,19 @@ def step_of(checkpoint: Path) -> int:
 def newest_step(folder: Path) -> int:
     """Step of the newest complete checkpoint of a run folder, by names alone; 0 without one.
 
+    A checkpoint that cannot be looked at is passed over.
+
     Raises:
-        UserError: the folder may not be read.
+        UserError: the folder of checkpoints may not be read.
         TryAgain: the disk does not answer.
     """
-    checkpoints = folder / CHECKPOINTS
-    named = (checkpoints / name for name in names_in(checkpoints) if re.fullmatch(CHECKPOINT, name))
-    # More digits are no step of a run, and no number that a shell computes with.
-    steps = (step_of(path) for path in named if is_file(path / MANIFEST))
-    return max((step for step in steps if step < 10**15), default=0)
+    checkpoints, newest = folder / CHECKPOINTS, 0
+    for path in (checkpoints / name for name in names_in(checkpoints) if re.fullmatch(CHECKPOINT, name)):
+        with contextlib.suppress(UserError):
+            # More digits are no step of a run, and no number that a shell computes with.
+            if newest < step_of(path) < 10**15 and is_file(path / MANIFEST):
+                newest = step_of(path)
+    return newest
 
 
 def refuse_links(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Merges token datasets into one, in the order given: ``<output-prefix>.{bin,idx,json}``.
 
     python tools/merge_datasets.py --input data/a_text_document data/b_text_document --output-prefix data/ab
-    python tools/merge_datasets.py --input 'shards/pile.*_text_document.idx' --expect 30 --output-prefix
-    data/pile
+    python tools/merge_datasets.py --input 'shards/pile.*_text_document.idx' --expect 30 \\
+        --output-prefix data/pile
 
 Exit code 3 means that the merge is complete, but bad records were left out when the inputs were made.
 The .bin and .idx are byte for byte what preprocessing everything at once would have written. A pattern in

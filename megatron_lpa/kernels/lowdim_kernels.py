@@ -1,16 +1,12 @@
-"""Triton kernels of the low-dimensional product: two matrix products with the latent between them kept on
-chip.
+"""Triton kernels of the low-dimensional product: two matrix products, with the latent between them on chip.
 
 ``forward_kernel``: ``z_p = (x W_Ap^T + b_Ap) W_Bp^T + b_Bp`` for up to three pairs that read one x,
-optionally with RMSNorm before and rotary embedding of the first two after. ``input_gradient_kernel``: ``dX =
-sum_p (dZ_p W_Bp) W_Ap``.
-``inverse_rms_kernel``: 1/rms of x's rows, which large tiles of the forward kernel are given. A program owns a
-tile of
-rows: it sums the latent (rows x r) in fp32, rounds it to the inputs' dtype as two separate products would,
-    and
-multiplies on from registers. Weights are addressed by strides, so neither direction copies one. Every output
-element is
-written by one program in a fixed order of sums: repeated runs give equal bits.
+optionally with RMSNorm before and rotary embedding of the first two after. ``input_gradient_kernel``:
+``dX = sum_p (dZ_p W_Bp) W_Ap``. ``inverse_rms_kernel``: 1/rms of x's rows, which large tiles of the forward
+kernel are given. A program owns a tile of rows: it sums the latent (rows x r) in fp32, rounds it to the
+inputs' dtype as two separate products would, and multiplies on from registers. Weights are addressed by
+strides, so neither direction copies one. Every output element is written by one program in a fixed order of
+sums: repeated runs give equal bits.
 
 Pairs are the fastest index of the forward's grid: programs that read the same rows of x run side by side, so
 x comes from device memory once and from the L2 cache for the other pairs.

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from megatron_lpa import files
+from megatron_lpa.config.kernels import EARLIER_LOWDIM_PATHS
 from megatron_lpa.errors import UserError, named, shown
 from megatron_lpa.kernels.tiles import FEW_TOKENS, MAX_PAIRS, Tile, default_tile, why_not
 from megatron_lpa.planning.product_time import least_joined_tokens
@@ -312,7 +313,8 @@ def parse_table(
 
 def _read_line(line: dict[str, Any], where: str, capability: tuple[int, int]) -> tuple[Case, Measured]:
     """Raises UserError where a plan cannot run, and Python's own errors where a line is none."""
-    plan = Plan(line["path"], line.get("forward_tile", ""), line.get("backward_tile", ""))
+    path = EARLIER_LOWDIM_PATHS.get(line["path"], line["path"])
+    plan = Plan(path, line.get("forward_tile", ""), line.get("backward_tile", ""))
     if plan.path not in PATHS[1:]:
         raise UserError(f"{where}: the path is {shown(plan.path)}; give one of {', '.join(PATHS[1:])}")
     dtype = getattr(torch, line["dtype"])

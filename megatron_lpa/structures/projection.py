@@ -29,6 +29,9 @@ KINDS = {
 PLAIN = tuple(kind for kind, sides in KINDS.items() if not sides.input.numbers)
 """Kinds that ``by_layer`` can name, because they need no number."""
 
+RANKED = next(kind for kind, sides in KINDS.items() if "rank" in sides.input.numbers)
+"""The kind that a number in ``by_layer`` means where a projection's own kind has no rank."""
+
 if TYPE_CHECKING:
     Kind = str
 else:
@@ -72,7 +75,7 @@ class ProjectionConfig:
             if layer in layers_meant(layers):
                 if isinstance(built, str):
                     return ProjectionConfig(kind=built, bias=self.bias)
-                kind = self.kind if "rank" in sides_of(self.kind).input.numbers else "lowdim"
+                kind = self.kind if "rank" in sides_of(self.kind).input.numbers else RANKED
                 return dataclasses.replace(self, kind=kind, rank=built, by_layer=None)
         return dataclasses.replace(self, by_layer=None)
 

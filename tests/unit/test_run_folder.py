@@ -162,3 +162,20 @@ def test_a_run_folder_that_cannot_be_written_is_no_reason_to_try_again(
         start._own_folder(folder, RunConfig(), ParallelGroups.single())
     assert error.value.exit_code == 78
     assert f"{folder}: cannot be written" in str(error.value) and "logging.run_dir" in str(error.value)
+
+
+def test_a_checkpoint_that_cannot_be_looked_at_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("step_00000008", "step_00000012"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "manifest.json").touch()
+    assert run_folder.newest_step(tmp_path) == 12
+
+    def is_file(path: Path) -> bool:
+        if "12" in str(path):
+            raise UserError("its folder must not be read")
+        return files.is_file(path)
+
+    monkeypatch.setattr(run_folder, "is_file", is_file)
+    assert run_folder.newest_step(tmp_path) == 8

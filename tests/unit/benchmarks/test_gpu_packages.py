@@ -113,10 +113,10 @@ def test_a_failed_fetch_is_one_line_and_leaves_older_wheels(
         )
 
     monkeypatch.setattr(gpu_wheels.subprocess, "run", refuse)
-    assert gpu_wheels.main(["--output", str(folder)]) == 2
+    assert gpu_wheels.main(["--output", str(folder)]) == 78
     assert capsys.readouterr().err == "error: pip download failed: No matching distribution for x\n"
     assert len(list(folder.glob("*.whl"))) == len(WHEELS)
-    assert gpu_wheels.main(["--output", str(folder), "--python", "312"]) == 2
+    assert gpu_wheels.main(["--output", str(folder), "--python", "312"]) == 78
     assert "write it as 3.12" in capsys.readouterr().err
 
 

@@ -200,6 +200,12 @@ def test_tables_that_cannot_be_right(changes: dict[str, Any], message: str) -> N
         parse_table({"cases": [line(**changes)]}, Path("table.json"), (9, 0), "H200")
 
 
+def test_a_table_of_an_earlier_version_is_read() -> None:
+    earlier = line(path="merged", forward_tile="", backward_tile="")
+    ((measured,),) = parse_table({"cases": [earlier]}, Path("table.json"), (9, 0), "H200").values()
+    assert measured[1] == ("eager", "", "")
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -39,6 +39,27 @@ class FakeSaving:
         return Path(f"step_{self.progress.step:08d}")
 
 
+def test_a_step_that_comes_again_after_going_back_is_saved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "begin_save", FakeSaving)
+    monkeypatch.setattr(module, "EngineState", state_that_is(finite=True))
+    monkeypatch.setattr(FakeSaving, "broken", ())
+    monkeypatch.setattr(FakeSaving, "written", [])
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(train=TrainConfig(checkpoint_interval=3)), steps=9, resumed=None, is_main=True,
+        checkpoints=Path("x"), order=None, splits=SimpleNamespace(valid=None, test=None),
+        engine=SimpleNamespace(groups=ParallelGroups.single()), progress=Progress(step=9),
+        enter=lambda stage: None, has_lost_folder=lambda: False,
+    )  # fmt: skip
+    metrics: Any = SimpleNamespace(emit=lambda *_: None, unrecorded=lambda run: NOTHING_UNRECORDED)
+    validation: Any = SimpleNamespace(validation_loss=lambda step: None)
+    callback = Checkpoints(metrics, validation, SimpleNamespace(decisions=AT_START))  # type: ignore[arg-type]
+    callback.after_step(run, SimpleNamespace())  # type: ignore[arg-type]
+    callback.after_step(run, SimpleNamespace())  # type: ignore[arg-type]
+    callback.after_rollback(run, SimpleNamespace(progress=Progress(step=6)))  # type: ignore[arg-type]
+    callback.after_step(run, SimpleNamespace())  # type: ignore[arg-type]
+    assert FakeSaving.written == [9, 9]
+
+
 def state_that_is(finite: bool) -> Any:
     return lambda engine: SimpleNamespace(groups=engine.groups, is_finite=lambda: finite)
 
