@@ -44,7 +44,6 @@ WANDB_ID = "wandb_id"
 SUPERSEDED = f"{WANDB}/superseded"
 LOGS = "logs"
 HANG = "hang"
-IDLE_STARTS = "idle_starts"
 STARTS = "starts.jsonl"
 SNAPSHOT = "snapshot"
 

@@ -37,7 +37,7 @@ class RollBack(Exception):
 
     Args:
         reason: why, for the user.
-        decisions: what the run knows of the steps before.
+        decisions: what the run knows of the steps before; ``Divergence.decisions`` is where they are kept.
     """
 
     def __init__(self, reason: str, decisions: Decisions) -> None:
