@@ -108,7 +108,7 @@ class Ledger:
                 self.state = _folded(self.state, json.loads(line))
             self._logged = self.state
         self.resumed = len(lines) > 1
-        self._file = PartialFile(partial.with_suffix(""), kept_bytes)
+        self._file = PartialFile.open(partial.with_suffix(""), kept_bytes)
         if not self.resumed:
             self._append({"format": _FORMAT, "job": job})
 

@@ -122,7 +122,7 @@ def _check_room(prefix: str, parts: Sequence[MergeInput]) -> None:
 
 def _write(prefix: str, parts: Sequence[MergeInput], verify: bool) -> Checksums:
     """Writes and publishes the two files, without a manifest beside them."""
-    file, hasher = PartialFile(bin_path(prefix)), BlockHasher()
+    file, hasher = PartialFile.open(bin_path(prefix)), BlockHasher()
     progress = ByteProgress(
         f"merging into {prefix}", sum(part.tokens * part.dtype.itemsize for part in parts)
     )

@@ -73,7 +73,7 @@ class Outputs:
             self._writers.append(writer)
         published = state.all_read and state.rejected and not exists(_partial(self._reject_path))
         if not published:
-            self._rejects = PartialFile(self._reject_path, state.rejected_bytes)
+            self._rejects = PartialFile.open(self._reject_path, state.rejected_bytes)
 
     def _close(self) -> None:
         for writer in self._writers:

@@ -36,7 +36,7 @@ def merge_if_last(config: PreprocessConfig) -> dict[str, Manifest] | str:
     if missing:
         return f"shards still to be done: {len(missing)} of {num_shards}, the first is {missing[0]}"
     try:
-        lock = PartialFile(Path(f"{config.output_prefix}.merge"))
+        lock = PartialFile.open(Path(f"{config.output_prefix}.merge"))
     except WrittenElsewhere:
         return "another task is merging the shards"
     try:

@@ -102,3 +102,8 @@ def test_every_package_of_the_tree_is_in_the_layer_contract() -> None:
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     missing = {name for name in packages if f"megatron_lpa.{name}" not in contract}
     assert missing == set()
+
+
+def test_a_basename_means_one_thing() -> None:
+    names = [path.name for path in sources(PACKAGE) if path.name != "__init__.py"]
+    assert sorted({name for name in names if names.count(name) > 1}) == []

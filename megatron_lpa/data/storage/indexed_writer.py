@@ -82,9 +82,9 @@ class IndexedDatasetWriter:
 
     def open(self) -> None:
         """Opens the unfinished files, cut off at the position given."""
-        self._bin = PartialFile(bin_path(self.prefix), self._start.tokens * self.dtype.itemsize)
+        self._bin = PartialFile.open(bin_path(self.prefix), self._start.tokens * self.dtype.itemsize)
         try:
-            self._sizes = PartialFile(sizes_path(self.prefix), 4 * self._start.sequences)
+            self._sizes = PartialFile.open(sizes_path(self.prefix), 4 * self._start.sequences)
             self._hasher = BlockHasher(digests=self._start.digests)
             self._hash_unfinished_block(self._bin)
         except BaseException:
@@ -206,7 +206,7 @@ def write_index(
         UserError: it cannot be written.
     """
     hasher = BlockHasher()
-    file = PartialFile(idx_path(prefix))
+    file = PartialFile.open(idx_path(prefix))
 
     def write(data: bytes) -> None:
         file.write(data)

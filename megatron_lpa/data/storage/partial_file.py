@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_lpa.errors import TryAgain, UserError
 from megatron_lpa.files import LASTING, fsync_folder
@@ -53,29 +53,37 @@ class PartialFile:
     ``write`` fills it, ``finish`` brings it to disk, ``publish`` gives it its name; ``discard`` removes it.
     The name is fixed, so that the leftover of a killed process is reused instead of piling up, and a lock
     keeps two live processes from writing the same file.
-
-    Args:
-        path: the name of the finished file; its folder is created.
-        keep_bytes: how much of a leftover to keep and go on after; the rest is cut off.
-
-    Raises:
-        UserError: the folder cannot be written, the disk is full, the leftover is shorter than
-            ``keep_bytes``, or another process is writing ``path`` (:class:`WrittenElsewhere`).
     """
 
-    def __init__(self, path: Path, keep_bytes: int = 0) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.partial_path = path.with_name(path.name + PARTIAL_SUFFIX)
         self._lock_file: Path | None = None
-        with explained_write_errors(self.partial_path):
+        self._stream: BinaryIO
+
+    @classmethod
+    def open(cls, path: Path, keep_bytes: int = 0) -> PartialFile:
+        """Make the file, or go on with what is left of it.
+
+        Args:
+            path: the name of the finished file; its folder is created.
+            keep_bytes: how much of a leftover to keep and go on after; the rest is cut off.
+
+        Raises:
+            UserError: the folder cannot be written, the disk is full, the leftover is shorter than
+                ``keep_bytes``, or another process is writing ``path`` (:class:`WrittenElsewhere`).
+        """
+        file = cls(path)
+        with explained_write_errors(file.partial_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                descriptor = self._open_locked(keep_bytes)
+                descriptor = file._open_locked(keep_bytes)
             except BaseException:
-                self._release()
+                file._release()
                 raise
             os.lseek(descriptor, 0, os.SEEK_END)
-            self._stream = os.fdopen(descriptor, "wb", buffering=1 << 20)
+            file._stream = os.fdopen(descriptor, "wb", buffering=1 << 20)
+        return file
 
     def _open_locked(self, keep_bytes: int) -> int:
         while True:
@@ -177,7 +185,7 @@ class PartialFile:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes ``content`` to ``path`` as indented JSON, whole or not at all."""
-    file = PartialFile(path)
+    file = PartialFile.open(path)
     try:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
         file.finish()

@@ -30,7 +30,7 @@ def test_what_has_the_name_of_an_unfinished_file_is_let_go_of(tmp_path: Path, ki
 
 def test_a_leftover_of_one_s_own_is_gone_on_with(tmp_path: Path) -> None:
     (tmp_path / "a.partial").write_bytes(b"0123456789")
-    file = PartialFile(tmp_path / "a", keep_bytes=4)
+    file = PartialFile.open(tmp_path / "a", keep_bytes=4)
     file.write(b"x")
     file.finish()
     file.publish()

@@ -256,12 +256,12 @@ def test_where_there_are_no_locks_one_file_still_has_one_writer(
         raise OSError(errno.ENOSYS, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    first = PartialFile(tmp_path / "x")
+    first = PartialFile.open(tmp_path / "x")
     with pytest.raises(WrittenElsewhere, match=r"x\.partial\.lock exists"):
-        PartialFile(tmp_path / "x")
+        PartialFile.open(tmp_path / "x")
     first.write(b"whole")
     first.finish()
     first.publish()
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
-    PartialFile(tmp_path / "x").discard()
+    PartialFile.open(tmp_path / "x").discard()
     assert (tmp_path / "x").read_bytes() == b"whole" and len(list(tmp_path.iterdir())) == 1
