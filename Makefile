@@ -3,7 +3,7 @@
 PYTHON    ?= python3
 PIP_ARGS  ?=
 TEST_ARGS ?=
-WORKERS   ?= 2
+WORKERS   ?= 3
 DEMO_ARGS ?=
 GPU_ARGS  ?=
 

@@ -36,9 +36,13 @@ log_to_stderr()  # as in a command
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world() -> Iterator[Callable[[int], World]]:
-    """``world(n)``: n processes joined over gloo, started at first use and kept for the session."""
+    """``world(n)``: n processes joined over gloo, started at first use and kept for a file of tests.
+
+    Not for longer: DeepSpeed and PyTorch keep settings of a process, and with them the last bits of a case would
+    depend on the files before.
+    """
     worlds: dict[int, World] = {}
 
     def of_size(size: int) -> World:

@@ -1,4 +1,4 @@
-"""A world of processes that lives through a whole test session and runs many cases.
+"""A world of processes that lives through a file of tests and runs many cases.
 
 Joining costs time, so processes start once per world size; see ``forked.py``. A case is a module-level
 function ``case(*arguments)`` that every rank runs; it returns something picklable.

@@ -139,7 +139,7 @@ def test_figures_of_other_circumstances_are_refused(
     with pytest.raises(SystemExit) as stop:
         gpu_suite.main(["--dry-run", "--output", str(output), "--continue", str(earlier)])
     (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and not output.exists()
+    assert stop.value.code == 78 and not output.exists()
     assert line.startswith(f"error: --continue {earlier}: ") and line.endswith(
         "measure anew, without --continue"
     )
@@ -161,7 +161,7 @@ def test_what_is_no_result_is_refused(
     ]
     with pytest.raises(SystemExit) as stop:
         gpu_suite.main(words)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert stop.value.code == 78 and message in capsys.readouterr().err
     assert not (tmp_path / "second.json").exists()
 
 
