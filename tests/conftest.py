@@ -40,8 +40,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def world() -> Iterator[Callable[[int], World]]:
     """``world(n)``: n processes joined over gloo, started at first use and kept for a file of tests.
 
-    Not for longer: DeepSpeed and PyTorch keep settings of a process, and with them the last bits of a case would
-    depend on the files before.
+    Not for longer: DeepSpeed and PyTorch keep settings of a process, and with them the last bits of a case
+    would depend on the files before.
     """
     worlds: dict[int, World] = {}
 
