@@ -3,8 +3,7 @@
 Makes a dataset of the wanted size with a real index and token ids that are all zero (a sparse file, so it
 needs 20 bytes of disk per document), opens it in fresh processes with this package and, where it is
 installed, with megatron-core, and reads shuffled samples of a smaller dataset with real bytes. Page caches
-are as they are after
-writing: warm.
+are as they are after writing: warm.
 """
 
 from __future__ import annotations

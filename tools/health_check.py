@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Whether every node of a job can train, before training starts.
 
-    srun --ntasks-per-node=1 python tools/health_check.py node --gpus 8 --preset 3b/lpa --data.prefix
-    data/pile |
-        python tools/health_check.py judge node1 node2
+    srun --ntasks-per-node=1 python tools/health_check.py node --gpus 8 --preset 3b/lpa \\
+        --data.prefix data/pile | python tools/health_check.py judge node1 node2
 
 ``node`` runs once on each node, with the options of megatron_lpa.pretrain: GPUs, free disk, folders that can
 be written, datasets, versions. It prints what it found in lines of JSON and always ends with 0. ``judge``

@@ -92,9 +92,8 @@ def _whole(least: int, most: int) -> Check:
 
 
 def _number(value: Any, key: str, complete: bool) -> None:
-    if (
-        type(value) not in (int, float) or not abs(value) <= sys.float_info.max
-    ):  # not a number compares as false
+    # Not a number compares as false.
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         _refuse(key, value, "a finite number")
 
 
@@ -180,9 +179,8 @@ def _typed(hint: Any) -> Check:
     """The check of a setting, from its type in the configuration's dataclass."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         members = {name: _typed(member) for name, member in get_type_hints(hint).items()}
-        return _section(
-            members, newer=tuple(members)
-        )  # one that is missing is a difference, of which users are told
+        # One that is missing is a difference, of which users are told.
+        return _section(members, newer=tuple(members))
     if get_origin(hint) in (Union, types.UnionType):
         (inner,) = (member for member in get_args(hint) if member is not type(None))
         return _or_none(_typed(inner))

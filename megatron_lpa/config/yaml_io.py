@@ -1,8 +1,8 @@
 """YAML as people write configurations: YAML 1.2's numbers and booleans, no silently repeated keys.
 
 PyYAML follows YAML 1.1, where ``8e-4`` is text, ``off`` is false and ``1:30`` is ninety. What is read may
-come from a
-stranger: no tag makes an object, and neither depth nor aliases make more of a file than it has lines.
+come from a stranger: no tag makes an object, and neither depth nor aliases make more of a file than it has
+lines.
 """
 
 from __future__ import annotations

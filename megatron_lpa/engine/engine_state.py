@@ -124,10 +124,8 @@ class EngineState:
             # A tensor beside the parameter for PyTorch's fused AdamW, a number for DeepSpeed's on the CPU.
             fused = isinstance(optimizer, torch.optim.AdamW)
             state["step"] = torch.tensor(float(step), device=flat.device) if fused else step
-        if self.engine.partition_stage in (
-            1,
-            2,
-        ):  # the views of the moments behind deepspeed.utils.safe_get_*
+        # The views of the moments behind deepspeed.utils.safe_get_*.
+        if self.engine.partition_stage in (1, 2):
             self.engine.optimizer._hp_optimizer_states_linked = False
             if step:
                 self.engine.optimizer._lazy_init_hp_params_optimizer_state()

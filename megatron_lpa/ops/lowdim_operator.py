@@ -1,8 +1,7 @@
 """The ``joined`` and ``fused`` paths of the low-dimensional product, and their gradients.
 
 ``megatron_lpa/ops/dispatch.py`` has chosen the path before. Lists have one entry per pair. All tensors have
-one dtype, in
-which everything is computed: the caller (``ops/products.py``) has cast them as autocast asks.
+one dtype, in which everything is computed: the caller (``ops/products.py``) has cast them as autocast asks.
 
 ``torch.compile`` and selective checkpointing look at operators, so both directions are registered ones, with
 known shapes. Elsewhere an autograd function runs the same code without the operators' wrappers, which cost

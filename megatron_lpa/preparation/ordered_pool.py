@@ -87,8 +87,8 @@ def ordered_map(
     """Yields ``function(item)`` for every item, in order, computed by ``workers`` processes.
 
     Items are drawn only as results are taken, so at most ``2 * workers + 2`` are in memory, and of large ones
-    no more than fit ``MAX_PENDING_BYTES``, but always one. Processes are
-    spawned, not forked: tokenizers and readers own threads that a fork would break.
+    no more than fit ``MAX_PENDING_BYTES``, but always one. Processes are spawned, not forked: tokenizers and
+    readers own threads that a fork would break.
 
     Args:
         function: a module-level function.

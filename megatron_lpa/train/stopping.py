@@ -23,9 +23,10 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopRequest:
-    """Remembers the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP. Later ones change nothing, but for a SIGINT
-    after ten
-    seconds: whoever presses Ctrl-C again then wants out of a run that does not reach the end of its step.
+    """Remembers the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP.
+
+    Later ones change nothing, but for a SIGINT after ten seconds: whoever presses Ctrl-C again then wants out
+    of a run that does not reach the end of its step.
 
     SIGHUP comes when the terminal is closed. Under ``nohup`` it is ignored, and stays so.
 

@@ -138,9 +138,8 @@ class PatientFile(io.RawIOBase):
 
 class TokenReader:
     """The tokens of a ``.bin`` file, which stays open. They are read by system calls, so that an error of the
-    disk is an
-    exception: through a mapping, the same error is SIGBUS, which ends the process without a word about the
-        file.
+    disk is an exception: through a mapping, the same error is SIGBUS, which ends the process without a word
+    about the file.
 
     Args:
         path: the file.

@@ -66,8 +66,7 @@ class Checkpoints(Callback):
 
         Raises:
             RollBack: on all ranks, when the state is not finite. Nothing is saved, so that a diverged model
-            never
-                takes the place of a good checkpoint.
+            never takes the place of a good checkpoint.
             UserError: the checkpoint cannot be written and ``train.on_checkpoint_failure`` is ``stop``.
         """
         train = run.config.train

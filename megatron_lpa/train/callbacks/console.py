@@ -117,9 +117,8 @@ def describe(record: Record, steps: int, left_s: float | None = None) -> str:
         left_s: seconds until the last step, for lines about training.
     """
     clock, place = _clock(record), _place(record["step"], steps)
-    with contextlib.suppress(
-        TypeError, ValueError, OverflowError, AttributeError
-    ):  # not ours: any value may be in it
+    # In one that is not ours any value may be.
+    with contextlib.suppress(TypeError, ValueError, OverflowError, AttributeError):
         if (line := _ours(clock, place, record, left_s)) is not None:
             return line
     shown = {**record, **record.get(NOT_FINITE, {})}

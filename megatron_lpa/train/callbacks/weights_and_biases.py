@@ -89,8 +89,7 @@ def is_copy(identity: Identity, folder: Path) -> bool:
     """Whether a folder is a copy of the one that a W&B run belongs to. One that was moved is none.
 
     The folder at its former place tells, if it still is one of a W&B run. Where none is there any more, the
-    folder was
-    moved: within a file system it keeps its inode, and else it was moved on this machine.
+    folder was moved: within a file system it keeps its inode, and else it was moved on this machine.
     """
     own = folder.resolve()
     if identity.path in ("", str(own)):
